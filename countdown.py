@@ -6,7 +6,7 @@ r"""Countdown, the built-in task: problems, an expert that searches and gives up
    1..60, and are solvable by "value so far, operation, next number" with all values within 0..60. Targets reach down to
    1 because k = 3 has too few problems otherwise (1,360 with targets 10..50, 2,146 with 1..60).
 2) A hash of (sorted numbers, target) decides the one split a problem can appear in: no order of its numbers leaks into
-   another split, no seed or flag moves it. Within a split it may return in another order; a file's rows are all different.
+   another split, no seed or flag moves it. Within a split it may return in another order; no two rows of a file agree.
 3) The expert's weakness is planted and graded: depth-first search in random order, each check written out, but after a
    failed try it gives up with probability `hazard` and boxes its closest try. hazard 0 leaves only the limit on lines;
    `verified` drops the wrong traces.
@@ -46,7 +46,7 @@ TURNS = 200     # rounds over a split's problems before a file counts as impossi
 @dataclass(frozen=True)
 class Config:
     trajectories: int = 8000     # expert trajectories in train.jsonl, all different
-    difficulty: str = "uniform"  # of train.jsonl: uniform | easy | hard (half with most | fewest hits) | 3 | 4 (only that k)
+    difficulty: str = "uniform"  # of train.jsonl: uniform | easy | hard (half with most | fewest hits) | 3 | 4 (one k)
     hazard: float = 0.15         # probability that the expert gives up after a failed try; 0 = patient
     lines: int = 17              # most arithmetic steps that the expert writes
     verified: bool = False       # keep only trajectories whose boxed answer is right
@@ -76,14 +76,14 @@ def apply(value: int, op: str, number: int) -> int | None:
 
 @lru_cache(maxsize=None)
 def all_problems(k: int) -> dict[tuple[tuple[int, ...], int], float]:
-    """{(sorted numbers, target): ease} of all solvable problems of k numbers; ease = share of complete tries that hit."""
+    """{(sorted numbers, target): ease} of all solvable problems of size k; ease = share of complete tries that hit."""
     return {(numbers, value): ways / sum(reached.values())
             for numbers, reached in _reachable(k).items() for value, ways in reached.items() if 1 <= value <= LIMIT}
 
 
 @lru_cache(maxsize=None)
 def _reachable(k: int) -> dict[tuple[int, ...], Counter]:
-    """{sorted numbers: {value: ways to it}}, built from the sets with one number less: no search over orders is needed."""
+    """{sorted numbers: {value: ways to it}}, built from the sets one number smaller, so that orders need no search."""
     if k == 1:
         return {(n,): Counter({n: 1}) for n in range(1, LARGEST + 1)}
     table = {}
@@ -100,7 +100,7 @@ def _reachable(k: int) -> dict[tuple[int, ...], Counter]:
 
 
 def split_of(numbers, target: int) -> str:
-    """The one split of a problem, whatever the order of its numbers. Not hash(): Python salts it anew in each process."""
+    """The one split of a problem, whatever the order of its numbers. Not hash(): Python salts it per process."""
     key = " ".join(map(str, [*sorted(numbers), target]))
     percent = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") % 100
     for split, share in SPLITS.items():
@@ -139,7 +139,7 @@ def _next_steps(value, expression, last_op, rest, rng):
             for op in "+-*":
                 result = apply(start, op, n)
                 if result is not None:
-                    # Usual precedence: only a sum or difference under * needs parentheses (values so far stand at the left).
+                    # The value so far stands at the left, so only a sum or difference under * needs parentheses.
                     inner = f"( {text} )" if op == "*" and op_before in ("+", "-") else text
                     line = f"{start} {op} {n} = {result}"
                     steps.append((line, result, f"{inner} {op} {n}", op, left[:i] + left[i + 1:]))
@@ -148,7 +148,7 @@ def _next_steps(value, expression, last_op, rest, rng):
 
 
 def expert(numbers, target: int, hazard: float, lines: int, rng: random.Random) -> tuple[str, bool]:
-    """Search for the target: (response, right). At most `lines` steps (at least len(numbers) - 1), the last try complete.
+    """Search for the target: (response, right). At most `lines` steps (no fewer than len(numbers) - 1); the last try is whole.
 
     `8 + 9 = 17 , 17 + 9 = 26 , 26 - 9 = 17 no 26 + 9 = 35 yes`: a comma leads one step deeper; after `no` the next line
     starts from the deepest value with an untried step. The closest try (the earliest of equals) is boxed."""
@@ -229,8 +229,8 @@ def _draw(name: str, pools, n: int, seed, make) -> list[dict]:
                 seen.add(text)
                 column.append(row)
         if len(column) < wanted:
-            raise ValueError(f"{name}.jsonl: {wanted} rows of {len(order[0][0])} numbers asked for, but only {len(column)} "
-                             "different ones were found; ask for fewer")
+            raise ValueError(f"{name}.jsonl: {wanted} rows of {len(order[0][0])} numbers asked for, only "
+                             f"{len(column)} different ones found; ask for fewer")
         columns.append(column)
     return [column[i] for i in range(-(-n // len(pools))) for column in columns][:n]
 
@@ -253,7 +253,7 @@ def trajectory_rows(name: str, n: int, config: Config, difficulty: str = "unifor
 
 
 def tokenizer_files() -> dict[str, str]:
-    """tokenizer.json and tokenizer_config.json as text: a token a word or number, decoded with spaces; no chat template."""
+    """tokenizer.json and tokenizer_config.json as text: a token a word or number, spaces between; no chat template."""
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers  # here: the problems need no package
     vocab = {word: i for i, word in enumerate((*SPECIAL, *WORDS))}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
