@@ -1,4 +1,4 @@
-"""countdown.py: what the built-in files promise, checked on the files themselves and against arithmetic that is not ours."""
+"""countdown.py: what the built-in files promise, checked on the files and against arithmetic that is not ours."""
 import ast
 import json
 import operator
@@ -63,9 +63,8 @@ def folder(tmp_path_factory):
 
 
 def test_no_problem_is_in_two_splits_whatever_the_order_of_its_numbers(folder):
-    files = {"train": "prompt", "val": "prompt", "rl": "prompt", "eval": "prompt", "test": "prompt", "test_k5": "prompt"}
-    seen = {name: {(*sorted(problem(row[key])[0]), problem(row[key])[1]) for row in rows(folder, f"{name}.jsonl")}
-            for name, key in files.items()}
+    seen = {name: {(*sorted(problem(row["prompt"])[0]), problem(row["prompt"])[1]) for row in rows(folder, f"{name}.jsonl")}
+            for name in ("train", "val", "rl", "eval", "test", "test_k5")}
     base = [re.match(r"Make \d+ from [\d ]+ ->", row["text"]) for row in rows(folder, "base.jsonl")]
     seen["train"] |= {(*sorted(problem(match[0])[0]), problem(match[0])[1]) for match in base if match}
     assert any(base), "base text holds no prompts, so the check above says nothing"
@@ -117,8 +116,9 @@ def test_the_same_config_writes_the_same_bytes(folder, tmp_path):
 
 
 @pytest.mark.parametrize("change, files", [
-    ({"trajectories": 300}, {"train.jsonl"}), ({"difficulty": "hard"}, {"train.jsonl"}), ({"hazard": 0.0}, {"train.jsonl", "val.jsonl"}),
-    ({"lines": 9}, {"train.jsonl", "val.jsonl"}), ({"verified": True}, {"train.jsonl", "val.jsonl"}), ({"rl": 80}, {"rl.jsonl"}),
+    ({"trajectories": 300}, {"train.jsonl"}), ({"difficulty": "hard"}, {"train.jsonl"}),
+    ({"hazard": 0.0}, {"train.jsonl", "val.jsonl"}), ({"lines": 9}, {"train.jsonl", "val.jsonl"}),
+    ({"verified": True}, {"train.jsonl", "val.jsonl"}), ({"rl": 80}, {"rl.jsonl"}),
     ({"seed": 1}, {"base.jsonl", "train.jsonl", "val.jsonl", "rl.jsonl"}), ({"base": 30}, {"base.jsonl"})])
 def test_a_flag_changes_the_files_it_names_and_no_other(folder, tmp_path, change, files):
     write(tmp_path, Config(**(vars(SMALL) | change)))
@@ -148,7 +148,7 @@ def test_every_line_of_a_trace_is_true_and_every_verdict_fits_it(k):
     for numbers, target, response, _ in traces(k, 0.05, n=200):
         body = re.fullmatch(r"<think> (.*) </think> \\boxed\{ .* \}", response).group(1)
         steps = re.findall(r"(\d+) ([-+*]) (\d+) = (\d+) (,|no|yes)", body + " ")
-        assert " ".join(f"{a} {op} {b} = {c} {end}" for a, op, b, c, end in steps) == body, "something between the lines"
+        assert " ".join(f"{a} {op} {b} = {c} {end}" for a, op, b, c, end in steps) == body, "text between lines"
         for a, op, b, c, end in steps:
             assert value(ast.parse(f"{a} {op} {b}", mode="eval").body) == int(c) <= LIMIT
             assert end == "," or (end == "yes") == (int(c) == target)
@@ -169,7 +169,8 @@ def test_what_the_expert_claims_is_what_both_judges_find(k):
 def test_the_box_holds_the_closest_try():
     for numbers, target, response, _ in traces(4, 0.1, n=200):
         results = [int(n) for n in re.findall(r"= (\d+) (?:no|yes)", response)]
-        assert abs(value(ast.parse(boxed(response), mode="eval").body) - target) == min(abs(r - target) for r in results)
+        given = value(ast.parse(boxed(response), mode="eval").body)
+        assert abs(given - target) == min(abs(result - target) for result in results)
 
 
 def test_verified_trajectories_are_all_right_and_patience_makes_them_longer(tmp_path):
@@ -187,9 +188,9 @@ def test_easy_problems_are_solved_more_often_than_hard_ones():
         assert not set(pool("train", k, "easy")) & set(pool("train", k, "hard"))
         assert set(pool("train", k, "easy")) | set(pool("train", k, "hard")) == set(pool("train", k))
     config = Config(trajectories=600)
-    easy, hard = ([reaches(row["response"], *problem(row["prompt"]))
-                   for row in countdown.trajectory_rows("train", 600, config, difficulty)] for difficulty in ("easy", "hard"))
-    assert sum(easy) > sum(hard) + 40
+    right = {level: sum(reaches(row["response"], *problem(row["prompt"]))
+                        for row in countdown.trajectory_rows("train", 600, config, level)) for level in ("easy", "hard")}
+    assert right["easy"] > right["hard"] + 40
     assert {len(problem(row["prompt"])[0]) for row in countdown.trajectory_rows("train", 50, config, "4")} == {4}
 
 
@@ -199,8 +200,9 @@ def test_base_text_has_true_facts_and_noisy_comparisons_and_guesses_that_seldom_
     facts = [text for text in texts if "Make" not in text]
     assert all(value(ast.parse(a, mode="eval").body) == int(b)
                for text in facts for fact in text.split(" , ") for a, b in [fact.split(" = ")])
-    goals = [(text.split()[1], re.findall(r"= (\d+) (yes|no)", text)) for text in texts if re.match(r"Make \d+ -> ", text)]
-    noise = [(result == target) != (said == "yes") for target, compared in goals for result, said in compared]
+    compared = [text for text in texts if re.match(r"Make \d+ -> ", text)]
+    goals = [(text.split()[1], re.findall(r"= (\d+) (yes|no)", text)) for text in compared]
+    noise = [(result == target) != (said == "yes") for target, lines in goals for result, said in lines]
     assert 0.08 < sum(noise) / len(noise) < 0.12
     answers = [text.split(" -> ") for text in texts if " from " in text]
     hits = [reaches(response, *problem(prompt + " ->")) for prompt, response in answers]
@@ -242,7 +244,7 @@ def test_a_folder_without_countdown_json_is_not_whole(folder, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("flags, told", [
-    (["--hazard", "2"], "hazard is 2.0"), (["--lines", "1"], "lines is 1"), (["--difficulty", "odd"], "choose uniform, easy"),
+    (["--hazard", "2"], "hazard is 2.0"), (["--lines", "1"], "lines is 1"), (["--difficulty", "odd"], "choose uniform"),
     (["--rl", "9000"], "4500 rows of 3 numbers"), (["--val", "-1"], "val is -1")])
 def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path, capsys, flags, told):
     assert main(["--out", str(tmp_path / "data"), "--base", "1", "--trajectories", "1", *flags]) == 2
