@@ -148,7 +148,7 @@ def _next_steps(value, expression, last_op, rest, rng):
 
 
 def expert(numbers, target: int, hazard: float, lines: int, rng: random.Random) -> tuple[str, bool]:
-    """Search for the target: (response, right). At most `lines` steps (len(numbers) - 1 or more); the last try is whole.
+    """Search for the target: (response, right). At most `lines` (>= len(numbers) - 1) steps; the last try is whole.
 
     `8 + 9 = 17 , 17 + 9 = 26 , 26 - 9 = 17 no 26 + 9 = 35 yes`: a comma leads one step deeper; after `no` the next line
     starts from the deepest value with an untried step. The closest try (the earliest of equals) is boxed."""

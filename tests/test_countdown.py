@@ -63,10 +63,13 @@ def folder(tmp_path_factory):
 
 
 def test_no_problem_is_in_two_splits_whatever_the_order_of_its_numbers(folder):
-    seen = {name: {(*sorted(problem(row["prompt"])[0]), problem(row["prompt"])[1]) for row in rows(folder, f"{name}.jsonl")}
+    def key(prompt):
+        numbers, target = problem(prompt)
+        return *sorted(numbers), target
+    seen = {name: {key(row["prompt"]) for row in rows(folder, f"{name}.jsonl")}
             for name in ("train", "val", "rl", "eval", "test", "test_k5")}
     base = [re.match(r"Make \d+ from [\d ]+ ->", row["text"]) for row in rows(folder, "base.jsonl")]
-    seen["train"] |= {(*sorted(problem(match[0])[0]), problem(match[0])[1]) for match in base if match}
+    seen["train"] |= {key(match[0]) for match in base if match}
     assert any(base), "base text holds no prompts, so the check above says nothing"
     for name, problems in seen.items():
         for other in set(seen) - {name}:
@@ -189,7 +192,8 @@ def test_easy_problems_are_solved_more_often_than_hard_ones():
         assert set(pool("train", k, "easy")) | set(pool("train", k, "hard")) == set(pool("train", k))
     config = Config(trajectories=600)
     right = {level: sum(reaches(row["response"], *problem(row["prompt"]))
-                        for row in countdown.trajectory_rows("train", 600, config, level)) for level in ("easy", "hard")}
+                        for row in countdown.trajectory_rows("train", 600, config, level))
+             for level in ("easy", "hard")}
     assert right["easy"] > right["hard"] + 40
     assert {len(problem(row["prompt"])[0]) for row in countdown.trajectory_rows("train", 50, config, "4")} == {4}
 
