@@ -37,6 +37,7 @@ from typing import NamedTuple
 import numpy as np
 
 DELTA, DELTA2 = 0.02, 0.1       # eq. (5): the upper edges of Stable and of Mild, relative to L_min
+PATIENCE = 3                    # validations in a row before a stop: with 2, noise alone stopped flat curves 4 times as often
 REGIMES = ("adaptive", "stable", "mild", "severe")
 
 
@@ -56,7 +57,7 @@ class Diagnosis:
     losses: list
     flops: list
     regimes: list                   # one of REGIMES for each step
-    noise: float                    # sigma of one validation loss, nats; 0 for fewer than 5 points
+    noise: float                    # sigma of one validation loss, nats; 0 where the curve shows none
     saturated: bool
     diverged_step: int | None       # first step of a divergence that the run did not come back from
     recommended_step: int | None    # None when no step is both saved and finite
@@ -101,7 +102,7 @@ def diagnose(steps, losses, flops=None, saved=None, delta: float = DELTA, delta2
     loss = _infinite_if_bad([rows[s][0] for s in order])        # (N,)
     finite = np.isfinite(loss)
     x, y = np.array(order, float)[finite], loss[finite]
-    sigma = noise_of(y)
+    sigma = noise_of(x, y)
     margin = 2 * sigma if 2 * sigma > delta * y.min(initial=np.inf) else 0.0
     names = regimes(order, loss, delta, delta2, margin)
     improving, state = still_improving(x, y, sigma)
@@ -121,35 +122,37 @@ def diagnose(steps, losses, flops=None, saved=None, delta: float = DELTA, delta2
 def reached(diagnosis: Diagnosis, regime: str) -> bool:
     """Whether a run in training has reached `regime` for good: sft.py --until stable|mild|severe.
 
-    One bad evaluation may be a spike, so two in a row are asked for, and for mild and severe a mean excess over the
-    Stable band of twice its standard error. A run that diverged has reached everything."""
+    One bad validation may be a spike, so PATIENCE in a row are asked for, and for mild and severe a mean excess over
+    the Stable band of twice its standard error. A run that diverged has reached everything."""
     if regime not in REGIMES[1:]:
         raise ValueError(f"until = {regime!r}: use one of {', '.join(REGIMES[1:])}")
     loss = _infinite_if_bad(diagnosis.losses)
     if diagnosis.diverged_step is not None:
         return True
     if regime == "stable":
-        return diagnosis.saturated and len(loss) - 1 - int(np.argmin(loss)) >= 2
+        return diagnosis.saturated and len(loss) - 1 - int(np.argmin(loss)) >= PATIENCE
     beyond = REGIMES[REGIMES.index(regime):]
     tail = next((i for i, name in enumerate(reversed(diagnosis.regimes)) if name not in beyond), len(loss))
     settled = loss[[name == "stable" for name in diagnosis.regimes]]
-    if tail < 2 or not len(settled):
+    if tail < PATIENCE or not len(settled):
         return False
     excess = loss[-tail:].mean() - (1 + DELTA) * np.median(settled)
     return bool(excess > 2 * diagnosis.noise * math.sqrt(1 / tail + 1 / len(settled)))
 
 
-def noise_of(loss) -> float:
-    """Standard deviation of one validation (nats), from how far points stick out from both neighbours; loss (N,).
+def noise_of(x, loss) -> float:
+    """Standard deviation of one validation (nats) by the distance of points from the line through their neighbours.
 
-    A smooth curve sticks out only at its few turning points, which the median passes over, as it does a spike: it
-    has no noise. Only the part of the curve from 1.25 L_min on is used, since a steep fall hides its noise."""
-    near = loss[int(np.argmax(loss <= 1.25 * loss.min(initial=np.inf))):] if len(loss) else loss
-    if len(near) < 5:
+    x, loss (N,) finite, sorted by x. 0 unless the curve looks noisy where it matters: from 1.25 L_min on it turns at
+    least 4 times and at a third of its points or more. A valley turns once, a spike or a second minimum twice more."""
+    start = int(np.argmax(loss <= 1.25 * loss.min(initial=np.inf))) if len(loss) else 0
+    x, loss = x[start:], loss[start:]
+    n_turns = int((np.diff(loss)[1:] * np.diff(loss)[:-1] < 0).sum())
+    if n_turns < max(4, len(loss) / 3):
         return 0.0
-    left, right = near[1:-1] - near[:-2], near[1:-1] - near[2:]
-    sticks_out = np.where(left * right > 0, np.minimum(np.abs(left), np.abs(right)), 0.0)
-    return float(np.median(sticks_out) / 0.313)     # 0.313: this median for unit Gaussian noise, by simulation
+    w = (x[1:-1] - x[:-2]) / (x[2:] - x[:-2])       # uneven steps: where between its neighbours a point lies
+    gap = (loss[1:-1] - (1 - w) * loss[:-2] - w * loss[2:]) / np.sqrt(1 + w ** 2 + (1 - w) ** 2)
+    return float(1.4826 * np.median(np.abs(gap)))   # 1.4826 makes it a Gaussian's sigma; the median passes over spikes
 
 
 def still_improving(x, loss, sigma: float) -> tuple[bool, str]:
