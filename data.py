@@ -1,0 +1,293 @@
+"""From JSONL to token ids, masks and batches.
+
+    row -> (prompt ids, response ids)     the model is trained on the response and its EOS, on nothing else
+    rows -> Example (SFT)  |  Problem (RL, evaluation)
+    plan: which rows make the batch of optimizer step s, a pure function of (number of rows, seed, step)
+    cut:  that batch in micro-batches of like length under a token budget
+
+Choices: 1) Prompt and response are tokenized apart and joined as ids, so the response's ids never depend on the prompt and the
+mask is a position, never a token value. What that loses against tokenizing the joint text is counted by `joint_mismatch`.
+2) The response ends with the tokenizer's EOS, which is trained: a model that never learns to stop is the classic silent fault.
+3) Over-long examples are dropped and counted, never cut: a cut example teaches not to stop.
+4) Batches run through one permutation of the data after another without a seam, so no remainder is dropped.
+
+Columns (aliases in brackets; dots go into nested objects):
+    SFT       {"messages": [..., {"role": "assistant"}]}  or  {"prompt" [question problem ...], "response" [completion solution output ...]}
+              or {"prompt", "thinking", "final"} (R1 style)  or  {"text"} (plain text, trained from its second token on)
+    problems  {"prompt" [...], "answer" [reward_model.ground_truth ground_truth gold ...]}, optional "numbers" (Countdown), "response" (the expert)
+Shapes: B rows, T tokens.
+"""
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import tokenizers
+import torch
+
+import run
+
+PROMPT = ("prompt", "question", "problem", "query", "instruction", "extra_info.question")
+RESPONSE = ("response", "completion", "solution", "output", "target", "extra_info.answer")
+GOLD = ("answer", "reward_model.ground_truth", "ground_truth", "gold", "final_answer", "solution")
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+         "tokenizer.model", "chat_template.jinja", "generation_config.json")
+INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+
+
+class Example(NamedTuple):
+    """One training row: the model reads `prompt` and is trained on `response`, whose last id is EOS."""
+    prompt: list[int]
+    response: list[int]
+
+
+class Problem(NamedTuple):
+    """One problem to sample answers for. `opened` = text of the answer that the prompt itself already holds ("<think>")."""
+    text: str
+    prompt: list[int]
+    gold: str
+    numbers: list[int] | None
+    expert: list[int] | None
+    opened: str
+
+
+# ------------------------------------------------------------------------------------------------------------------- tokenizer
+class Tokenizer:
+    """A model folder's tokenizer, chat template and end-of-text ids. `eos` ends what we train on; sampling stops at any of `eos_ids`."""
+
+    def __init__(self, folder: str | Path):
+        folder = self.folder = Path(folder)
+        if not (folder / "tokenizer.json").exists():
+            raise ValueError(f"{folder}: no tokenizer.json; save the tokenizer beside the model (transformers: tokenizer.save_pretrained)")
+        self.backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.backend.no_padding(), self.backend.no_truncation()
+        settings, generation, config = (_read(folder / name) for name in ("tokenizer_config.json", "generation_config.json", "config.json"))
+        self.specials = {k: v["content"] if isinstance(v, dict) else v for k, v in settings.items()
+                         if k in ("bos_token", "eos_token", "pad_token", "unk_token") and v}
+        ids = [i for source in (generation, config) for i in _as_list(source.get("eos_token_id"))]
+        named = self.backend.token_to_id(self.specials.get("eos_token", ""))
+        self.eos = named if named is not None else (ids[0] if ids else None)
+        if self.eos is None:
+            raise ValueError(f"{folder}: no end-of-text token; set eos_token in tokenizer_config.json or eos_token_id in generation_config.json")
+        self.eos_ids = sorted({self.eos, *ids})
+        self.vocab_size = self.backend.get_vocab_size()
+        self.template_source = _template(folder, settings)
+        self._template = None
+
+    def save(self, folder: str | Path) -> None:
+        """Copy the tokenizer's files, so that a checkpoint loads in transformers and vLLM by itself."""
+        for name in FILES:
+            if (self.folder / name).exists() and self.folder != Path(folder):
+                shutil.copy2(self.folder / name, folder)
+        if not (Path(folder) / "generation_config.json").exists():
+            run.write_json(Path(folder) / "generation_config.json", {"eos_token_id": self.eos_ids})
+
+    def encode(self, text: str, start: bool = False) -> list[int]:
+        """Ids of a text. start: the text opens the sequence, so the tokenizer's own BOS (Llama) is added where it has one."""
+        return self.backend.encode(text, add_special_tokens=start).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids, special tokens left out; ids beyond the tokenizer (a padded vocabulary) are left out too."""
+        return self.backend.decode([i for i in ids if i < self.vocab_size])
+
+    def render(self, messages: list[dict]) -> str:
+        """The conversation in the folder's chat template, opened for the assistant's turn."""
+        if self._template is None:
+            self._template = _compile(self.template_source)
+        import jinja2
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=True, **self.specials)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"chat template failed: {error}; check tokenizer_config.json's chat_template and the messages' roles") from None
+
+    def prompt(self, prompt: str | list[dict]) -> tuple[list[int], str]:
+        """(ids, text) of a prompt: through the chat template where there is one, else plain text, as it stands."""
+        if self.template_source is None:
+            text = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt) + "\n"
+            return self.encode(text, start=True), text
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt if "\\boxed" in prompt else f"{prompt}\n{INSTRUCTION}"}]
+        text = self.render(prompt)
+        return self.encode(text), text                                              # the template writes its own BOS
+
+
+def _read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error.msg} at line {error.lineno}); restore the file from the original model") from None
+
+
+def _as_list(value) -> list:
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
+
+
+def _template(folder: Path, settings: dict) -> str | None:
+    """The chat template's source: chat_template.jinja, or tokenizer_config.json's (the "default" one of several)."""
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text()
+    source = settings.get("chat_template")
+    if isinstance(source, list):
+        named = {t["name"]: t["template"] for t in source}
+        source = named.get("default", next(iter(named.values()), None))
+    return source
+
+
+def _compile(source: str):
+    """Compile a template as transformers does, in a sandbox: a downloaded template must not reach Python."""
+    import jinja2
+    import jinja2.sandbox
+    from datetime import datetime
+
+    def refuse(message):
+        raise jinja2.TemplateError(message)
+
+    # {% generation %} only marks the assistant's text for masks, which we make by position
+    source = re.sub(r"\{%(-?)\s*(end)?generation\s*(-?)%\}", lambda m: f"{{%{m[1]} {'endif' if m[2] else 'if true'} {m[3]}%}}", source)
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    env.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    env.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    try:
+        return env.from_string(source)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"chat template does not compile: {error}; mend tokenizer_config.json's chat_template or remove it") from None
+
+
+# ------------------------------------------------------------------------------------------------------------------------ rows
+def read_rows(path: str | Path) -> list[dict]:
+    """Rows of a .jsonl or .parquet file (Parquet needs pyarrow). Errors name the file and the line."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give a .jsonl or .parquet file")
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow.parquet
+        except ImportError:
+            raise ValueError(f"{path}: reading Parquet needs pyarrow; pip install pyarrow, or convert the file to JSONL") from None
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    else:
+        rows = run.read_jsonl(path)
+    if not rows:
+        raise ValueError(f"{path}: no rows; each line must be one JSON object")
+    if not isinstance(rows[0], dict):
+        raise ValueError(f"{path}:1: a {type(rows[0]).__name__}, not an object; each line must be one JSON object")
+    return rows
+
+
+def _find(row: dict, names: tuple[str, ...]):
+    """The value of the first of these columns that the row has, or None."""
+    for name in names:
+        value = row
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None:
+            return value
+    return None
+
+
+def _pair(row: dict) -> tuple[str | list[dict], str] | None:
+    """(prompt, response) of an SFT row in any of the accepted spellings, or None."""
+    messages = row.get("messages")
+    if messages and messages[-1].get("role") == "assistant":
+        return messages[:-1], messages[-1]["content"]
+    prompt, response = _find(row, PROMPT), _find(row, RESPONSE)
+    if response is None and "thinking" in row and "final" in row:                   # R1 style, in two columns
+        response = f"<think>\n{row['thinking']}\n</think>\n\n{row['final']}"
+    if response is None:
+        response = row.get("answer")
+    if isinstance(response, list):                                                  # TRL: a list of messages
+        response = response[-1]["content"] if response else None
+    return None if prompt is None or response is None else (prompt, str(response))
+
+
+def _response_ids(tokenizer: Tokenizer, prompt_text: str, response: str) -> list[int]:
+    """Ids of a response and its EOS; an opening <think> that the prompt already ends with is not written twice."""
+    opened = "<think>" if prompt_text.rstrip().endswith("<think>") else ""
+    if opened and response.lstrip().startswith(opened):
+        response = response.lstrip()[len(opened):]
+        response = response.lstrip("\n") if prompt_text.endswith("\n") else response
+    return tokenizer.encode(response) + [tokenizer.eos]
+
+
+def sft_examples(path: str, tokenizer: Tokenizer, max_len: int) -> tuple[list[Example], int]:
+    """(examples, number dropped as longer than max_len tokens) of an SFT file."""
+    examples, n_long = [], 0
+    for n, row in enumerate(read_rows(path), 1):
+        if "text" in row and _pair(row) is None:
+            ids = tokenizer.encode(row["text"], start=True) + [tokenizer.eos]
+            example = Example(ids[:1], ids[1:])
+        else:
+            pair = _pair(row)
+            if pair is None:
+                raise ValueError(f"{path}:{n}: no prompt and response; a row needs messages, prompt and response, or text (found: {sorted(row)})")
+            prompt_ids, prompt_text = tokenizer.prompt(pair[0])
+            example = Example(prompt_ids, _response_ids(tokenizer, prompt_text, pair[1]))
+        if len(example.prompt) + len(example.response) > max_len:
+            n_long += 1
+        else:
+            examples.append(example)
+    if not examples:
+        raise ValueError(f"{path}: all {n_long} examples are longer than {max_len} tokens; raise --max-len")
+    return examples, n_long
+
+
+def problems(path: str, tokenizer: Tokenizer, max_prompt: int) -> tuple[list[Problem], int]:
+    """(problems, number dropped as longer than max_prompt tokens) of an RL or evaluation file."""
+    found, n_long = [], 0
+    for n, row in enumerate(read_rows(path), 1):
+        messages = row.get("messages")
+        prompt = [m for m in messages if m["role"] != "assistant"] if messages else _find(row, PROMPT)
+        gold = _find(row, GOLD)
+        if prompt is None or gold is None:
+            missing = "prompt" if prompt is None else "answer"
+            raise ValueError(f'{path}:{n}: no "{missing}"; a problem needs prompt and answer (found: {sorted(row)})')
+        ids, text = tokenizer.prompt(prompt)
+        pair = _pair({k: v for k, v in row.items() if k != "answer"})
+        expert = _response_ids(tokenizer, text, pair[1]) if pair else None
+        opened = "<think>" if text.rstrip().endswith("<think>") else ""
+        if len(ids) > max_prompt:
+            n_long += 1
+        else:
+            shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            found.append(Problem(shown, ids, str(gold).split("####")[-1].strip(), row.get("numbers"), expert, opened))
+    if not found:
+        raise ValueError(f"{path}: all {n_long} prompts are longer than {max_prompt} tokens; raise --max-prompt")
+    return found, n_long
+
+
+# --------------------------------------------------------------------------------------------------------------------- batches
+def plan(n: int, seed: int, start: int, count: int) -> list[int]:
+    """Rows number start .. start + count of the endless stream made of one permutation of range(n) after another."""
+    picked = []
+    while len(picked) < count:
+        epoch, offset = divmod(start + len(picked), n)
+        order = torch.randperm(n, generator=run.generator(seed, "epoch", epoch)).tolist()
+        picked += order[offset:offset + count - len(picked)]
+    return picked
+
+
+def cut(lengths: list[int], budget: int) -> list[list[int]]:
+    """Cut rows into micro-batches of like length with at most `budget` tokens each, padding included.
+
+    Returns lists of indices into `lengths`, the longest rows first, so that running out of memory happens at once or never.
+    A row longer than the budget gets a micro-batch of its own.
+    """
+    batches, width = [], 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or (len(batches[-1]) + 1) * width > budget:
+            batches.append([])
+            width = lengths[i]
+        batches[-1].append(i)
+    return batches
+
+
+def collate(rows: list[Example], device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """ids (B, T), padded with 0 on the right, and mask (B, T): 1 where the model is trained to have chosen the token."""
+    T = max(len(r.prompt) + len(r.response) for r in rows)
+    ids, mask = torch.zeros(len(rows), T, dtype=torch.long), torch.zeros(len(rows), T, dtype=torch.bool)
+    for b, row in enumerate(rows):
+        n_prompt, n = len(row.prompt), len(row.prompt) + len(row.response)
+        ids[b, :n] = torch.tensor(row.prompt + row.response)
+        mask[b, n_prompt:n] = True
+    return ids.to(device), mask.to(device)

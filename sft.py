@@ -1,0 +1,259 @@
+"""Supervised fine-tuning on expert trajectories, through the regimes of its validation loss.
+
+    torchrun sft.py                                                      built-in problems, tiny model, no download -> runs/sft
+    torchrun sft.py --init Qwen/Qwen2.5-0.5B --data train.jsonl --val val.jsonl --out runs/q
+
+One batch, end to end: plan() picks the rows of the step -> cut() makes micro-batches of like length -> hidden (B, T, D) -> log-probs of
+the response tokens -> minus their sum over the number of response tokens of the WHOLE step -> backward -> clip -> AdamW. Every
+--eval-every steps: save, validate, name the regime: adaptive, stable, mild or severe (phases.py). Start RL from the minimum.
+
+Choices: 1) The loss is a mean over all response tokens of the optimizer step, however the step is cut (the paper's code averages
+micro-batch means). 2) Only responses and their EOS are trained; prompts are read. 3) The built-in task keeps its learning rate
+constant, so that no schedule imitates saturation; real models default to the paper's cosine.
+4) Without --init a tiny base model is made first, once, by this same file on plain text (runs/base).
+Shapes: B rows, T tokens, D model width. Losses in nats a token; compute in FLOPs.
+"""
+import hashlib
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import countdown
+import data
+import evaluate
+import losses
+import model as model_file
+import phases
+import run
+
+BASE = Path("runs/base")
+TINY = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+        "hidden_act": "silu", "tie_word_embeddings": True, "torch_dtype": "float32"}
+
+
+@dataclass
+class Config:
+    init: str = ""                  # model folder, checkpoint, run directory or hub name; empty = the built-in task's base model
+    data: str = ""                  # trajectories: .jsonl or .parquet; empty = the built-in ones
+    val: str = ""                   # validation trajectories; empty = 199 rows (10% if fewer than 1,990) held out of --data
+    problems: str = ""              # problems to sample answers for at each validation; empty = none
+    out: str = "runs/sft"           # run directory
+    overwrite: bool = False         # delete an earlier run in --out
+    resume: bool = False            # go on from the newest checkpoint in --out
+    dry_run: bool = False           # show model, data and plan, then stop
+    from_scratch: bool = False      # random weights: take only config.json and tokenizer from --init
+    steps: int = 0                  # optimizer steps; 0 = --epochs
+    epochs: float = 8.0             # passes over the data
+    batch: int = 512                # trajectories an optimizer step
+    micro_tokens: int = 16384       # tokens a micro-batch, padding included
+    max_len: int = 16384            # tokens an example; longer ones are dropped and counted
+    optimizer: Literal["adamw", "muon"] = "adamw"          # muon: Muon on the matrices, AdamW on the rest
+    lr: float = 1e-5                # learning rate
+    schedule: Literal["cosine", "constant"] = "cosine"     # after warm-up
+    warmup: float = 0.1             # share of the steps with a rising learning rate
+    weight_decay: float = 0.01      # decoupled, as AdamW
+    clip: float = 1.0               # largest gradient norm
+    bf16: bool = False              # compute in bfloat16 under autocast; weights stay fp32
+    seed: int = 0                   # order of the data
+    save_every: int = 0             # steps between checkpoints besides the validated ones; 0 = none
+    log_every: int = 1              # steps between printed lines; metrics.jsonl has every step
+    eval_every: int = 360           # steps between validations; each is saved
+    keep: int = 0                   # checkpoints to keep; 0 = all. The newest and the minimum-loss one always stay
+    until: Literal["", "stable", "mild", "severe"] = ""    # stop once this regime is reached for good
+    max_new: int = 1024             # tokens a response when sampling --problems
+
+    def __post_init__(self):
+        for name in ("batch", "micro_tokens", "max_len", "eval_every", "epochs", "lr", "clip"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0")
+
+
+def preset(given: dict) -> dict:
+    """What the built-in task uses instead of the defaults for real models, where no --data was given."""
+    if "data" in given:
+        return {}
+    folder = evaluate.BUILT_IN
+    return {"data": f"{folder}/train.jsonl", "val": f"{folder}/val.jsonl", "problems": f"{folder}/eval.jsonl", "steps": 1500, "batch": 32,
+            "micro_tokens": 2048, "max_len": 256, "optimizer": "muon", "lr": 2e-3, "schedule": "constant", "warmup": 0.0, "eval_every": 100, "log_every": 25,
+            "max_new": 128}
+
+
+def base_config(cfg: Config) -> Config:
+    """The run that makes the tiny base model: plain text, random start."""
+    folder = evaluate.BUILT_IN
+    return replace(cfg, init=str(folder), data=f"{folder}/base.jsonl", val="", problems="", out=str(BASE), from_scratch=True, steps=704,
+                   lr=3e-3, eval_every=352, keep=1, until="", overwrite=False, resume=BASE.exists(), dry_run=False)
+
+
+def make_built_in(cfg: Config) -> Config:
+    """Write the built-in problems and train the tiny base model, each once; returns cfg with --init pointing to the base."""
+    folder = evaluate.BUILT_IN
+    if not (folder / "countdown.json").exists():
+        print(f"writing the built-in problems and expert trajectories to {folder}", flush=True)
+        countdown.write(folder)
+        words = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
+        run.write_json(folder / "config.json", {**TINY, "vocab_size": words})
+    if not (BASE / "checkpoints" / f"step_{base_config(cfg).steps:06d}").exists():
+        print(f"no base model in {BASE}: making it once, from plain text (about a minute)", flush=True)
+        if not main(base_config(cfg)):
+            raise SystemExit(0)                                                     # Ctrl-C: the base is saved and will be resumed
+        print(f"the base model is made; now SFT -> {cfg.out}\n", flush=True)
+    return replace(cfg, init=str(BASE))
+
+
+# ------------------------------------------------------------------------------------------------------------------------ data
+def load_examples(cfg: Config, tokenizer) -> tuple[list, list, str]:
+    """(training examples, validation examples, hash of the validation set)."""
+    train, n_long = data.sft_examples(cfg.data, tokenizer, cfg.max_len)
+    if cfg.val:
+        val, n_long_val = data.sft_examples(cfg.val, tokenizer, cfg.max_len)
+    else:
+        n_val, n_long_val = min(199, max(1, len(train) // 10)), 0
+        held_out = set(data.plan(len(train), run.seed_of("held out"), 0, n_val))    # the same rows whatever --seed is
+        val = [train[i] for i in sorted(held_out)]
+        train = [row for i, row in enumerate(train) if i not in held_out] or val
+        print(f"no --val: {n_val} rows of {cfg.data} held out for validation")
+    print(f"{len(train)} training and {len(val)} validation examples; {n_long + n_long_val} over {cfg.max_len} tokens dropped", flush=True)
+    digest = hashlib.sha256(repr([tuple(map(tuple, row)) for row in val]).encode()).hexdigest()[:16]
+    return train, val, digest
+
+
+def show_example(example, tokenizer) -> None:
+    """The first row as the model sees it, the trained part between >> and <<."""
+    print(f"first example: {len(example.prompt)} tokens read, {len(example.response)} trained (marked >> <<):")
+    print(f"  {tokenizer.decode(example.prompt)}>>{tokenizer.decode(example.response[:-1])}{tokenizer.backend.id_to_token(example.response[-1])}<<\n", flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ maths
+def response_logp(model, ids, mask, temperature: float = 1.0, entropy: bool = False):
+    """Log-probs of the trained tokens of each row, moved to the left: logp (B, R), entropy (B, R) or None, chosen (B, R) bool.
+
+    ids, mask (B, T) as data.collate makes them; R = most trained tokens of a row. Positions nobody trains never reach the head.
+    """
+    hidden = model(ids)[:, :-1]                                                     # (B, T-1, D): the state at t - 1 chooses token t
+    picked = mask[:, 1:]
+    values = model_file.token_logp(hidden[picked], model.head, ids[:, 1:][picked], temperature, entropy=entropy)
+    lengths = picked.sum(1)
+    chosen = torch.arange(int(lengths.max()), device=ids.device) < lengths[:, None]  # (B, R)
+    aligned = [torch.zeros(chosen.shape, device=ids.device).masked_scatter(chosen, v) for v in (values if entropy else [values])]
+    return aligned[0], aligned[1] if entropy else None, chosen
+
+
+def batch_loss(model, rows, denominator: int, device, bf16: bool = False) -> torch.Tensor:
+    """Scalar: minus the summed log-prob of the response tokens of these rows, over `denominator` (nats a token)."""
+    ids, mask = data.collate(rows, device)                                          # (B, T), (B, T)
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        logp, _, chosen = response_logp(model, ids, mask)                           # (B, R) nats
+    weights = torch.full((len(rows),), 1 / denominator, dtype=torch.float64, device=device)
+    return losses.aggregate(losses.sft_loss(logp), chosen, weights)
+
+
+@torch.no_grad()
+def validation_loss(model, rows, micro_tokens: int, device, bf16: bool = False) -> float:
+    """Mean loss over all response tokens of the validation set, nats a token."""
+    n_tokens = sum(len(r.response) for r in rows)
+    lengths = [len(r.prompt) + len(r.response) for r in rows]
+    return sum(batch_loss(model, [rows[i] for i in part], n_tokens, device, bf16).item() for part in data.cut(lengths, micro_tokens))
+
+
+# ------------------------------------------------------------------------------------------------------------------------- main
+def validate(cfg, book, step, model, tokenizer, val, problems, device, totals) -> phases.Diagnosis:
+    """Validation loss, the regime it is in so far, and pass@1 on --problems; logged as a val and an eval line."""
+    loss = validation_loss(model, val, cfg.micro_tokens, device, cfg.bf16)
+    book.log(step, "val", **totals, val_loss=loss)
+    points = book.of_kind("val")
+    diagnosis = phases.diagnose([p["step"] for p in points], [math.nan if p["val_loss"] is None else p["val_loss"] for p in points])
+    improving = not diagnosis.saturated and diagnosis.regimes[-1] in ("adaptive", "stable")   # the minimum so far is no minimum yet
+    text = f"step {step:5d}  val loss {loss:.4f}  {'adaptive, still improving' if improving else diagnosis.regimes[-1]}"
+    if problems:
+        summary, records, _ = evaluate.evaluate(model, tokenizer, problems, 1, 0.7, cfg.max_new, run.seed_of(cfg.seed, "eval"))
+        book.log(step, "eval", **totals, **summary)
+        book.log_samples(step, records[:20])
+        text += f"  pass@1 {summary['pass1']:.1f} (se {summary['pass1_se']:.1f})"
+    print(text, flush=True)
+    return diagnosis
+
+
+def main(cfg: Config) -> bool:
+    """Train; False when a signal or --dry-run ended it early."""
+    _, _, device = run.start_process()
+    if not cfg.init:
+        cfg = make_built_in(cfg)
+    if cfg.from_scratch:
+        model, tokenizer = model_file.init_model(model_file.read_config(cfg.init), cfg.seed).to(device), data.Tokenizer(cfg.init)
+    else:
+        model, tokenizer, _ = evaluate.open_model(cfg.init, device)
+    train, val, val_set = load_examples(cfg, tokenizer)
+    problems = data.problems(cfg.problems, tokenizer, cfg.max_len)[0] if cfg.problems else []
+    steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch))
+    lengths = [len(r.prompt) + len(r.response) for r in train]
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device}; {steps} steps x {cfg.batch} = "
+          f"{steps * cfg.batch / len(train):.1f} epochs; mean length {sum(lengths) / len(lengths):.0f} tokens, longest {max(lengths)}")
+    show_example(train[0], tokenizer)
+    if cfg.dry_run:
+        return False
+    optimizers = run.make_optimizers(model, cfg.optimizer, cfg.lr, weight_decay=cfg.weight_decay)
+    book = run.Run(cfg, cfg.resume, cfg.overwrite, val_set=val_set, base=cfg.init)
+    totals, start, stop = {"tokens": 0, "flops": 0.0, "flops_hw": 0.0}, 0, run.catch_signals()
+    if book.resumed:
+        state = book.load(model, optimizers)
+        start, totals = state["step"], {k: state[k] for k in totals}
+        print(f"resuming {cfg.out} after step {start}", flush=True)
+
+    def save(step):
+        return book.save(step, lambda folder: evaluate.save_model(model, tokenizer, folder), model, optimizers, **totals, seed=cfg.seed)
+
+    diagnosis = None
+    for step in range(start, steps + 1):
+        if step % cfg.eval_every == 0 or step == steps:
+            save(step)
+            if not any(row["step"] == step for row in book.of_kind("val")):
+                diagnosis = validate(cfg, book, step, model, tokenizer, val, problems, device, totals)
+                book.prune(cfg.keep, {diagnosis.recommended_step})
+            if cfg.until and diagnosis and phases.reached(diagnosis, cfg.until):
+                print(f"--until {cfg.until}: reached at step {step}")
+                break
+        elif cfg.save_every and step % cfg.save_every == 0 or stop:
+            save(step)
+        if step == steps or stop:
+            break
+        rows = [train[i] for i in data.plan(len(train), cfg.seed, step * cfg.batch, cfg.batch)]
+        sizes = [len(r.prompt) + len(r.response) for r in rows]
+        n_trained, total_loss = sum(len(r.response) for r in rows), 0.0
+        for part in data.cut(sizes, cfg.micro_tokens):
+            loss = batch_loss(model, [rows[i] for i in part], n_trained, device, cfg.bf16)
+            loss.backward()
+            total_loss += loss.detach()
+        lr = run.lr_at(step, steps, cfg.lr, cfg.schedule, cfg.warmup)
+        norm = run.update(model, optimizers, lr, cfg.clip)
+        book.watch(norm, step + 1)
+        totals = {"tokens": totals["tokens"] + sum(sizes), "flops": totals["flops"] + 3 * model_file.forward_flops(model.config, sizes),
+                  "flops_hw": totals["flops_hw"] + 3 * model_file.hardware_flops(model.config, sizes)}
+        row = book.log(step + 1, "train", **totals, loss=float(total_loss), grad_norm=norm, lr=lr, epoch=(step + 1) * cfg.batch / len(train))
+        if (step + 1) % cfg.log_every == 0:
+            print(f"step {step + 1:5d}/{steps}  loss {row['loss']:.4f}  grad {norm:.2f}  lr {lr:.1e}  epoch {row['epoch']:.2f}  "
+                  f"{totals['tokens'] / max(1e-9, book.seconds):,.0f} tok/s  {book.eta(step + 1, steps)}", flush=True)
+    finish(cfg, book, stop)
+    return not stop
+
+
+def finish(cfg: Config, book, stop: list) -> None:
+    """Where the run stands, which checkpoint RL should start from, and the next command to type."""
+    if stop:
+        print(f"stopped by {stop[0]}, saved. Go on with: torchrun sft.py --resume" + ("" if cfg.out == "runs/sft" else f" --out {cfg.out}"))
+        return
+    points = book.of_kind("val")
+    saved = {int(f.name[5:]) for f in book.checkpoints.glob("step_*[0-9]")}
+    end = phases.diagnose([p["step"] for p in points], [math.nan if p["val_loss"] is None else p["val_loss"] for p in points], saved=saved)
+    print("regimes: " + "  ".join(f"{s} {r}" for s, r in zip(end.steps, end.regimes)))
+    if end.recommended_step is not None:
+        print(f"start RL from {book.path(end.recommended_step)}: {end.reason}\nnext: torchrun rl.py --init {cfg.out}")
+
+
+if __name__ == "__main__":
+    run.cli(main, Config, preset)
