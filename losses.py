@@ -1,451 +1,349 @@
-"""Every objective as a per-token loss, a mask and one aggregator: SFT, GRPO, DAPO, LUFFY, SRFT, UPT, Prefix-RFT and their usual options.
+"""Every objective as a per-token loss, a mask and one aggregator: SFT, GRPO, DAPO, LUFFY, SRFT, UPT, Prefix-RFT.
 
-The one formula, over all rows b and tokens t of an optimizer step (all its micro-batches, all ranks):
-    loss = sum_bt W_b policy_bt + sum_bt U_b imitation_bt + kl_coef sum_bt K_b kl_bt - entropy_coef sum_bt (1/N) H_bt
-token_loss() gives `policy` and `imitation` (B,T), batch_weights() gives W, U, K and 1/N (B,) from nothing but the lengths of the step's rows, and
-update_loss() adds it up for one micro-batch. Weights are fixed before the first backward, so the gradient does not depend on how a step is cut.
+    loss = sum W policy + sum U imitation + kl_coef sum K kl - entropy_coef sum H / N     over all rows and tokens
+token_loss() gives policy and imitation (B,T), batch_weights() the row weights W, U, K, 1/N, from the lengths of ALL
+rows of the optimizer step, before its first backward: micro-batches and ranks cannot change a gradient.
+Choices where papers and official code differ; [n] and "equation n" are those of arXiv 2512.11470:
+1) W = 1/N, N the trained tokens of the step (token-mean); official code: 1/8192, or 1/tokens of each micro-batch
+2) GRPO [11, 12]: reward minus group mean, clip 0.2/0.2; DAPO_dc: over the std too, 0.2/0.28. Groups that agree, and
+   groups of one, have advantage exactly 0. With one update per round the ratio is 1 and no clip ever acts
+3) LUFFY [13]: rollouts unclipped; expert tokens p/(p + 0.1), as if their sampler had given them probability 1
+4) SRFT [14-16]: entropy weights by sequence; the off-policy term raises the advantage, unlike the sum as printed
+5) UPT [17]: a prompt at or below the gate trains on its demonstration alone, another on its rollouts, clipped
+6) Prefix-RFT [18, 19]: the hybrid is one of its group; only the step's most uncertain fifth of prefix tokens teach
 
-Choices, where papers and official code differ (paper = arXiv 2512.11470, equation numbers are its own):
-1) token-mean everywhere by default: W = 1/N, N = trained tokens of the whole step; no micro-batch or rank ever divides by its own count
-2) GRPO (11, 12): advantage R - mean of the group, clip 0.2/0.2; DAPO_dc: std on, clip 0.2/0.28. With one update per round the ratio is 1 and no clip acts
-3) LUFFY (13): rollouts -A r unclipped; expert tokens -A p/(p + 0.1), the sampler of the demonstration taken as probability 1
-4) SRFT (14-16): entropy weights per sequence; signs of the off-policy term as in code that trains, not as the sum is printed
-5) UPT (17): a prompt at or below the gate trains on its demonstration alone, any other on its rollouts alone, with GRPO's clip
-6) Prefix-RFT (18, 19): the hybrid row is an ordinary group member; of its demonstration tokens only the most uncertain fifth keep an advantage
-7) a group whose rewards agree has advantage exactly 0, and so has a group of one
-
-How to use:   objective = replace(OBJECTIVES["dapo"], entropy_coef=0.001);   loss = update_loss(objective, logp, entropy, rows, weights)
-Shapes: B rows, T response positions, N trained tokens of the step. Log-probs and entropies in nats, from logits divided by the temperature.
-Masks are bool by position. What lies under a False is never read: it may be NaN.
+    weights = batch_weights(objective, lengths, group_ids, is_expert)                        # whole step, all ranks
+    update_loss(objective, logp, entropy, take(rows, part), weights[:, part]).backward()     # each micro-batch
+Shapes: B rows, T response positions. Nats, of logits over the temperature. Under a False of a mask may lie NaN.
 """
 import math
-from dataclasses import dataclass, fields
-from typing import Iterable, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-AGGREGATORS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "group-token-mean", "const")
+CHOICES = {
+    "surrogate": ("token", "sequence", "cispo", "success"), "demo": ("none", "row", "gate", "prefix"),
+    "entropy_weights": ("none", "seq", "batch"), "prefix_adv": ("group", "split"), "kl_type": ("k1", "k2", "k3"),
+    "tis": ("none", "token", "sequence", "icepop"), "mix_norm": ("joint", "separate"), "singleton": ("zero", "raw"),
+    "agg": ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "group-token-mean", "const"),
+}
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What one step minimises. Defaults are GRPO's; the trailing comment of a field is its help text."""
-    surrogate: str = "ratio"            # rollout tokens: ratio (policy gradient with importance ratio), cispo, success (SRFT's weighted log-probs)
-    sequence_ratio: bool = False        # one ratio per sequence, the geometric mean over its tokens (GSPO; wants agg seq-mean-token-mean, clip 3e-4/4e-4)
-    clip_low: float | None = 0.2        # ratios below 1 - this are clipped; none = no lower clip
-    clip_high: float | None = 0.2       # ratios above 1 + this are clipped; none = no upper clip
-    dual_clip: float | None = None      # cap on the loss of negative advantages, times |A| (verl 3, the paper's scripts 10)
-    ratio_cap: float | None = 5.0       # CISPO: largest weight, an absolute ratio
-    ratio_floor: float | None = None    # CISPO: smallest weight
-    log_ratio_clamp: float | None = None  # clamp of logp - old_logp in nats, no gradient outside (newer verl 20)
-    normalize_std: bool = False         # divide advantages by the standard deviation of the group
-    adv_ddof: int = 1                   # 1 = unbiased standard deviation (verl, TRL), 0 = population
-    adv_eps: float = 1e-6               # added to that standard deviation
-    singleton: str = "zero"             # advantage of a group of one: zero, or raw (= its reward, as verl does)
-    demo: str = "none"                  # how a demonstration enters: none, row (one more row), gate (instead of the rollouts), prefix (start of a rollout)
-    shaping_gamma: float | None = None  # expert tokens: weight p/(p + gamma) on the advantage (LUFFY, SRFT); none = no such term
+    """What one optimizer step minimises. Defaults are GRPO's; a field's trailing comment is its help text."""
+    surrogate: str = "token"            # ratio by token, by sequence (GSPO: clips 3e-4, 4e-4), cispo, success (SRFT)
+    clip_low: float | None = 0.2        # clip ratios below 1 - this (cispo: usually none)
+    clip_high: float | None = 0.2       # clip ratios above 1 + this (cispo: 4, so that weights end at 5)
+    dual_clip: float | None = None      # where A < 0, loss at most this times |A| (verl 3, the paper's scripts 10)
+    log_ratio_clamp: float | None = 20.0  # logp - old_logp within +-this, no gradient outside: exp cannot overflow
+    normalize_std: bool = False         # divide advantages by the group's standard deviation
+    singleton: str = "zero"             # advantage of a group of one: zero, or raw = its reward (verl)
+    demo: str = "none"                  # demonstration: none, row (one more), gate (instead of rollouts), prefix
+    shaping_gamma: float | None = None  # expert tokens: p/(p + gamma) times the advantage; none = no such term
     imitation: float = 0.0              # expert tokens: coefficient of -logp (UPT's sft_coef, SRFT's 0.5)
-    success_coef: float = 0.1           # SRFT: weight of a correct rollout is this times exp(+H)
-    entropy_weights: str = "none"       # SRFT: scale imitation by exp(-H) and successes by exp(+H); H of the sequence (seq) or of the whole step (batch)
-    success_threshold: float = 0.5      # SRFT: a rollout is correct above this reward
-    gate_gamma: float = 0.0             # UPT: imitate when the mean reward of the rollouts is at most this
-    prefix_clip: bool = True            # Prefix-RFT: clip the ratio of demonstration tokens too
-    prefix_adv: str = "group"           # Prefix-RFT: group (all rows share one baseline) or split (authors' dr_grpo_prefix)
-    drop_ratio: float = 0.8             # Prefix-RFT: share of demonstration tokens, the most certain ones, that lose their advantage
+    success_coef: float = 0.1           # success: weight of a correct rollout, times exp(H)
+    entropy_weights: str = "none"       # imitation times exp(-H), success times exp(H); H by seq, or of the whole batch
+    gate_gamma: float = 0.0             # gate: imitate where the rollouts' mean reward is at most this
+    prefix_clip: bool = True            # prefix: clip the ratio of demonstration tokens too
+    prefix_adv: str = "group"           # prefix: group (one baseline for all), split (the authors' dr_grpo_prefix)
+    drop_ratio: float = 0.8             # prefix: share of demonstration tokens, the surest, that lose their advantage
     dynamic_sampling: bool = False      # replace prompts whose rewards all agree
-    mask_truncated: bool = False        # responses cut by the length limit count in the baseline but train no token
-    tis: str = "none"                   # correct for the sampler's own log-probs: none, token, sequence, icepop (token, 0 outside the bounds)
-    tis_low: float | None = None        # lower bound of that weight
-    tis_high: float | None = 2.0        # upper bound of that weight
+    mask_truncated: bool = False        # responses cut by the length limit count in the baseline, train no token
+    tis: str = "none"                   # weigh by trainer over sampler probability: none, token, sequence, icepop
+    tis_low: float | None = None        # that weight at least this (icepop: 0 below it)
+    tis_high: float | None = 2.0        # that weight at most this (icepop: 0 above it)
     kl_coef: float = 0.0                # penalty against the frozen reference
-    kl_type: str = "k3"                 # k1, k2 or k3
-    kl_clamp: float | None = None       # k3 within +-this, and its log-ratio within +-20, no gradient outside (verl 10)
-    entropy_coef: float = 0.001         # entropy bonus, always a token mean, expert tokens included
-    agg: str = "token-mean"             # token-mean, seq-mean-token-mean, seq-mean-token-sum, group-token-mean, const
+    kl_type: str = "k3"                 # k1, k2, k3; only k2 has this KL's gradient: k1's is noise, k3's the reverse's
+    kl_clamp: float | None = None       # k3 within +-this, its log-ratio within +-20, no gradient outside (verl 10)
+    entropy_coef: float = 0.001         # entropy bonus: a token mean whatever agg is, expert tokens included
+    agg: str = "token-mean"             # or seq-mean-token-mean, seq-mean-token-sum, group-token-mean, const
     norm_const: float = 8192.0          # const: tokens to divide by
-    const_div_seqs: bool = True         # const: divide by the number of rows too (Dr. GRPO); off in LUFFY's and UPT's code
-    mix_norm: str = "joint"             # joint (one denominator) or separate (imitation: mean over expert tokens; the rest: agg)
+    const_div_seqs: bool = True         # const: over the rows too (Dr. GRPO); LUFFY's and UPT's code does not
+    mix_norm: str = "joint"             # joint (one denominator), separate (imitation: mean over expert tokens)
 
     def __post_init__(self):
-        allowed = dict(surrogate=("ratio", "cispo", "success"), singleton=("zero", "raw"), demo=("none", "row", "gate", "prefix"),
-                       entropy_weights=("none", "seq", "batch"), prefix_adv=("group", "split"), tis=("none", "token", "sequence", "icepop"),
-                       kl_type=("k1", "k2", "k3"), agg=AGGREGATORS, mix_norm=("joint", "separate"), adv_ddof=(0, 1))
-        for name, values in allowed.items():
+        for name, values in CHOICES.items():
             if getattr(self, name) not in values:
-                raise ValueError(f"objective: {name} is {getattr(self, name)!r}; choose one of {', '.join(map(str, values))}")
-        if self.sequence_ratio and self.surrogate != "ratio":
-            raise ValueError(f"objective: sequence_ratio needs surrogate ratio, not {self.surrogate}; switch one of the two off")
+                raise ValueError(f"objective: {name} is {getattr(self, name)!r}; choose one of {', '.join(values)}")
 
 
-_DAPO_DC = Objective(normalize_std=True, clip_high=0.28, dynamic_sampling=True, entropy_coef=0.0)
 OBJECTIVES = {
     "grpo": Objective(),
     "dapo_d": Objective(dynamic_sampling=True),
-    "dapo_dc": _DAPO_DC,
-    "dapo": _DAPO_DC,
-    "luffy": Objective(clip_low=None, clip_high=None, demo="row", shaping_gamma=0.1),
-    "srft": Objective(surrogate="success", clip_low=None, clip_high=None, demo="row", shaping_gamma=0.1, imitation=0.5, entropy_weights="seq"),
+    "dapo_dc": Objective(dynamic_sampling=True, normalize_std=True, clip_high=0.28, entropy_coef=0.0),
+    "luffy": Objective(demo="row", clip_low=None, clip_high=None, shaping_gamma=0.1),
+    "srft": Objective(demo="row", surrogate="success", shaping_gamma=0.1, imitation=0.5, entropy_weights="seq"),
     "upt": Objective(demo="gate", imitation=1.0),
     "prefix_rft": Objective(demo="prefix"),
 }
+OBJECTIVES["dapo"] = OBJECTIVES["dapo_dc"]
 
 
-# ---- rewards -> advantages -------------------------------------------------------------------------------------------------------------
+def overlong_penalty(length: int, max_len: int, cache_len: int, factor: float = 1.0) -> float:
+    """Added to the reward of a response of `length` tokens: 0, falling to -factor over the last cache_len (DAPO)."""
+    return factor * max(-1.0, min(0.0, (max_len - cache_len - length) / cache_len))
 
-def _by_group(values: Tensor, group_ids: Tensor, member: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Member rows of each row's group (B,B) float64, their number (B,) and their mean (B,). B is a few hundred: a (B,B) table beats bookkeeping."""
-    same = (group_ids[:, None] == group_ids[None, :]).double()
-    if member is not None:
-        same = same * member.double()
+
+def _group_mean(values: Tensor, group_ids: Tensor, member: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """(mean, count) of the member rows of each row's group, both (B,) float64; mean 0 where there is none."""
+    same = (group_ids[:, None] == group_ids).double() * member    # (B,B): a few thousand rows at most, a table will do
     count = same.sum(1)
-    return same, count, (same * values.double()).sum(1) / count.clamp(min=1)
+    return same @ values.double() / count.clamp(min=1), count
 
 
 def is_informative(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """(B,) bool: rows of groups whose rewards are not all equal. Pass raw correctness, before any penalty is added (DAPO, dynamic sampling)."""
-    same = group_ids[:, None] == group_ids[None, :]
-    # compared, not computed: in floating point the spread of equal rewards need not come out as 0
-    return (same & (rewards[None, :] != rewards[:, None])).any(1)
+    """(B,) bool: the rewards of the row's group differ. To filter, pass raw correctness, before penalties (DAPO)."""
+    # compared, not computed: the fp32 mean of three 0.1 is not 0.1, and that residue over eps is a spike
+    return ((group_ids[:, None] == group_ids) & (rewards[:, None] != rewards)).any(1)
 
 
-def group_advantages(rewards: Tensor, group_ids: Tensor, normalize_std: bool = False, eps: float = 1e-6, singleton: str = "zero", ddof: int = 1) -> Tensor:
-    """Reward minus the mean of its group, optionally over the group's standard deviation (paper, equation 11).
+def group_advantages(rewards: Tensor, group_ids: Tensor, normalize_std: bool = False, eps: float = 1e-6,
+                     singleton: str = "zero", ddof: int = 1) -> Tensor:
+    """(B,) reward minus its group's mean, optionally over the group's std + eps [11]; exactly 0 where they all agree.
 
-    rewards        (B,)  float   one scalar per row; rows of a group need not be neighbours
-    group_ids      (B,)  long    which prompt
-    normalize_std                divide by (std + eps); std has B_g - ddof in its denominator
-    singleton                    advantage of a group of one: "zero", or "raw" = its reward
-    returns        (B,)  float   exactly 0 where all rewards of the group are equal
+    rewards    (B,)  float  one scalar a row
+    group_ids  (B,)  long   prompt of each row, in any order
+    singleton, ddof         advantage of a group of one: "zero", or "raw" = its reward; 1 = unbiased std
     """
-    same, count, mean = _by_group(rewards, group_ids)
-    centred = rewards.double() - mean
-    advantages = torch.where(is_informative(rewards, group_ids), centred, torch.zeros_like(centred))
+    mean, count = _group_mean(rewards, group_ids)
+    advantages = (rewards.double() - mean) * is_informative(rewards, group_ids)
     if normalize_std:
-        variance = (same * centred[None, :] ** 2).sum(1) / (count - ddof).clamp(min=1)
-        advantages = advantages / (variance.sqrt() + eps)
+        mean_square, _ = _group_mean(advantages ** 2, group_ids)
+        advantages = advantages / ((mean_square * count / (count - ddof).clamp(min=1)).sqrt() + eps)
     if singleton == "raw":
         advantages = torch.where(count == 1, rewards.double(), advantages)
     return advantages.to(rewards.dtype)
 
 
-def prefix_advantages(objective: Objective, rewards: Tensor, group_ids: Tensor, is_prefix: Tensor, keep: Tensor) -> Tensor:
-    """Token advantages of Prefix-RFT (paper, equations 18 and 19).
+def prefix_advantages(rewards: Tensor, group_ids: Tensor, is_prefix: Tensor, keep: Tensor, split: bool = False,
+                      **how) -> Tensor:
+    """Token advantages (B,T) of Prefix-RFT (paper, equations 18, 19).
 
-    rewards, group_ids  (B,)          as in group_advantages
-    is_prefix           (B,T) bool    tokens copied from the demonstration: prefix_tokens()
-    keep                (B,T) bool    those of them that keep an advantage: most_uncertain()
-    returns             (B,T) float   0 on the other demonstration tokens, which still count in N
+    is_prefix, keep (B,T) bool: prefix_tokens(), most_uncertain(); split: prefix_adv; how: as in group_advantages.
     """
-    options = dict(normalize_std=objective.normalize_std, eps=objective.adv_eps, singleton=objective.singleton, ddof=objective.adv_ddof)
-    hybrid = is_prefix.any(1)                                                       # (B,)
-    if objective.prefix_adv == "group":
-        own = prefix = group_advantages(rewards, group_ids, **options)
-    else:
-        # authors' dr_grpo_prefix: plain rows are centred among themselves, a continuation gets its bare reward, its prefix the gain over plain rows
-        _, _, plain_mean = _by_group(rewards, group_ids, ~hybrid)
-        plain = group_advantages(rewards, 2 * group_ids + hybrid.to(group_ids.dtype), **options)
-        own = torch.where(hybrid, rewards, plain)
-        prefix = rewards - plain_mean.to(rewards.dtype)
-    tokens = torch.where(is_prefix, prefix[:, None], own[:, None])                  # (B,T)
-    return torch.where(is_prefix & ~keep, torch.zeros_like(tokens), tokens)
+    own = prefix = group_advantages(rewards, group_ids, **how)
+    if split:    # plain rows among themselves; a continuation gets its bare reward, its prefix the gain over plain rows
+        hybrid = is_prefix.any(1)
+        own = torch.where(hybrid, rewards, group_advantages(rewards, 2 * group_ids + hybrid, **how))
+        prefix = (rewards.double() - _group_mean(rewards, group_ids, ~hybrid)[0]).to(rewards.dtype)
+    return torch.where(is_prefix, prefix[:, None], own[:, None]) * ~(is_prefix & ~keep)
 
 
-def overlong_penalty(length: int, max_len: int, cache_len: int, factor: float = 1.0) -> float:
-    """What to add to the reward of a response of `length` tokens: 0, then linear over the last cache_len tokens, -factor at max_len and beyond (DAPO, eq. 13)."""
-    return factor * max(-1.0, min(0.0, (max_len - cache_len - length) / cache_len))
+def collect_informative(rounds, wanted: int, max_rounds: int = 10) -> tuple[list, list, list, int, str]:
+    """Dynamic sampling: draw rounds of (group, raw rewards) until `wanted` groups carry a signal (DAPO, eq. 11).
 
-
-# ---- which rows and tokens take part ---------------------------------------------------------------------------------------------------
-
-class Collected(NamedTuple):
-    selected: list      # groups to train on, first come first served
-    dropped: list       # groups whose rewards all agree
-    surplus: list       # informative groups beyond the wanted number: discarded, so that every trained row is from the current policy
-    rounds: int         # rounds used
-    status: str         # full, partial (train on what there is) or empty (skip the step)
-
-
-def collect_informative(rounds: Iterable, wanted: int, max_rounds: int = 10) -> Collected:
-    """Dynamic sampling: draw rounds of (group, rewards) until `wanted` groups carry a signal (DAPO). A lazy iterator samples only what is needed.
-
-    rounds   iterable of lists of (group, rewards): any object and its raw correctness values; it may end early, which is not an error
+    Returns (selected, first come first served; dropped, whose rewards agree; surplus, to be discarded so that all rows
+    are on-policy; rounds drawn; "full", "partial" or "empty"). A generator of rounds samples none in vain; it may end.
     """
-    selected, dropped, used = [], [], 0
-    iterator = iter(rounds)
-    while len(selected) < wanted and used < max_rounds and (batch := next(iterator, None)) is not None:
-        used += 1
+    informative, dropped, drawn, rounds = [], [], 0, iter(rounds)
+    while len(informative) < wanted and drawn < max_rounds and (batch := next(rounds, None)) is not None:
+        drawn += 1
         for group, rewards in batch:
-            (selected if max(rewards) > min(rewards) else dropped).append(group)
-    status = "full" if len(selected) >= wanted else "partial" if selected else "empty"
-    return Collected(selected[:wanted], dropped, selected[wanted:], used, status)
+            (informative if max(rewards) > min(rewards) else dropped).append(group)
+    status = "full" if len(informative) >= wanted else "partial" if informative else "empty"
+    return informative[:wanted], dropped, informative[wanted:], drawn, status
 
 
 def gate_rows(rewards: Tensor, group_ids: Tensor, is_expert: Tensor, gamma: float = 0.0) -> Tensor:
-    """(B,) bool, rows that stay: where the rollouts' mean reward is <= gamma only the expert's, elsewhere only the rollouts (UPT, equation 17).
-
-    A prompt without an expert row keeps its rollouts whatever their rewards.
-    """
-    _, _, success = _by_group(rewards, group_ids, ~is_expert)
-    _, n_experts, _ = _by_group(rewards, group_ids, is_expert)
-    imitate = (success <= gamma + 1e-9) & (n_experts > 0)       # 1e-9: a mean of exactly gamma must not depend on rounding
+    """(B,) bool, rows that stay: the expert's, if any, where the rollouts' mean reward is <= gamma, else theirs."""
+    success, _ = _group_mean(rewards, group_ids, ~is_expert)
+    _, n_experts = _group_mean(rewards, group_ids, is_expert)
+    imitate = (success <= gamma + 1e-9) & (n_experts > 0)    # 1e-9: 2 of 8 meets a gate of 0.25 whatever the rounding
     return imitate == is_expert
 
 
-def prefix_window(step: int, total_steps: int, low_init: float = 0.95, low_target: float = 0.05, high: float = 0.95) -> tuple[float, float]:
-    """Bounds of the share of a demonstration given as prefix: the lower one falls along a cosine from low_init to low_target (Prefix-RFT)."""
-    progress = min(max(step / max(total_steps, 1), 0.0), 1.0)
-    return low_target + 0.5 * (1 + math.cos(math.pi * progress)) * (low_init - low_target), high
+def prefix_window(step: int, total_steps: int, low_init: float = 0.95, low_target: float = 0.05, high: float = 0.95):
+    """(low, high) of the share of a demonstration given as prefix; low falls along a cosine to low_target."""
+    return low_target + 0.5 * (1 + math.cos(math.pi * min(step / total_steps, 1.0))) * (low_init - low_target), high
 
 
 def prefix_length(u: float, window: tuple[float, float], demo_len: int, min_len: int = 1) -> int:
-    """Demonstration tokens to give as prefix, from u uniform in [0, 1). Leaves one token to be generated; 0 = an ordinary rollout (demonstration of 0 or 1)."""
+    """Demonstration tokens to copy, u uniform in [0, 1); at least one is left to write; 0 = an ordinary rollout."""
     low, high = window
     return max(0, min(max(int((low + (high - low) * u) * demo_len), min_len), demo_len - 1))
 
 
 def prefix_tokens(mask: Tensor, prefix_len: Tensor) -> Tensor:
     """(B,T) bool: the first prefix_len (B,) response tokens of each row, wherever its padding lies."""
-    return mask & (mask.long().cumsum(1) <= prefix_len[:, None])
+    return mask & (mask.cumsum(1) <= prefix_len[:, None])
 
 
 def most_uncertain(entropy: Tensor, among: Tensor, drop_ratio: float = 0.8) -> Tensor:
-    """Bool like `among`: True on its tokens except the int(drop_ratio * n) of lowest entropy (Prefix-RFT).
+    """Bool like `among`: its tokens without the int(drop_ratio * n) of lowest entropy; of equal ones, earlier ones go.
 
-    Call it once on all rows of the optimizer step, with entropies of the forward that gives old_logp: a ranking within micro-batches
-    (as the official code does) would let the cut decide what is learnt. Ties keep the later token.
+    Call it once on all rows of the step (official: by micro-batch), with entropies of the forward that gave old_logp.
     """
-    keep = among.clone()
-    values = entropy.detach()[among]                                                # (n,) row by row
-    dropped = torch.argsort(values, stable=True)[:int(drop_ratio * values.numel())]
-    flags = torch.ones_like(values, dtype=torch.bool)
-    flags[dropped] = False
-    keep[among] = flags
-    return keep
+    rank = entropy.detach()[among].argsort(stable=True).argsort()    # (n,) 0 = surest
+    return torch.zeros_like(among).masked_scatter(among, rank >= int(drop_ratio * len(rank)))
 
 
-# ---- the aggregator --------------------------------------------------------------------------------------------------------------------
+def row_weights(lengths: Tensor, agg: str = "token-mean", group_ids: Tensor | None = None,
+                const_len: float | None = None, div_seqs: bool = True) -> Tensor:
+    """Weight of each token of a row, (B,) float64, from the trained tokens (B,) of ALL rows of the step, on all ranks.
 
-def row_weights(lengths: Tensor, agg: str = "token-mean", group_ids: Tensor | None = None, const_len: float | None = None, div_seqs: bool = True) -> Tensor:
-    """Weight of each token of a row, from the lengths of ALL rows of the optimizer step over all micro-batches and ranks.
-
-    lengths     (B,)   trained tokens per row; 0 is allowed (a masked row) and never divides
-    agg                token-mean 1/N; seq-mean-token-mean 1/(S n_b), S rows with a token; seq-mean-token-sum 1/S;
-                       group-token-mean 1/(P N_p), P prompts with a token; const 1/(B const_len), or 1/const_len when not div_seqs
-    returns     (B,)   float64; 0 on empty rows
+    N tokens, S rows with a token, P prompts with a token; const alone counts empty rows in B. An empty row weighs 0.
     """
     n = lengths.double()
     filled = n > 0
     if agg == "token-mean":
-        weights = torch.ones_like(n) / n.sum().clamp(min=1)
-    elif agg in ("seq-mean-token-mean", "seq-mean-token-sum"):
-        per_row = n.clamp(min=1) if agg == "seq-mean-token-mean" else torch.ones_like(n)
-        weights = 1 / (filled.sum().clamp(min=1) * per_row)
+        size = n.sum()
+    elif agg == "seq-mean-token-mean":
+        size = filled.sum() * n    # S n_b
+    elif agg == "seq-mean-token-sum":
+        size = filled.sum()    # S
     elif agg == "group-token-mean":
-        if group_ids is None:
-            raise ValueError("row_weights: agg group-token-mean needs group_ids, the prompt of each row; pass them or choose another agg")
-        same = (group_ids[:, None] == group_ids[None, :]).double()
-        n_prompts = group_ids[filled].unique().numel()
-        weights = 1 / (max(n_prompts, 1) * (same @ n).clamp(min=1))
+        size = len(group_ids[filled].unique()) * ((group_ids[:, None] == group_ids).double() @ n)    # P N_p
     elif agg == "const":
-        if not const_len:
-            raise ValueError("row_weights: agg const needs const_len, the number of tokens to divide by (the longest response allowed)")
-        weights = torch.full_like(n, 1 / (const_len * (max(len(n), 1) if div_seqs else 1)))
+        size = n.new_tensor(const_len * (len(n) if div_seqs else 1))  # B C, or C
     else:
-        raise ValueError(f"row_weights: unknown agg {agg!r}; choose one of {', '.join(AGGREGATORS)}")
-    return torch.where(filled, weights, torch.zeros_like(weights))
+        raise ValueError(f"row_weights: unknown agg {agg!r}; choose one of {', '.join(CHOICES['agg'])}")
+    return torch.where(filled, 1 / size, 0.0)
 
 
-class Weights(NamedTuple):
-    """Weight of each token of a row for the four terms of the loss, each (B,) float64."""
-    policy: Tensor
-    imitation: Tensor
-    kl: Tensor
-    token: Tensor       # 1/N, for the entropy bonus
+def batch_weights(objective: Objective, lengths: Tensor, group_ids: Tensor, is_expert: Tensor | None = None) -> Tensor:
+    """(4,B) float64: weight of a row's tokens in the loss's terms policy, imitation, kl and entropy (always 1/N).
 
-    def take(self, index) -> "Weights":
-        return Weights(*(w[index] for w in self))
-
-
-def batch_weights(objective: Objective, lengths: Tensor, group_ids: Tensor | None = None, is_expert: Tensor | None = None) -> Weights:
-    """The four row weights of a whole optimizer step; lengths, group_ids, is_expert (B,) of all its rows on all ranks, in any order."""
-    def weigh(rows: Tensor) -> Tensor:                      # over a subset of the rows, 0 elsewhere
-        chosen = row_weights(lengths[rows], objective.agg, None if group_ids is None else group_ids[rows], objective.norm_const, objective.const_div_seqs)
-        return torch.zeros(len(lengths), dtype=torch.float64, device=lengths.device).masked_scatter(rows, chosen)
-
-    every = torch.ones_like(lengths, dtype=torch.bool)
-    everywhere, token = weigh(every), row_weights(lengths)
-    if objective.mix_norm == "joint" or is_expert is None:
-        return Weights(everywhere, everywhere, everywhere, token)
-    # separate: a method without an advantage term on expert tokens (UPT) has its rollouts alone in the policy term
-    policy = everywhere if objective.shaping_gamma is not None else weigh(~is_expert)
-    return Weights(policy, row_weights(lengths * is_expert), everywhere, token)
+    lengths, group_ids, is_expert: (B,) of all rows of the optimizer step on all ranks, in any order.
+    """
+    how = objective.norm_const, objective.const_div_seqs
+    policy = imitation = kl = row_weights(lengths, objective.agg, group_ids, *how)
+    if objective.mix_norm == "separate" and is_expert is not None:
+        imitation = row_weights(lengths * is_expert)
+        if objective.shaping_gamma is None:    # UPT: expert rows have no policy term and no part in its denominator
+            rollouts = row_weights(lengths[~is_expert], objective.agg, group_ids[~is_expert], *how)
+            policy = torch.zeros_like(kl).masked_scatter(~is_expert, rollouts)
+    return torch.stack([policy, imitation, kl, row_weights(lengths)])
 
 
 def aggregate(ell: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
-    """Scalar: sum over b, t of weights[b] * ell[b, t] where mask. Micro-batches and ranks add up, nothing is averaged afterwards."""
-    return (torch.where(mask, ell, torch.zeros_like(ell)) * weights.to(ell.dtype)[:, None]).sum()
+    """Scalar: sum of weights[b] * ell[b, t] under the mask. Micro-batches and ranks add up: nothing is averaged."""
+    return (torch.where(mask, ell, 0.0) * weights.to(ell.dtype)[:, None]).sum()
 
 
-# ---- the per-token losses --------------------------------------------------------------------------------------------------------------
+class Rows(NamedTuple):
+    """What the loss needs of B rows besides the policy's own forward; None = not used."""
+    mask: Tensor                          # (B,T) bool: trained tokens, EOS included
+    advantages: Tensor                    # (B,) or (B,T)
+    old_logp: Tensor | None = None        # (B,T) under the weights at the start of the round; None = logp, detached
+    ref_logp: Tensor | None = None        # (B,T) under the frozen reference, for kl_coef
+    rollout_logp: Tensor | None = None    # (B,T) as the sampler saw it, for tis
+    is_expert: Tensor | None = None       # (B,) bool: written by the expert; old_logp and rollout_logp are not read
+    is_prefix: Tensor | None = None       # (B,T) bool: demonstration tokens at the head of a rollout
+    is_success: Tensor | None = None      # (B,) bool: reward above 0.5
+    mean_entropy: Tensor | None = None    # (B,) H in SRFT's weights: mean_entropy(); "seq" is filled in by update_loss
 
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a micro-batch (or of a whole step): what update_loss needs besides the policy's own forward. None = not used."""
-    mask: Tensor                        # (B,T) bool: tokens the loss trains, EOS included
-    advantages: Tensor                  # (B,) or (B,T)
-    old_logp: Tensor | None = None      # (B,T) nats under the weights at the start of the round; None = this forward, detached (one update per round)
-    ref_logp: Tensor | None = None      # (B,T) nats under the frozen reference, for kl_coef
-    rollout_logp: Tensor | None = None  # (B,T) nats as the sampler saw them, for tis
-    is_expert: Tensor | None = None     # (B,) bool: rows written by the expert; their old_logp and rollout_logp are never read
-    is_prefix: Tensor | None = None     # (B,T) bool: tokens copied from a demonstration into a rollout
-    is_success: Tensor | None = None    # (B,) bool: reward above success_threshold (SRFT)
-    mean_entropy: Tensor | None = None  # (B,) nats: H in SRFT's weights; None = of each row, from this forward
 
-    def take(self, index) -> "Rows":
-        return Rows(**{f.name: None if (value := getattr(self, f.name)) is None else value[index] for f in fields(self)})
+def take(rows: Rows, index) -> Rows:
+    """Some of the rows, by any index that a tensor accepts."""
+    return Rows(*(None if field is None else field[index] for field in rows))
 
 
 def mean_entropy(entropy: Tensor, mask: Tensor, over: str = "seq") -> Tensor:
-    """(B,) nats, detached: mean token entropy of each row, or with over="batch" of all rows together, repeated (SRFT, equations 14-16)."""
-    total, count = torch.where(mask, entropy.detach(), torch.zeros_like(entropy)).sum(1), mask.sum(1)
+    """(B,) detached: mean token entropy of each row or, over "batch", of all rows together (SRFT, equations 14-16)."""
+    total, count = torch.where(mask, entropy.detach(), 0.0).sum(1), mask.sum(1)
     if over == "batch":
-        total, count = total.sum().expand(len(mask)), count.sum().expand(len(mask))
+        total, count = total.sum().expand(len(mask)), count.sum()
     return total / count.clamp(min=1)
 
 
-def entropy_weights(entropy: Tensor, imitation: float = 0.5, success: float = 0.1) -> tuple[Tensor, Tensor]:
-    """SRFT's weights of an expert row, imitation * exp(-H), and of a correct rollout, success * exp(+H), for H (B,) nats."""
-    return imitation * torch.exp(-entropy), success * torch.exp(entropy)
-
-
 def kl_penalty(logp: Tensor, ref_logp: Tensor, mask: Tensor, kind: str = "k3", clamp: float | None = None) -> Tensor:
-    """(B,T) estimate of KL(policy || reference) per token, from d = logp - ref_logp: k1 d, k2 d^2/2, k3 exp(-d) + d - 1 (schulman, "Approximating KL").
-
-    As a loss only k2 has the reverse KL's gradient: k1's is 0 on average, k3's is the forward KL's. clamp: see Objective.kl_clamp.
-    """
-    d = torch.where(mask, logp - ref_logp, torch.zeros_like(logp))
-    if kind == "k1":
-        return d
-    if kind == "k2":
-        return d ** 2 / 2
-    d = d if clamp is None else d.clamp(-20, 20)
-    value = torch.exp(-d) + d - 1
-    return value if clamp is None else value.clamp(-clamp, clamp)
+    """(B,T) KL to the reference by token, d = logp - ref_logp: k1 d, k2 d^2/2, k3 exp(-d) + d - 1 (Schulman 2020)."""
+    d = torch.where(mask, logp - ref_logp, 0.0)
+    if kind != "k3":
+        return d if kind == "k1" else d ** 2 / 2
+    d, bound = (d, math.inf) if clamp is None else (d.clamp(-20, 20), clamp)
+    return (torch.exp(-d) + d - 1).clamp(-bound, bound)
 
 
-def log_ratio(objective: Objective, logp: Tensor, old_logp: Tensor | None, rollout: Tensor) -> Tensor:
-    """(B,T) nats: logp - old_logp on the tokens of `rollout` (B,T) bool, 0 elsewhere; with sequence_ratio the mean over the row (GSPO, eq. 7)."""
-    d = torch.where(rollout, logp - (logp.detach() if old_logp is None else old_logp), torch.zeros_like(logp))
-    if objective.log_ratio_clamp is not None:
-        d = d.clamp(-objective.log_ratio_clamp, objective.log_ratio_clamp)
-    if objective.sequence_ratio:
-        d = (d.sum(1) / rollout.sum(1).clamp(min=1))[:, None].expand_as(d)
-    return d
+def log_ratio(objective: Objective, logp: Tensor, old_logp: Tensor, rollout: Tensor) -> Tensor:
+    """(B,T) logp - old_logp on the tokens of rollout (B,T) bool, else 0; by sequence their mean (GSPO, eq. 7)."""
+    bound = math.inf if objective.log_ratio_clamp is None else objective.log_ratio_clamp
+    d = torch.where(rollout, logp - old_logp, 0.0).clamp(-bound, bound)
+    return d if objective.surrogate != "sequence" else (d.sum(1) / rollout.sum(1).clamp(min=1))[:, None].expand_as(d)
 
 
 def sampler_weight(objective: Objective, old_logp: Tensor, rollout_logp: Tensor, sampled: Tensor) -> Tensor:
-    """(B,T) constant weight for the gap between trainer and sampler: exp(old_logp - rollout_logp) per token or as the product over a row, bounded.
-
-    Tokens outside `sampled` (expert rows, prefixes, padding) weigh 1. Wrong on top of a ratio that is taken against rollout_logp: it would count twice.
-    """
-    d = torch.where(sampled, old_logp - rollout_logp, torch.zeros_like(old_logp)).detach()
-    if objective.tis == "sequence":
-        d = torch.where(sampled, d.sum(1, keepdim=True), torch.zeros_like(d))
-    low, high = objective.tis_low, objective.tis_high
-    low, high = 0.0 if low is None else low, math.inf if high is None else high
-    weight = torch.exp(d)
-    bounded = weight * ((weight >= low) & (weight <= high)) if objective.tis == "icepop" else weight.clamp(low, high)
-    return torch.where(sampled, bounded, torch.ones_like(bounded))
+    """(B,T) constant: bounded exp(old_logp - rollout_logp) on sampled (B,T) bool, else 1; by sequence their product."""
+    d = torch.where(sampled, (old_logp - rollout_logp).detach(), 0.0)
+    weight = torch.exp(d.sum(1, keepdim=True).expand_as(d) if objective.tis == "sequence" else d)
+    bounded = weight.clamp(objective.tis_low or 0.0, math.inf if objective.tis_high is None else objective.tis_high)
+    if objective.tis == "icepop":
+        bounded = torch.where(bounded == weight, weight, 0.0)
+    return torch.where(sampled, bounded, 1.0)
 
 
-def surrogate(objective: Objective, ratio_log: Tensor, logp: Tensor, advantages: Tensor, unclipped: Tensor | None = None) -> Tensor:
-    """(B,T) policy loss of rollout tokens, all inputs (B,T) with padding already neutral: PPO's clipped ratio (equation 12), or CISPO.
-
-    dual clip (Ye et al. 2020): for A < 0 the loss is at most -A * dual_clip. unclipped: tokens that the clip leaves alone.
-    """
-    ratio = torch.exp(ratio_log)
-    if objective.surrogate == "cispo":      # the clipped ratio is a constant weight, so that no token loses its gradient
-        return -ratio.detach().clamp(objective.ratio_floor or 0.0, math.inf if objective.ratio_cap is None else objective.ratio_cap) * advantages * logp
+def surrogate_loss(objective: Objective, d: Tensor, logp: Tensor, advantages: Tensor, unclipped: Tensor | None):
+    """(B,T) loss of rollout tokens from their log-ratio d: PPO's clipped ratio (equation 12), dual clip, or CISPO."""
+    ratio = torch.exp(d)
+    low = -math.inf if objective.clip_low is None else 1 - objective.clip_low
+    high = math.inf if objective.clip_high is None else 1 + objective.clip_high
+    bounded = ratio.clamp(low, high)
+    if objective.surrogate == "cispo":    # a constant weight, so no token loses its gradient
+        return -bounded.detach() * advantages * logp
     ell = -ratio * advantages
-    if objective.clip_low is not None or objective.clip_high is not None:
-        low = -math.inf if objective.clip_low is None else 1 - objective.clip_low
-        high = math.inf if objective.clip_high is None else 1 + objective.clip_high
-        clipped = torch.maximum(ell, -ratio.clamp(low, high) * advantages)
-        ell = clipped if unclipped is None else torch.where(unclipped, ell, clipped)
-    if objective.dual_clip is not None:
+    clipped = torch.maximum(ell, -bounded * advantages)
+    ell = clipped if unclipped is None else torch.where(unclipped, ell, clipped)
+    if objective.dual_clip is not None:    # (Ye et al. 2020, eq. 5)
         ell = torch.where(advantages < 0, torch.minimum(ell, -objective.dual_clip * advantages), ell)
     return ell
 
 
-def token_loss(objective: Objective, logp: Tensor, rows: Rows, entropy: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The per-token losses (policy, imitation), both (B,T), 0 on padding; in joint normalisation the loss is simply their sum's aggregate.
+def token_loss(objective: Objective, logp: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """(policy, imitation), both (B,T), 0 on padding; when normalised jointly their sum is the loss of each token.
 
-    logp      (B,T)  nats   log-probs of the response tokens, the only input gradients flow to
-    entropy   (B,T)  nats   of the same forward; only SRFT reads it, and only when rows.mean_entropy is None
-
-    method                    rollout token                        expert token: policy            expert token: imitation
-    SFT (10)                  -                                    -                               -logp
-    GRPO, DAPO (11, 12)       -min(r A, clip(r) A)                 -                               -
-    LUFFY (13)                -r A                                 -A p/(p + gamma)                -
-    SRFT (14-16)              -0.1 exp(H) logp correct, +logp not  -A p/(p + gamma)                -0.5 exp(-H) logp
-    UPT (17)                  -min(r A, clip(r) A)                 -                               -sft_coef logp
-    Prefix-RFT (18, 19)       -min(r A, clip(r) A), prefix too     -                               -
+    method [equation]     rollout token                             expert token: policy   imitation
+    SFT [10]              -                                         -                      -logp
+    GRPO, DAPO [11, 12]   max(-r A, -clip(r) A)                     -                      -
+    LUFFY [13]            -r A                                      -A p/(p + 0.1)         -
+    SRFT [14-16]          -0.1 exp(H) logp if correct, else +logp   -A p/(p + 0.1)         -0.5 exp(-H) logp
+    UPT [17]              max(-r A, -clip(r) A)                     -                      -sft_coef logp
+    Prefix-RFT [18, 19]   max(-r A, -clip(r) A), prefix included    -                      -
     """
-    mask = rows.mask
-    zero = torch.zeros_like(logp)
-    logp = torch.where(mask, logp, zero)                    # before any exp: 0 * exp(garbage) is NaN, and so is its gradient
-    advantages = rows.advantages if rows.advantages.dim() == 2 else rows.advantages[:, None]
-    advantages = torch.where(mask, advantages.to(logp.dtype), zero)
+    mask, imitation = rows.mask, objective.imitation
+    logp = torch.where(mask, logp, 0.0)    # before any exp: 0 * exp(garbage) is NaN, so is a later where's gradient
+    advantages = torch.where(mask, rows.advantages if rows.advantages.dim() == 2 else rows.advantages[:, None], 0.0)
     expert = torch.zeros_like(mask) if rows.is_expert is None else mask & rows.is_expert[:, None]
     rollout = mask & ~expert
-    imitation_weight = torch.full_like(logp[:, 0], objective.imitation)
+    old_logp = logp.detach() if rows.old_logp is None else rows.old_logp
     if objective.entropy_weights != "none":
-        imitation_weight, success_weight = entropy_weights(_row_entropy(objective, rows, entropy), objective.imitation, objective.success_coef)
+        H = rows.mean_entropy[:, None]    # (B,1)
+        imitation, success = objective.imitation * torch.exp(-H), objective.success_coef * torch.exp(H)
     if objective.surrogate == "success":
-        policy = torch.where(rows.is_success[:, None], -success_weight[:, None] * logp, logp)
+        policy = torch.where(rows.is_success[:, None], -success * logp, logp)
     else:
-        unclipped = rows.is_prefix if not objective.prefix_clip else None
-        policy = surrogate(objective, log_ratio(objective, logp, rows.old_logp, rollout), logp, advantages, unclipped)
+        d = log_ratio(objective, logp, old_logp, rollout)
+        policy = surrogate_loss(objective, d, logp, advantages, None if objective.prefix_clip else rows.is_prefix)
     if objective.tis != "none":
-        old_logp = logp.detach() if rows.old_logp is None else rows.old_logp
         sampled = rollout if rows.is_prefix is None else rollout & ~rows.is_prefix
         policy = policy * sampler_weight(objective, old_logp, rows.rollout_logp, sampled)
-    policy = torch.where(rollout, policy, zero)
-    if objective.shaping_gamma is not None:                 # p/(p + gamma), written so that p -> 0 is exact
+    policy = torch.where(rollout, policy, 0.0)
+    if objective.shaping_gamma is not None:    # p/(p + gamma) as a sigmoid of log-probs: nothing divides by 0
         policy = torch.where(expert, -advantages * torch.sigmoid(logp - math.log(objective.shaping_gamma)), policy)
-    return policy, torch.where(expert, -imitation_weight[:, None] * logp, zero)
+    return policy, torch.where(expert, -imitation * logp, 0.0)
 
 
-def _row_entropy(objective: Objective, rows: Rows, entropy: Tensor | None) -> Tensor:
-    """(B,) nats: H of each row for SRFT's weights, given or from this forward; the step's H cannot come from a micro-batch."""
-    if rows.mean_entropy is not None:
-        return rows.mean_entropy
-    if entropy is None or objective.entropy_weights == "batch":
-        raise ValueError("token_loss: SRFT's weights need entropy (B,T), and with entropy_weights batch rows.mean_entropy, taken over the whole step")
-    return mean_entropy(entropy, rows.mask)
+def update_loss(objective: Objective, logp: Tensor, entropy: Tensor | None, rows: Rows, weights: Tensor) -> Tensor:
+    """Scalar: one micro-batch's share of the step's loss; shares add up over micro-batches and ranks.
 
-
-def update_loss(objective: Objective, logp: Tensor, entropy: Tensor | None, rows: Rows, weights: Weights) -> Tensor:
-    """Scalar: one micro-batch's share of the step's loss. Add them up over micro-batches and ranks; never divide again.
-
-    logp, entropy  (B,T) nats   this forward; entropy may be None where neither the bonus nor SRFT asks for it
-    rows                        the same B rows
-    weights                     batch_weights() of the whole step, cut to these B rows
+    logp, entropy  (B,T)  of this forward; entropy may be None when neither the bonus nor SRFT asks for it
+    weights        (4,B)  the same rows' part of batch_weights() of the whole step
     """
-    policy, imitation = token_loss(objective, logp, rows, entropy)
-    loss = aggregate(policy, rows.mask, weights.policy) + aggregate(imitation, rows.mask, weights.imitation)
+    if objective.entropy_weights == "seq":
+        rows = rows._replace(mean_entropy=mean_entropy(entropy, rows.mask))
+    policy, imitation = token_loss(objective, logp, rows)
+    w_policy, w_imitation, w_kl, w_entropy = weights
+    loss = aggregate(policy, rows.mask, w_policy) + aggregate(imitation, rows.mask, w_imitation)
     if objective.kl_coef:
         kl = kl_penalty(logp, rows.ref_logp, rows.mask, objective.kl_type, objective.kl_clamp)
-        loss = loss + objective.kl_coef * aggregate(kl, rows.mask, weights.kl)
+        loss = loss + objective.kl_coef * aggregate(kl, rows.mask, w_kl)
     if objective.entropy_coef:
-        loss = loss - objective.entropy_coef * aggregate(entropy, rows.mask, weights.token)
+        loss = loss - objective.entropy_coef * aggregate(entropy, rows.mask, w_entropy)
     return loss
 
 
-def sft_loss(logp: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
-    """Scalar: one micro-batch's share of SFT's loss, -logp of the response tokens (paper, equation 10); weights = row_weights() of the whole step.
-
-    differs: equation 10 sums over a response (agg seq-mean-token-sum); the default here is the mean over the step's tokens.
-    """
-    return aggregate(-logp, mask, weights)
+def sft_loss(logp: Tensor) -> Tensor:
+    """SFT's loss of each token, any shape. differs: equation 10 sums over a response, our aggregator is token-mean."""
+    return -logp
