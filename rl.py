@@ -161,10 +161,9 @@ def collect(cfg, objective, model, tokenizer, pool, cursor: int, step: int) -> t
             yield [(group, [row.correct for row in group]) for group in groups]
 
     if objective.dynamic_sampling:
-        found = losses.collect_informative(rounds(), cfg.prompts, cfg.max_rounds)
-        groups, n_rounds, surplus = found.selected, found.rounds, len(found.surplus)
+        groups, _, surplus, n_rounds, _ = losses.collect_informative(rounds(), cfg.prompts, cfg.max_rounds)
     else:
-        groups, n_rounds, surplus = [group for group, _ in next(rounds())], 1, 0
+        groups, surplus, n_rounds = [group for group, _ in next(rounds())], [], 1
     if objective.demo in ("row", "gate"):
         for group in groups:
             problem = pool[data.plan(len(pool), cfg.seed, group[0].group, 1)[0]]
@@ -174,7 +173,7 @@ def collect(cfg, objective, model, tokenizer, pool, cursor: int, step: int) -> t
     n = len(rows)
     agree = sum(len({r.correct for r in g if not r.is_expert}) == 1 for g in generated)
     stats = {"reward": 100 * sum(r.correct for r in rows) / n, "signal": 100 * (1 - agree / len(generated)), "rounds": n_rounds,
-             "discarded": agree + surplus if objective.dynamic_sampling else 0, "length": sum(len(r.response) for r in rows) / n,
+             "discarded": agree + len(surplus) if objective.dynamic_sampling else 0, "length": sum(len(r.response) for r in rows) / n,
              "truncated": 100 * sum(not r.finished for r in rows) / n, "unparsed": 100 * sum(r["answer"] is None for r in records) / n,
              "_generated": [len(r.prompt) + len(r.response) for r in rows]}
     return groups, position, stats, records
@@ -206,7 +205,7 @@ def forward_rows(cfg, model, rows: list[Row], device, entropy: bool = False) -> 
     return logp, ent
 
 
-def weigh(objective, rows: list[Row], entropy, device) -> tuple[list[Row], losses.Rows, losses.Weights]:
+def weigh(objective, rows: list[Row], entropy, device) -> tuple[list[Row], losses.Rows, torch.Tensor]:
     """Rows that stay, and what their losses need: advantages from all rows of the update, token weights from all their lengths.
 
     entropy (B, R): of the policy before the update; only Prefix-RFT reads it, to rank demonstration tokens over the whole update.
@@ -220,11 +219,11 @@ def weigh(objective, rows: list[Row], entropy, device) -> tuple[list[Row], losse
     R = int(lengths.max())
     mask = torch.arange(R, device=device) < lengths[:, None]                        # (B, R)
     is_prefix, advantages, keep = None, None, torch.ones_like(is_expert)
-    options = dict(normalize_std=objective.normalize_std, eps=objective.adv_eps, singleton=objective.singleton, ddof=objective.adv_ddof)
+    options = dict(normalize_std=objective.normalize_std, singleton=objective.singleton)
     if objective.demo == "prefix":
         is_prefix = losses.prefix_tokens(mask, column([r.n_prefix for r in rows], torch.long))
         kept = losses.most_uncertain(entropy, is_prefix, objective.drop_ratio)
-        advantages = losses.prefix_advantages(objective, rewards, groups, is_prefix, kept)
+        advantages = losses.prefix_advantages(rewards, groups, is_prefix, kept, objective.prefix_adv == "split", **options)
     elif objective.demo == "gate":                                                  # experts have no say in the rollouts' baseline
         own = torch.where(is_expert, -1 - groups, groups)
         advantages = losses.group_advantages(rewards, own, **options)
@@ -234,13 +233,13 @@ def weigh(objective, rows: list[Row], entropy, device) -> tuple[list[Row], losse
     if objective.mask_truncated:
         mask = mask & column([r.finished for r in rows], torch.bool)[:, None]
     index = keep.nonzero()[:, 0]
-    chosen = losses.Rows(mask=mask, advantages=advantages, rollout_logp=padded([r.logp for r in rows], R, device), is_expert=is_expert,
-                         is_prefix=is_prefix, is_success=rewards > objective.success_threshold).take(index)
+    chosen = losses.take(losses.Rows(mask=mask, advantages=advantages, rollout_logp=padded([r.logp for r in rows], R, device), is_expert=is_expert,
+                                     is_prefix=is_prefix, is_success=column([r.correct for r in rows]) > 0.5), index)
     weights = losses.batch_weights(objective, chosen.mask.sum(1), groups[index], is_expert[index])
     return [rows[i] for i in index.tolist()], chosen, weights
 
 
-def train_on(cfg, objective, model, rows: list[Row], batch: losses.Rows, weights: losses.Weights, device) -> dict:
+def train_on(cfg, objective, model, rows: list[Row], batch: losses.Rows, weights, device) -> dict:
     """Forward and backward over micro-batches of one update; gradients are left in the model. Returns sums for the log."""
     R, examples = batch.mask.shape[1], examples_of(rows)
     sums = {"loss": 0.0, "tokens": 0, "entropy": 0.0, "clipped": 0.0, "kl": 0.0, "gap": 0.0}
@@ -250,8 +249,8 @@ def train_on(cfg, objective, model, rows: list[Row], batch: losses.Rows, weights
             logp, entropy, _ = sft.response_logp(model, ids, mask, cfg.temperature, entropy=True)
         logp, entropy = (torch.nn.functional.pad(x, (0, R - x.shape[1])) for x in (logp, entropy))     # (b, R)
         index = torch.tensor(part, device=device)
-        mine = batch.take(index)
-        loss = losses.update_loss(objective, logp, entropy, mine, weights.take(index))
+        mine = losses.take(batch, index)
+        loss = losses.update_loss(objective, logp, entropy, mine, weights[:, index])
         loss.backward()
         with torch.no_grad():
             own = mine.mask & ~mine.is_expert[:, None] & ~(mine.is_prefix if mine.is_prefix is not None else torch.zeros_like(mine.mask))
@@ -276,10 +275,10 @@ def update(cfg, objective, model, reference, optimizers, groups, book, step, dev
         kept, batch, weights = weigh(objective, rows, entropy, device)
         if number > 0:
             places = {id(row): i for i, row in enumerate(rows)}
-            batch = replace(batch, old_logp=logp[[places[id(row)] for row in kept]])
+            batch = batch._replace(old_logp=logp[[places[id(row)] for row in kept]])
         if reference is not None:
             ref, _ = forward_rows(cfg, reference, kept, device)
-            batch = replace(batch, ref_logp=torch.nn.functional.pad(ref, (0, batch.mask.shape[1] - ref.shape[1])))
+            batch = batch._replace(ref_logp=torch.nn.functional.pad(ref, (0, batch.mask.shape[1] - ref.shape[1])))
         plans.append((kept, batch, weights))
     total, norms, first_gap = {}, [], 0.0
     for number, (rows, batch, weights) in enumerate(plans):

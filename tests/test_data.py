@@ -1,0 +1,131 @@
+"""Rows to ids, masks and batches: what is trained, what is dropped, in which order."""
+import json
+
+import pytest
+import torch
+
+import data
+
+
+def write(path, *rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def test_the_response_and_its_eos_are_trained_and_nothing_else(small):
+    tokenizer = small[1]
+    examples, _ = data.sft_examples(str(small[2] / "train.jsonl"), tokenizer, 256)
+    ids, mask = data.collate(examples[:5])
+    for row, example, picked in zip(ids, examples, mask):
+        n_prompt, n = len(example.prompt), len(example.prompt) + len(example.response)
+        assert row[picked].tolist() == example.response and example.response[-1] == tokenizer.eos
+        assert picked.nonzero()[:, 0].tolist() == list(range(n_prompt, n))
+        assert "Make" in tokenizer.decode(row[:n_prompt].tolist()) and "boxed" in tokenizer.decode(row[picked].tolist())
+
+
+def test_an_eos_id_inside_prompt_or_padding_does_not_move_the_mask():
+    ids, mask = data.collate([data.Example([0, 5, 0], [0, 7, 0]), data.Example([4], [0])])
+    assert mask.tolist() == [[False] * 3 + [True] * 3, [False, True] + [False] * 4]
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": "Make 3", "response": "1 + 2"}, {"question": "Make 3", "solution": "1 + 2"}, {"prompt": "Make 3", "completion": "1 + 2"},
+    {"problem": "Make 3", "answer": "1 + 2"}, {"extra_info": {"question": "Make 3", "answer": "1 + 2"}},
+    {"messages": [{"role": "user", "content": "Make 3"}, {"role": "assistant", "content": "1 + 2"}]},
+    {"prompt": [{"role": "user", "content": "Make 3"}], "completion": [{"role": "assistant", "content": "1 + 2"}]}])
+def test_column_names_of_other_trainers_are_accepted(small, tmp_path, row):
+    tokenizer = small[1]
+    (example,), _ = data.sft_examples(write(tmp_path / "a.jsonl", row), tokenizer, 100)
+    assert tokenizer.decode(example.prompt) == "Make 3" and tokenizer.decode(example.response[:-1]) == "1 + 2"
+
+
+@pytest.mark.parametrize("row", [{"prompt": "Make 3", "answer": "3"}, {"question": "Make 3", "ground_truth": 3},
+                                 {"prompt": [{"role": "user", "content": "Make 3"}], "reward_model": {"ground_truth": "3"}},
+                                 {"question": "Make 3", "answer": "it is 1 + 2 #### 3"}])
+def test_problem_columns_of_other_trainers_are_accepted(small, tmp_path, row):
+    (problem,), _ = data.problems(write(tmp_path / "a.jsonl", row), small[1], 100)
+    assert problem.gold == "3" and problem.text == "Make 3" and problem.expert is None
+
+
+def test_a_problem_keeps_its_demonstration_with_eos(small, tmp_path):
+    (problem,), _ = data.problems(write(tmp_path / "a.jsonl", {"prompt": "Make 3", "answer": "3", "response": "1 + 2"}), small[1], 100)
+    assert problem.expert == small[1].encode("1 + 2") + [small[1].eos] and problem.gold == "3"
+
+
+def test_plain_text_is_trained_from_its_second_token(small, tmp_path):
+    (example,), _ = data.sft_examples(write(tmp_path / "a.jsonl", {"text": "1 + 2 = 3"}), small[1], 100)
+    assert len(example.prompt) == 1 and len(example.response) == 5
+
+
+def test_over_long_examples_are_dropped_and_counted(small, tmp_path):
+    path = write(tmp_path / "a.jsonl", {"prompt": "Make 3", "response": "1 + 2"}, {"prompt": "Make 3", "response": "1 + 2 " * 30})
+    examples, n_long = data.sft_examples(path, small[1], 20)
+    assert len(examples) == 1 and n_long == 1
+
+
+@pytest.mark.parametrize("content, message", [
+    ("", "no rows"), ('{"prompt": "a", "response": "b"}\n{"prompt": \n', ":2: not JSON"), ("[1]\n", "not an object"),
+    ('{"promt": "a", "response": "b"}\n', "a.jsonl:1: no prompt and response"),
+    (json.dumps({"prompt": "Make 3", "response": "1 + 2 " * 50}) + "\n", "longer than 20 tokens")])
+def test_bad_files_are_named_with_line_and_remedy(small, tmp_path, content, message):
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        data.sft_examples(str(tmp_path / "a.jsonl"), small[1], 20)
+
+
+def test_a_problem_without_gold_is_refused_with_its_columns(small, tmp_path):
+    with pytest.raises(ValueError, match=r'a.jsonl:1: no "answer".*found: \[\'prompt\'\]'):
+        data.problems(write(tmp_path / "a.jsonl", {"prompt": "x"}), small[1], 20)
+
+
+def test_every_epoch_of_the_plan_visits_every_row_once_and_does_not_depend_on_the_batch_size():
+    stream = data.plan(10, 0, 0, 40)
+    assert all(sorted(stream[e:e + 10]) == list(range(10)) for e in (0, 10, 20, 30))
+    assert stream[:10] != stream[10:20]
+    assert [i for s in range(8) for i in data.plan(10, 0, s * 5, 5)] == stream
+    assert data.plan(10, 1, 0, 10) != stream[:10]
+
+
+def test_micro_batches_hold_every_row_once_within_the_budget():
+    lengths = torch.randint(1, 90, (64,), generator=torch.Generator().manual_seed(0)).tolist() + [300]
+    parts = data.cut(lengths, 256)
+    assert sorted(i for part in parts for i in part) == list(range(65))
+    for part in parts:
+        assert len(part) == 1 or len(part) * max(lengths[i] for i in part) <= 256
+    padded = sum(len(part) * max(lengths[i] for i in part) for part in data.cut(lengths, 2048))
+    assert padded < 1.35 * sum(lengths)
+
+
+TEMPLATE = ("{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+            "{% if add_generation_prompt %}<assistant>{% endif %}")
+
+
+def chat_folder(small, tmp_path, template):
+    for name in ("tokenizer.json", "config.json"):
+        (tmp_path / name).write_text((small[2] / name).read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<unk>", "eos_token": {"content": "<eos>"}, "chat_template": template}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 1]}))
+    return data.Tokenizer(tmp_path)
+
+
+def test_the_chat_template_is_rendered_with_its_special_tokens_and_the_instruction(small, tmp_path):
+    tokenizer = chat_folder(small, tmp_path, TEMPLATE)
+    _, text = tokenizer.prompt("Make 3")
+    assert text == "<unk><user>Make 3\n" + data.INSTRUCTION + "<assistant>"
+    assert tokenizer.prompt("in \\boxed{}")[1] == "<unk><user>in \\boxed{}<assistant>"
+    assert tokenizer.eos_ids == [0, 1] and tokenizer.eos == 0
+
+
+def test_a_thinking_tag_that_the_template_opens_is_not_written_twice(small, tmp_path):
+    tokenizer = chat_folder(small, tmp_path, TEMPLATE.replace("<assistant>", "<assistant> <think>\n"))
+    path = write(tmp_path / "a.jsonl", {"prompt": "Make 3", "response": "<think>\n1 + 2 </think>", "answer": "3"})
+    (example,), _ = data.sft_examples(path, tokenizer, 100)
+    assert tokenizer.decode(example.response[:-1]) == "1 + 2 </think>"
+    assert data.problems(path, tokenizer, 100)[0][0].opened == "<think>"
+
+
+@pytest.mark.parametrize("template, message", [("{% for %}", "does not compile"), ("{{ raise_exception('no system role') }}", "no system role"),
+                                               ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "chat template failed")])
+def test_a_broken_or_hostile_template_is_one_clear_error(small, tmp_path, template, message):
+    with pytest.raises(ValueError, match=message):
+        chat_folder(small, tmp_path, template).prompt("Make 3")
