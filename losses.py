@@ -186,14 +186,14 @@ def row_weights(lengths: Tensor, agg: str = "token-mean", group_ids: Tensor | No
 
     N tokens, S rows with a token, P prompts with a token; const alone counts empty rows in B. An empty row weighs 0.
     """
-    n = lengths.double()
-    filled = n > 0
+    n, filled = lengths.double(), lengths > 0
+    S = filled.sum().double()
     if agg == "token-mean":
         size = n.sum()
     elif agg == "seq-mean-token-mean":
-        size = filled.sum() * n    # S n_b
+        size = S * n
     elif agg == "seq-mean-token-sum":
-        size = filled.sum()    # S
+        size = S
     elif agg == "group-token-mean":
         size = len(group_ids[filled].unique()) * ((group_ids[:, None] == group_ids).double() @ n)    # P N_p
     elif agg == "const":

@@ -1,5 +1,9 @@
 """losses.py against vectors, short independent references and the properties every objective must keep."""
+import copy
 import json
+import math
+import random
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,3 +105,254 @@ def test_a_shared_case_agrees_in_loss_gradients_and_advantages(case, dtype):
     for group, decision in expected["extra"].items() if case["algo"] == "upt" else ():
         mine = torch.tensor(case["inputs"]["group_ids"]) == int(group)
         assert bool((rows.is_expert & active)[mine].any()) == (decision == "sft")
+
+
+@needs_vectors
+@pytest.mark.parametrize("case", VECTORS["misc"], ids=lambda case: case["id"])
+def test_a_shared_rule_gives_the_expected_value(case):
+    given = dict(case["input"])
+    if case["kind"] == "overlong":
+        got = losses.overlong_penalty(given["length"], given["max_len"], given["cache_len"], given["factor"])
+    elif case["kind"] == "prefix_window":
+        got = list(losses.prefix_window(given.pop("step"), given.pop("total_steps"), **given))
+    elif case["kind"] == "prefix_length":
+        u, step, total, demo_len, min_len = (given.pop(k) for k in ("u", "step", "total_steps", "demo_len", "min_prefix_len"))
+        got = losses.prefix_length(u, losses.prefix_window(step, total, **given), demo_len, min_len)
+    elif case["kind"] == "dynamic_sampling":
+        selected, dropped, surplus, rounds, status = losses.collect_informative(
+            given["rounds"], given["train_prompts"], given.get("max_rounds", 10))
+        got = dict(selected=selected, dropped=dropped, leftover=[], discarded_surplus=surplus, rounds_used=rounds, status=status)
+    else:
+        assert case["kind"] == "group_advantage"
+        for dtype in (torch.float32, torch.float64):
+            rewards, ids = torch.tensor(given["rewards"], dtype=dtype), torch.tensor(given["group_ids"])
+            how = dict(normalize_std=given["norm"] == "group_std", singleton=given.get("singleton", "zero"),
+                       ddof=given.get("ddof", given.get("adv_ddof", 1)), eps=given.get("eps", given.get("adv_eps", 1e-6)))
+            got = losses.group_advantages(rewards, ids, **how).tolist()
+            assert got == pytest.approx(case["expected"], rel=1e-9 if dtype == torch.float64 else 2e-5, abs=0 if not any(case["expected"]) else 2e-6)
+        return
+    assert got == (pytest.approx(case["expected"], rel=1e-12) if case["kind"] in ("overlong", "prefix_window") else case["expected"])
+
+
+# ------------------------------------------------------------------------------- an independent reference, loops and floats
+DEFAULTS = dict(agg="token-mean", norm_const=8.0, const_div_seqs=True, adv_norm="none", adv_ddof=1, adv_eps=1e-6, singleton="zero",
+                clip_low=None, clip_high=None, dual_clip=None, log_ratio_clamp=None, kl_coef=0.0, kl_type="k3", kl_clamp=None,
+                entropy_coef=0.0, filter_groups=False, mask_truncated=False, is_mode=None, is_low=None, is_high=None,
+                success_threshold=0.5)
+CLIP = dict(clip_low=0.2, clip_high=0.2)
+METHODS = {"sft": {}, "grpo": CLIP, "dapo_d": {**CLIP, "filter_groups": True}, "dr_grpo": {**CLIP, "agg": "const"},
+           "dapo_dc": dict(adv_norm="group_std", clip_low=0.2, clip_high=0.28, filter_groups=True),
+           "gspo": dict(agg="seq-mean-token-mean", adv_norm="group_std", clip_low=0.1, clip_high=0.1),
+           "cispo": dict(ratio_cap=1.3, ratio_floor=None), "luffy": dict(shaping_gamma=0.1),
+           "srft": dict(shaping_gamma=0.1, w1_scale=0.5, w2_scale=0.1, srft_entropy="seq", mix_norm="joint"),
+           "upt": {**CLIP, "gate_gamma": 0.25, "sft_coef": 0.7, "mix_norm": "joint"},
+           "prefix_rft": {**CLIP, "drop_ratio": 0.6, "prefix_adv": "group", "prefix_clip": True}}
+N_ROWS, WIDTH = 14, 5
+
+
+def make_case(algo: str, seed: int = 0, **hparams) -> dict:
+    """Three groups of four, one of one and one row without a token; groups 0 and 1 of a mixed method have an expert, group 2 has none."""
+    rng = random.Random(f"{algo} {seed}")
+    lengths = [rng.randint(1, WIDTH) for _ in range(N_ROWS - 1)] + [0]
+    ids = [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 3, 2]
+    kind = [1 if i in (3, 10) else 0 for i in range(N_ROWS)]
+    pad = lambda make, n: [make() for _ in range(n)] + [rng.choice([-200.0, 0.0, 77.0]) for _ in range(WIDTH - n)]
+    table = lambda make: [pad(make, n) for n in lengths]
+    logp = table(lambda: -rng.expovariate(1.0) - 0.01)
+    shifted = lambda width: [[x + rng.gauss(0, width) if t < n else rng.choice([-200.0, 0.0, 77.0]) for t, x in enumerate(row)]
+                             for row, n in zip(logp, lengths)]
+    rewards = [float(rng.random() < 0.5) for _ in range(N_ROWS)] if rng.random() < 0.7 else [rng.random() for _ in range(N_ROWS)]
+    inputs = dict(logp=logp, old_logp=shifted(0.3), ref_logp=shifted(1.0), rollout_logp=shifted(0.3),
+                  mask=[[int(t < n) for t in range(WIDTH)] for n in lengths], rewards=rewards, group_ids=ids,
+                  is_expert=kind if algo in ("luffy", "srft", "upt") else [0] * N_ROWS, entropy=table(lambda: rng.expovariate(1.0)),
+                  prefix_len=[min(k * rng.randint(1, 4), max(n - 1, 0)) if algo == "prefix_rft" else 0 for k, n in zip(kind, lengths)],
+                  truncated=[int(rng.random() < 0.2) for _ in range(N_ROWS)])
+    return dict(id=f"{algo} {seed}", algo=algo, inputs=inputs, hparams={**DEFAULTS, **METHODS[algo], **hparams})
+
+
+def reference_advantage(rewards: list[float], b: int, members: list[int], h: dict) -> float:
+    """Advantage of row b among `members`, by the definition."""
+    values = [rewards[i] for i in members]
+    if len(values) == 1:
+        return rewards[b] if h["singleton"] == "raw" else 0.0
+    if max(values) == min(values):
+        return 0.0
+    centred = rewards[b] - sum(values) / len(values)
+    if h["adv_norm"] == "none":
+        return centred
+    return centred / ((statistics.stdev if h["adv_ddof"] else statistics.pstdev)(values) + h["adv_eps"])
+
+
+def reference_rows(case: dict):
+    """(active rows, trained tokens [(b, t)], advantages {(b, t): float}) by loops."""
+    x, h, algo = case["inputs"], case["hparams"], case["algo"]
+    rows = range(len(x["rewards"]))
+    expert = [bool(e) for e in x["is_expert"]]
+    active = set(rows)
+    for g in set(x["group_ids"]):
+        members = [b for b in rows if x["group_ids"][b] == g]
+        if algo == "upt":
+            plain = [b for b in members if not expert[b]]
+            imitate = len(plain) < len(members) and sum(x["rewards"][b] for b in plain) / len(plain) <= h["gate_gamma"] + 1e-9
+            active -= {b for b in members if expert[b] != imitate}
+            members = [] if imitate else plain
+        if h["filter_groups"] and members and len({x["rewards"][b] for b in members}) == 1:
+            active -= set(members)
+    tokens = [(b, t) for b in sorted(active) for t in range(len(x["mask"][b])) if x["mask"][b][t]
+              and not (h["mask_truncated"] and x["truncated"][b])]
+    in_prefix = lambda b, t: t < x["prefix_len"][b]
+    ranked = sorted((x["entropy"][b][t], b, t) for b, t in tokens if in_prefix(b, t))
+    lost = {(b, t) for _, b, t in ranked[:int(h.get("drop_ratio", 0) * len(ranked))]}
+    advantages = {}
+    for b, t in tokens:
+        group = [i for i in rows if x["group_ids"][i] == x["group_ids"][b] and not (algo == "upt" and expert[i])]
+        plain = [i for i in group if not x["prefix_len"][i]]
+        if algo == "sft" or (b, t) in lost or (algo == "upt" and expert[b]):
+            advantages[b, t] = 0.0
+        elif h.get("prefix_adv") == "split" and x["prefix_len"][b]:
+            baseline = sum(x["rewards"][i] for i in plain) / len(plain)
+            advantages[b, t] = x["rewards"][b] - (baseline if in_prefix(b, t) else 0.0)
+        else:
+            advantages[b, t] = reference_advantage(x["rewards"], b, plain if h.get("prefix_adv") == "split" else group, h)
+    return active, tokens, advantages
+
+
+def reference_weight(b: int, rows: list[int], lengths: dict, x: dict, h: dict) -> float:
+    """Weight of a token of row b when `rows` make up the batch."""
+    filled = [i for i in rows if lengths[i]]
+    if h["agg"] == "token-mean":
+        return 1 / sum(lengths[i] for i in rows)
+    if h["agg"] == "const":
+        return 1 / h["norm_const"] / (len(rows) if h["const_div_seqs"] else 1)
+    if h["agg"] == "group-token-mean":
+        mine = sum(lengths[i] for i in rows if x["group_ids"][i] == x["group_ids"][b])
+        return 1 / len({x["group_ids"][i] for i in filled}) / mine
+    return 1 / len(filled) / (lengths[b] if h["agg"] == "seq-mean-token-mean" else 1)
+
+
+def reference_ratio(case: dict, logp, b: int, t: int, row: list[int]) -> float:
+    """exp of the (clamped) log-ratio of a rollout token, or of its mean over the row's tokens."""
+    x, h = case["inputs"], case["hparams"]
+    bound = math.inf if h["log_ratio_clamp"] is None else h["log_ratio_clamp"]
+    old = x["old_logp"] or x["logp"]
+    d = {s: max(-bound, min(bound, logp[b][s] - old[b][s])) for s in row}
+    return math.exp(sum(d.values()) / len(row) if case["algo"] == "gspo" else d[t])
+
+
+def reference_sampler_weight(case: dict, b: int, t: int, row: list[int]) -> float:
+    """Weight of the gap between trainer and sampler; tokens that were not sampled weigh 1."""
+    x, h = case["inputs"], case["hparams"]
+    if h["is_mode"] is None or t < x["prefix_len"][b]:
+        return 1.0
+    gap = {s: (x["old_logp"] or x["logp"])[b][s] - x["rollout_logp"][b][s] for s in row if s >= x["prefix_len"][b]}
+    weight = math.exp(sum(gap.values()) if h["is_mode"] == "seq_tis" else gap[t])
+    low, high = h["is_low"] or 0.0, math.inf if h["is_high"] is None else h["is_high"]
+    if h["is_mode"] == "icepop":
+        return weight if low <= weight <= high else 0.0
+    return max(low, min(high, weight))
+
+
+def reference_rollout_token(case: dict, logp, b: int, t: int, row: list[int], A: float, H: float) -> float:
+    """The loss of one token the policy wrote. Stopped gradients read case["inputs"]["logp"], live ones `logp`."""
+    x, h, algo = case["inputs"], case["hparams"], case["algo"]
+    if algo == "srft":
+        return -h["w2_scale"] * math.exp(H) * logp[b][t] if x["rewards"][b] > h["success_threshold"] else logp[b][t]
+    if algo == "cispo":
+        r = reference_ratio(case, x["logp"], b, t, row)
+        return -min(max(r, h["ratio_floor"] or 0.0), h["ratio_cap"]) * A * logp[b][t]
+    r = reference_ratio(case, logp, b, t, row)
+    low = -math.inf if h["clip_low"] is None or (t < x["prefix_len"][b] and not h["prefix_clip"]) else 1 - h["clip_low"]
+    high = math.inf if h["clip_high"] is None or (t < x["prefix_len"][b] and not h["prefix_clip"]) else 1 + h["clip_high"]
+    ell = -min(r * A, min(max(r, low), high) * A)
+    return min(ell, -A * h["dual_clip"]) if h["dual_clip"] is not None and A < 0 else ell
+
+
+def reference_kl(case: dict, logp, b: int, t: int) -> float:
+    x, h = case["inputs"], case["hparams"]
+    d = logp[b][t] - x["ref_logp"][b][t]
+    if h["kl_type"] in ("k1", "k2"):
+        return d if h["kl_type"] == "k1" else d * d / 2
+    k3 = math.exp(-d) + d - 1
+    return k3 if h["kl_clamp"] is None else max(-h["kl_clamp"], min(h["kl_clamp"], k3))
+
+
+def reference_loss(case: dict, logp, entropy) -> float:
+    """The whole step's loss, token by token."""
+    x, h, algo = case["inputs"], case["hparams"], case["algo"]
+    active, tokens, advantages = reference_rows(case)
+    rows = {b: [t for i, t in tokens if i == b] for b in active}
+    lengths = {b: len(row) for b, row in rows.items()}
+    expert = [bool(e) or algo == "sft" for e in x["is_expert"]]
+    n_imitated = sum(lengths[b] for b in active if expert[b])
+    separate = h.get("mix_norm") == "separate"
+    mean_H = lambda group: sum(x["entropy"][b][t] for b, t in group) / len(group)
+    loss = 0.0
+    for b, t in tokens:
+        H = mean_H(tokens if h.get("srft_entropy") == "batch" else [(b, s) for s in rows[b]])
+        joint = reference_weight(b, list(active), lengths, x, h)
+        policy_rows = [i for i in active if not (separate and algo == "upt" and expert[i])]
+        if not expert[b]:
+            ell = reference_rollout_token(case, logp, b, t, rows[b], advantages[b, t], H) * reference_sampler_weight(case, b, t, rows[b])
+            loss += ell * reference_weight(b, policy_rows, lengths, x, h)
+        else:
+            coef = {"sft": 1.0, "upt": h.get("sft_coef"), "luffy": 0.0, "srft": h.get("w1_scale", 0.0) * math.exp(-H)}[algo]
+            loss += -coef * logp[b][t] * (1 / n_imitated if separate else joint)
+        if expert[b] and algo in ("luffy", "srft"):
+            p = math.exp(logp[b][t])
+            loss += -advantages[b, t] * p / (p + h["shaping_gamma"]) * joint
+        loss += h["kl_coef"] * reference_kl(case, logp, b, t) * joint if h["kl_coef"] else 0.0
+        loss -= h["entropy_coef"] * entropy[b][t] / len(tokens)
+    return loss
+
+
+def assert_agrees_with_the_reference(case: dict) -> None:
+    loss, grad_logp, grad_entropy, advantages = run_case(case)
+    x = case["inputs"]
+    _, tokens, expected = reference_rows(case)
+    assert loss.item() == pytest.approx(reference_loss(case, x["logp"], x["entropy"]), rel=1e-10, abs=1e-12), case["hparams"]
+    for b in range(N_ROWS):
+        for t in range(WIDTH):
+            assert advantages[b, t].item() == pytest.approx(expected.get((b, t), 0.0), rel=1e-10, abs=1e-14)
+            if (b, t) not in expected:
+                assert grad_logp[b, t] == 0
+                continue
+            up, down = copy.deepcopy(x["logp"]), copy.deepcopy(x["logp"])
+            up[b][t] += 1e-6
+            down[b][t] -= 1e-6
+            slope = (reference_loss(case, up, x["entropy"]) - reference_loss(case, down, x["entropy"])) / 2e-6
+            assert grad_logp[b, t].item() == pytest.approx(slope, rel=1e-5, abs=1e-8), (b, t, case["hparams"])
+    if grad_entropy is not None:
+        per_token = case["hparams"]["entropy_coef"] / max(len(tokens), 1)
+        assert torch.allclose(grad_entropy, torch.tensor([[-per_token * ((b, t) in expected) for t in range(WIDTH)] for b in range(N_ROWS)]).double())
+
+
+OPTIONS = [dict(agg=agg) for agg in losses.CHOICES["agg"]] + [
+    dict(agg="const", const_div_seqs=False), dict(adv_norm="group_std"), dict(adv_norm="group_std", adv_ddof=0), dict(singleton="raw"),
+    dict(dual_clip=1.1), dict(log_ratio_clamp=0.2), dict(is_mode="tis", is_high=1.1), dict(is_mode="tis", is_low=0.9, is_high=1.2),
+    dict(is_mode="seq_tis", is_high=1.5), dict(is_mode="icepop", is_low=0.8, is_high=1.25), dict(kl_coef=0.1, kl_type="k1"),
+    dict(kl_coef=0.1, kl_type="k2"), dict(kl_coef=0.1), dict(kl_coef=0.1, kl_clamp=0.5), dict(entropy_coef=0.01),
+    dict(mask_truncated=True), dict(filter_groups=True), dict(clip_low=0.1, clip_high=None)]
+SPECIAL = {"cispo": [dict(ratio_floor=0.8, ratio_cap=1.28)], "luffy": [CLIP],
+           "srft": [dict(mix_norm="separate"), dict(srft_entropy="batch"), dict(mix_norm="separate", agg="const", const_div_seqs=False),
+                    dict(success_threshold=0.2)],
+           "upt": [dict(gate_gamma=0.0), dict(gate_gamma=0.5), dict(mix_norm="separate"), dict(mix_norm="separate", agg="const", kl_coef=0.1),
+                   dict(clip_low=None, clip_high=None), dict(mix_norm="separate", filter_groups=True, agg="group-token-mean")],
+           "prefix_rft": [dict(prefix_adv="split"), dict(prefix_clip=False, dual_clip=1.1), dict(drop_ratio=0.0), dict(drop_ratio=1.0),
+                          dict(prefix_adv="split", is_mode="seq_tis", is_high=1.2), dict(mask_truncated=True, prefix_adv="split")]}
+
+
+@pytest.mark.parametrize("algo", METHODS)
+def test_every_method_under_every_option_agrees_with_loops_over_tokens(algo):
+    for seed, options in enumerate([{}] + OPTIONS + SPECIAL.get(algo, [])):
+        assert_agrees_with_the_reference(make_case(algo, seed, **options))
+
+
+@pytest.mark.parametrize("algo", METHODS)
+def test_one_update_per_round_agrees_with_loops_over_tokens(algo):
+    case = make_case(algo, 100, **({"is_mode": "tis", "is_high": 1.1} if algo != "gspo" else {}))
+    case["inputs"]["old_logp"] = None
+    live = run_case(case)
+    case["inputs"]["old_logp"] = case["inputs"]["logp"]
+    for a, b in zip(live, run_case(case)):
+        assert a is b is None or torch.equal(a, b)
+    assert_agrees_with_the_reference(case)
