@@ -351,7 +351,7 @@ def main(cfg: Config) -> None:
         began = time.monotonic()
         groups, cursor, stats, records = collect(cfg, objective, model, tokenizer, pool, cursor, step)
         sampled = time.monotonic()
-        if step == start:
+        if step == start and groups:
             show_first(groups, pool, tokenizer)
         book.log_samples(step + 1, [{**r, "kind": "train"} for r in records[:8]])
         result = update(cfg, objective, model, reference, optimizers, groups, book, step, device) if groups else {"updates": 0, "_trained": [], "_experts": [], "_old": []}
