@@ -1,21 +1,18 @@
 """The decoder: a Hugging Face folder in, hidden states and token log-probs out, the same folder back.
 
-One pre-norm transformer covers the Qwen2 / Qwen2.5, Qwen3, Llama 2 / 3.x, SmolLM2 and Mistral checkpoints; they differ
-by fields of ModelConfig. What is not implemented is refused by name: a model that is almost right trains in silence.
+One pre-norm transformer covers Qwen2 / Qwen2.5, Qwen3, Llama 2 / 3.x, SmolLM2 and Mistral checkpoints; they differ by
+fields of ModelConfig (folder.py, which also refuses by name what is not implemented here).
   1) Parameters carry Hugging Face's names, so folders are read and written without renaming and without transformers.
   2) Rotary angles come from the positions at each forward and are never stored: nothing to refill after a start on the
      meta device, no length limit. Norms, angles and log-probs are taken in fp32 whatever the weights are.
   3) Causality is by position. Rows are padded on the right, so neither training nor decoding needs a padding mask: what
      stands behind a row's last token is invisible to it, in the row and in the cache.
   4) The logits (B, T, V) are never held: forward() ends at the hidden states, token_logp() takes the head in chunks.
-  5) forward_flops() counts as the paper does (equations 20-22): embedding product included, attention not halved.
-     hardware_flops() is the other count, the work a machine has to do.
-  6) # differs: no dropout, so attention_dropout in a config.json is not read.
+  5) # differs: no dropout; attention_dropout in a config.json is not read.
 
     model = load_model("runs/sft/checkpoints/step_000400")      # or init_model(ModelConfig(...), seed=0)
     hidden = model(ids)                                         # (B, T, D)
     logp = token_logp(hidden[:, :-1], model.head, ids[:, 1:])   # (B, T-1) nats
-
     cache = Cache(model.config, rows=B, slots=T + 64)           # decoding, under torch.inference_mode()
     hidden = model(ids, cache=cache)                            # prefill: a row's tokens go to slots 0..T-1
     hidden = model(new, positions, cache)                       # new (B, 1) at positions (B, 1), each row at its own
@@ -23,55 +20,19 @@ by fields of ModelConfig. What is not implemented is refused by name: a model th
 Shapes: B rows, T tokens, V vocabulary, D hidden width, H query heads, Hkv key/value heads, K head width, L layers,
 N = tokens of all rows in one list, n = a chunk of them.
 """
-import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-FAMILIES = "qwen2", "qwen3", "llama", "mistral"   # the values of model_type that load
-ROPE_NUMBERS = {"default": (), "linear": ("factor",),
-                "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+from folder import ModelConfig, config_dict, read_config, read_weights, write_folder
+
+__all__ = ["ModelConfig", "read_config", "config_dict", "Cache", "Model", "init_model", "load_model", "save_model",
+           "head_logits", "token_logp", "forward_flops", "hardware_flops"]
 CHUNK_LOGITS = 2**25   # logits that token_logp holds at once: 128 MB in fp32, 220 tokens of Qwen's 152k vocabulary
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Shape of one model. The defaults are the built-in one's: Qwen2 style with a tied head."""
-    model_type: str = "qwen2"                # family: decides which transformers class reads the folder
-    vocab_size: int                          # V
-    hidden_size: int                         # D
-    intermediate_size: int                   # width inside the gated MLP
-    num_hidden_layers: int                   # L
-    num_attention_heads: int                 # H
-    num_key_value_heads: int | None = None   # Hkv; None = H
-    head_dim: int | None = None              # K; None = D / H
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0              # base of the rotary wavelengths
-    rope_scaling: dict | None = None         # None or {"rope_type": "linear" | "llama3", "factor": ..., ...}
-    max_position_embeddings: int = 32768     # what the checkpoint was trained for; nothing here stops at it
-    tie_word_embeddings: bool = True         # the head is the embedding matrix
-    attention_bias: bool = True              # on q, k and v
-    output_bias: bool = False                # on the attention's output
-    mlp_bias: bool = False
-    qk_norm: bool = False                    # RMSNorm over each head of q and k (Qwen3)
-    dtype: str = "float32"                   # of the stored weights
-    raw: dict = field(default_factory=dict, repr=False, compare=False)   # config.json as read; kept when saved
-
-    def __post_init__(self):
-        D, H = self.hidden_size, self.num_attention_heads
-        object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or H)   # the class is frozen
-        object.__setattr__(self, "head_dim", self.head_dim or D // H)
-        if H % self.num_key_value_heads or self.head_dim % 2:
-            raise ValueError(f"num_attention_heads {H} must be a multiple of num_key_value_heads {self.num_key_value_heads}, "
-                             f"and head_dim {self.head_dim} even, since rotary positions turn pairs")
 
 
 # ---- the network -----------------------------------------------------------------------------------------------------
@@ -173,8 +134,8 @@ class Block(nn.Module):
 
 class Cache:
     """Keys and values of `rows` sequences with `slots` positions each; k and v are lists over layers of tensors
-    (rows, Hkv, slots, K). The token at position p of a row lives in slot p. Attention reads slots[:used], used = 1 + the
-    largest position written so far. Fresh slots are zero: a masked slot weighs 0, but 0 x NaN would still be NaN.
+    (rows, Hkv, slots, K). The token at position p of a row lives in slot p. Attention reads slots[:used], used = 1 +
+    the largest position written so far. Fresh slots are zero: a masked slot weighs 0, but 0 x NaN would still be NaN.
     For use under torch.inference_mode(): writing in place would break a backward."""
     def __init__(self, config: ModelConfig, rows: int, slots: int, dtype: torch.dtype = torch.float32, device="cpu"):
         shape = rows, config.num_key_value_heads, slots, config.head_dim
@@ -188,9 +149,7 @@ class Cache:
         return self._rebuild(lambda old: old.index_select(0, index), len(index), self.slots)
 
     def grow(self, slots: int) -> "Cache":
-        """Make room for positions 0..slots-1, in place; what is cached stays. Returns the cache itself."""
-        if slots < self.used:
-            raise ValueError(f"cannot give a cache {slots} slots: {self.used} are in use; ask for at least as many")
+        """Make room for positions 0..slots-1 (at least `used`), in place. Returns the cache itself."""
         return self._rebuild(lambda old: old, self.rows, slots)
 
     def _rebuild(self, choose, rows: int, slots: int) -> "Cache":
@@ -237,8 +196,7 @@ class Model(nn.Module):
             cache.used = max(cache.used, top)
             at = torch.arange(B, device=ids.device)[:, None], places
             if positions is not None:   # a prefill from slot 0 sees only itself: causal, without reading the cache
-                seen = torch.arange(cache.used, device=ids.device) <= positions[..., None]
-                mask = seen[:, None]   # (B, 1, T, used)
+                mask = torch.arange(cache.used, device=ids.device) <= positions[:, None, :, None]   # (B, 1, T, used)
         x = self.model.embed_tokens(ids)   # (B, T, D)
         cos, sin = self._angles(places, x.dtype)
         for i, block in enumerate(self.model.layers):
@@ -271,16 +229,16 @@ def init_model(config: ModelConfig, seed: int) -> Model:
 
 # ---- token log-probs -------------------------------------------------------------------------------------------------
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a (n, m) @ b (m, k) in fp32 (float64 for float64). On CUDA a half-precision product keeps its fp32 accumulator; the
-    CPU has no such kernel and rounds the result once to the input's type, as the logits of transformers are."""
+    """a (n, m) @ b (m, k) in fp32 (float64 for float64). On CUDA a half-precision product keeps its fp32 accumulator;
+    the CPU has no such kernel and rounds once to the input's type, as the logits of transformers are."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a @ b).to(torch.promote_types(a.dtype, torch.float32))
 
 
 def head_logits(hidden: Tensor, head: Tensor, temperature: float = 1.0) -> Tensor:
-    """hidden (N, D), head (V, D) -> logits (N, V) over the temperature, fp32. A sampler that draws from these draws from
-    exactly the distribution that token_logp() scores."""
+    """hidden (N, D), head (V, D) -> logits (N, V) over the temperature, fp32. A sampler that draws from these draws
+    from exactly the distribution that token_logp() scores."""
     logits = _product(hidden, head.to(hidden.dtype).T)
     return logits if temperature == 1.0 else logits / temperature
 
@@ -334,12 +292,11 @@ def token_logp(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float
                entropy: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """Log-prob of each target under softmax(hidden head^T / temperature), without holding the logits of all tokens.
 
-    | name        | shape    | unit | meaning                                                                   |
-    | hidden      | (..., D) |      | the model's output; any float type                                        |
-    | head        | (V, D)   |      | cast to hidden's type if it differs; its gradient is summed in fp32       |
-    | targets     | (...)    |      | token ids                                                                 |
-    | chunk       |          |      | tokens at once; None = as many as keep their logits below 128 MB          |
-    | returns     | (...)    | nats | logp, or with entropy=True the pair (logp, entropy); fp32, differentiable |
+    | hidden  | (..., D) | the model's output, of any float type                                                |
+    | head    | (V, D)   | cast to hidden's type where it differs; its gradient is summed in fp32               |
+    | targets | (...)    | token ids                                                                            |
+    | chunk   | tokens   | taken at once; None = as many as keep their logits below 128 MB                      |
+    | returns | (...)    | logp, or with entropy=True the pair (logp, entropy): nats, fp32, both differentiable |
 
     The peak is about three (chunk, V) tensors, plus the head's gradient in backward."""
     chunk = chunk or max(1, CHUNK_LOGITS // head.shape[0])
@@ -367,171 +324,17 @@ def hardware_flops(config: ModelConfig, lengths: Iterable[int]) -> float:
 
 
 # ---- Hugging Face folders --------------------------------------------------------------------------------------------
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; give a model folder, with config.json and *.safetensors")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:   # of the JSON or of its encoding
-        raise ValueError(f"{path}: not readable as JSON ({error}); copy or write the file again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a JSON object; copy or write the file again")
-    return content
-
-
-def _refuse(raw: dict, path: Path) -> None:
-    """Raise ValueError for what would change the computation and is not implemented."""
-    family, kinds = raw.get("model_type"), set(raw.get("layer_types") or ())
-    # Qwen's window is off unless switched on; Mistral's is on unless null, and 4096 where the key is missing
-    window = raw.get("sliding_window", 4096) if family == "mistral" else raw.get("use_sliding_window")
-    experts = [key for key in ("num_experts", "num_local_experts", "n_routed_experts") if raw.get(key)]
-    refused = {
-        f"mixture of experts (model_type {family!r})": experts or "moe" in str(family) or family == "mixtral",
-        f"model_type {family!r}": family not in FAMILIES,
-        "quantization_config": raw.get("quantization_config"),
-        f"sliding_window {raw.get('sliding_window', 4096)}": window,
-        f"layer_types {sorted(kinds)}": kinds - {"full_attention"},
-        f"hidden_act {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
-    }
-    for what, found in refused.items():
-        if found:
-            raise ValueError(f"{path}: {what} is not implemented; use a dense, unquantized model with full attention and "
-                             f"silu, of model_type {', '.join(FAMILIES)}")
-
-
-def _read_rope(raw: dict, path: Path) -> tuple[float, dict | None]:
-    """Base and scaling, from rope_theta and rope_scaling (transformers 4) or from rope_parameters (5)."""
-    given = [raw[key] for key in ("rope_parameters", "rope_scaling") if raw.get(key)]   # the later one wins
-    flat = all(isinstance(rope, dict) and not any(isinstance(v, dict) for v in rope.values()) for rope in given)
-    kinds = {rope.get("rope_type", rope.get("type", "default")) for rope in given} if flat else set()
-    kind = kinds.pop() if kinds else None if given else "default"
-    rope = {key: value for one in given for key, value in one.items()} if flat else {}
-    part = raw.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
-    if kinds or kind not in ROPE_NUMBERS or part != 1.0:
-        raise ValueError(f"{path}: rotary settings {given} are not implemented; use a model whose rope_type is one of "
-                         f"{', '.join(ROPE_NUMBERS)}, the same in each layer and over the whole head")
-    numbers = {key: rope.get(key) for key in ROPE_NUMBERS[kind]}
-    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
-    for key, value in {"rope_theta": theta, **numbers}.items():
-        if not isinstance(value, (int, float)):
-            raise ValueError(f"{path}: {key} is {value!r}; rope_type {kind} needs a number, copy it from the original model")
-    return float(theta), {"rope_type": kind, **numbers} if numbers else None
-
-
-def read_config(folder) -> ModelConfig:
-    """config.json of a model folder, as transformers 4 or 5 spell it. Raises ValueError, naming the file, for a missing
-    file or key and for every feature that is not implemented."""
-    path = Path(folder) / "config.json"
-    raw = _read_json(path)
-    _refuse(raw, path)
-    theta, scaling = _read_rope(raw, path)
-    sizes = {"num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048}
-    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", *sizes):
-        value = sizes[key] = raw.get(key, sizes.get(key))
-        if value is None and key in ("num_key_value_heads", "head_dim"):
-            continue   # derived from the other sizes; were that wrong, the weights' shapes would not fit
-        if not isinstance(value, float if key == "rms_norm_eps" else int) or value <= 0:
-            raise ValueError(f"{path}: {key} is {value!r}; write the positive number that the weights were made with")
-    kind = raw["model_type"]
-    bias = kind in ("qwen3", "llama") and bool(raw.get("attention_bias"))   # the others do not read the key
-    try:
-        return ModelConfig(
-            model_type=kind, **sizes, rope_theta=theta, rope_scaling=scaling, raw=raw, qk_norm=kind == "qwen3",
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings")), attention_bias=bias or kind == "qwen2",
-            output_bias=bias, mlp_bias=kind == "llama" and bool(raw.get("mlp_bias")),
-            dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def config_dict(config: ModelConfig) -> dict:
-    """A config.json that transformers 4 and 5 both read: the keys it was read with, and ours over them. Rotary settings
-    and dtype are spelled as in version 4, which 5 still reads."""
-    silent = {"architectures": [f"{config.model_type.title()}ForCausalLM"], "hidden_act": "silu", "sliding_window": None}
-    others = {key: value for key, value in config.raw.items() if key not in ("rope_parameters", "dtype")}
-    ours = {f.name: getattr(config, f.name) for f in fields(config)} | {"torch_dtype": config.dtype}
-    # attention_bias in a file means all four projections; it is the name of another thing than our field
-    ours["attention_bias"] = config.output_bias
-    return silent | others | {key: ours[key] for key in ours if key not in ("raw", "dtype", "output_bias", "qk_norm")}
-
-
-def _read_weights(folder: Path, dtype: torch.dtype, device) -> dict[str, Tensor]:
-    """All weights of a folder by name, from model.safetensors or from the shards of its index."""
-    files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
-    if not files[0].is_file() and index.is_file():
-        files = [folder / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
-    elif not files[0].is_file():
-        pickles = [path.name for kind in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(kind))]
-        why = f"{pickles[0]} can run code when opened and is never read, convert it" if pickles else "add the weights"
-        raise ValueError(f"{folder}: neither model.safetensors nor model.safetensors.index.json; {why}")
-    weights = {}
-    for path in files:
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file, but the index beside it names it; copy the missing shard")
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                names = [name for name in file.keys() if not name.endswith("rotary_emb.inv_freq")]   # once stored, unused
-                # Copies: the tensors are views of the mapped file, and saving over it would change the loaded model
-                weights |= {name: file.get_tensor(name).to(dtype, copy=True) for name in names}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
-    return weights
-
-
-def _check_weights(weights: dict[str, Tensor], model: nn.Module, folder: Path) -> None:
-    """Drop a head that repeats the tied embedding; raise ValueError unless names and shapes are the model's."""
-    expected, fix = dict(model.named_parameters()), "weights and config.json must come from one checkpoint"
-    if "lm_head.weight" in weights and "lm_head.weight" not in expected:
-        head = weights.pop("lm_head.weight")
-        if not torch.equal(head, weights.get("model.embed_tokens.weight", head)):
-            raise ValueError(f"{folder}: lm_head.weight differs from the embedding; set tie_word_embeddings to false")
-    missing, extra = (sorted(set(a) - set(b)) for a, b in ((expected, weights), (weights, expected)))
-    if missing == ["lm_head.weight"]:
-        fix = "set tie_word_embeddings to true if the embedding is the head"
-    if missing or extra:
-        raise ValueError(f"{folder}: the weights do not fit config.json, {len(missing)} missing {missing[:3]}, "
-                         f"{len(extra)} unexpected {extra[:3]}; {fix}")
-    for name, p in expected.items():
-        if weights[name].shape != p.shape:
-            shapes = f"shape {list(weights[name].shape)}, by config.json {list(p.shape)}"
-            raise ValueError(f"{folder}: {name} has {shapes}; {fix}")
-
-
 def load_model(folder, dtype: torch.dtype = torch.float32, device="cpu") -> Model:
     """The model of a Hugging Face folder, its weights cast to dtype on the device. Raises ValueError, naming the file,
-    for what is missing, damaged or at odds with config.json."""
-    folder = Path(folder)
-    with torch.device("meta"):
+    for what is missing, damaged, at odds with config.json or not implemented."""
+    with torch.device("meta"):   # no memory and no time for weights that are replaced at once
         model = Model(read_config(folder))
-    weights = _read_weights(folder, dtype, device)
-    _check_weights(weights, model, folder)
-    model.load_state_dict(weights, assign=True)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    model.load_state_dict(read_weights(folder, shapes, dtype, device), assign=True)
     return model
 
 
 def save_model(model: Model, folder, dtype: torch.dtype | None = None, max_shard_bytes: float = 5e9) -> None:
-    """Write the model as a Hugging Face folder in dtype (None = the parameters' own); without a cast it reads back bit
+    """Write the model as a Hugging Face folder, in dtype (None = the parameters' own): without a cast it reads back bit
     for bit. Above max_shard_bytes the weights are cut into shards with an index. A tied head is left out."""
-    folder, dtype, weights = Path(folder), dtype or model.head.dtype, dict(model.named_parameters())
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("model*.safetensors*"):   # of an earlier save in other shards, which a loader might prefer
-        old.unlink()
-    shards, room = [[]], max_shard_bytes   # names by shard, in the model's order
-    for name, w in weights.items():
-        size = w.numel() * dtype.itemsize
-        if size > room and shards[-1]:
-            shards.append([])
-            room = max_shard_bytes
-        shards[-1].append(name)
-        room -= size
-    places = {}
-    for i, names in enumerate(shards, 1):   # one shard at a time in memory
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        part = {name: weights[name].detach().to("cpu", dtype).contiguous() for name in names}
-        save_file(part, folder / file, metadata={"format": "pt"})
-        places |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(w.numel() for w in weights.values()) * dtype.itemsize}, "weight_map": places}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-    config = replace(model.config, dtype=str(dtype).removeprefix("torch."))
-    (folder / "config.json").write_text(json.dumps(config_dict(config), indent=2), encoding="utf-8")
+    write_folder(folder, model.config, dict(model.named_parameters()), dtype or model.head.dtype, max_shard_bytes)
