@@ -15,7 +15,7 @@ r"""Countdown, the built-in task: problems, an expert that searches and gives up
    seed and their size, and a longer train.jsonl begins with the shorter one.
 
 python countdown.py --out data/countdown --trajectories 8000 --hazard 0 --verified
-    base.jsonl {"text"}; train.jsonl val.jsonl {"prompt", "response"};
+    base.jsonl {"text"}; train.jsonl val.jsonl {"prompt", "answer", "numbers", "response"};
     rl.jsonl eval.jsonl test.jsonl test_k5.jsonl {"prompt", "answer", "numbers"};
     tokenizer.json tokenizer_config.json; countdown.json (the settings, and the number of rows in each file)"""
 import argparse
@@ -238,17 +238,21 @@ def _draw(name: str, pools, n: int, seed, make) -> list[dict]:
 def problem_rows(name: str, n: int, seed="fixed", sizes=SIZES) -> list[dict]:
     """n problems {"prompt", "answer", "numbers"} of split `name`; test_k5 shares the hash range of test."""
     split = "test" if name == "test_k5" else name
-    return _draw(name, [pool(split, k) for k in sizes], n, seed, lambda numbers, target, rng:
-                 {"prompt": prompt_of(numbers, target), "answer": str(target), "numbers": list(numbers)})
+    return _draw(name, [pool(split, k) for k in sizes], n, seed, lambda numbers, target, rng: problem(numbers, target))
+
+
+def problem(numbers, target: int) -> dict:
+    """A problem as a row."""
+    return {"prompt": prompt_of(numbers, target), "answer": str(target), "numbers": list(numbers)}
 
 
 def trajectory_rows(name: str, n: int, config: Config, difficulty: str = "uniform") -> list[dict]:
-    """n trajectories {"prompt", "response"} of the config's expert on split `name`."""
+    """n trajectories {"prompt", "response", "answer", "numbers"} of the config's expert on split `name`."""
     sizes = (int(difficulty),) if difficulty in ("3", "4") else SIZES
 
     def make(numbers, target, rng):
         response, right = expert(numbers, target, config.hazard, config.lines, rng)
-        return {"prompt": prompt_of(numbers, target), "response": response} if right or not config.verified else None
+        return {**problem(numbers, target), "response": response} if right or not config.verified else None
     return _draw(name, [pool(name, k, difficulty) for k in sizes], n, config.seed, make)
 
 
