@@ -1,53 +1,61 @@
-"""The reward: is the answer of a response equal to the gold answer? Exact where mathematics allows, and bounded for any input.
+r"""The reward: is the answer in a response equal to the gold answer? Exact where mathematics allows, bounded for any input.
 
     verify(response, gold, numbers=None) -> Verdict(correct, lenient, extracted, reason)
     python verify.py GOLD RESPONSE
-    python verify.py --in scored.jsonl --out verdicts.jsonl      rows {"response" or "prediction", "gold"[, "numbers"]}
+    python verify.py --in scored.jsonl --out verdicts.jsonl     rows {"response" or "prediction", "gold"[, "numbers"]}
 
-1) Only the text after the last </think> counts, and of it the last closed \\boxed{} or \\fbox{}; without a box "answer is ...",
+1) Only the text after the last </think> counts, and of it the last closed \boxed{} or \fbox{}; without a box "answer is ...",
    <answer> and "#### 42". A <think> still open after that earns nothing.
-2) mathexpr.py reads an answer into a tree; what it does not understand (sums, integrals, ellipses, set builders, sentences) is compared
-   as text, token by token.
-3) A comma, "and", "or", \\{ \\}, \\cup and \\pm make a list in any order; ( ) and [ ] keep order and brackets; rows make a matrix.
-4) Values are equal exactly, or to more digits than were written (mathexpr.py states the bound); equations and inequalities up to a factor.
-5) Units may be left out, never exchanged; a percent sign is a unit (50% is 50, not 0.5); a base may not be left out; x = 5 is 5.
-6) strict (`correct`) is the training reward: no tolerance, no similarity of strings. lenient also accepts 1e-4 relative error where a side
-   is not an integer, upper for lower case, and an answer found anywhere (last number, inside <think>): for evaluation only.
-7) Countdown (numbers given): the box holds + - * / over the given numbers, each used exactly once, equal to the gold target.
-
-No eval, no signal, no thread, no sympy; safe in threads and forked workers. Differs from the paper's reward, which accepts 60% similarity.
+2) mathexpr.py reads an answer into a tree; what it cannot read (sums, integrals, ellipses, set builders, sentences) is
+   compared as text, token by token.
+3) A comma, "and", "or", \{ \}, \cup and \pm make a list in any order; ( ) and [ ] keep order and brackets.
+4) Fractions are compared exactly. Other values are computed with P and with 2P digits, P = 60 + 2 x (digits written), and
+   are equal when they differ by less than err = 10 x (drift from P to 2P) + 10^(3-P) x (largest intermediate value), where
+   err must be below 1e-25: a decimal of n digits comes no nearer than about 10^-2n to a surd.
+5) With variables, trees must agree so at 4 seeded points (fractions, integers, negatives); equations and inequalities may
+   differ by a constant factor, positive for inequalities; x > 4 is the interval, x = 5 and 2 + 3 = 5 are 5.
+6) Units may be left out, not exchanged; a percent sign is a unit (50% is 50, not 0.5); a base may not be left out.
+7) strict (`correct`), the training reward, has no tolerance and no string similarity. lenient adds 1e-4 relative error where
+   a side is no integer, capitals, an answer anywhere (last number, inside <think>): for evaluation only.
+8) Countdown (numbers given): the box holds + - * / and each given number exactly once, and equals gold.
+No eval, signal, thread or sympy; safe in threads and forked workers. differs: the paper's reward accepts 60% similarity.
 """
 from __future__ import annotations
 
 import argparse
 import json
 import multiprocessing
+import os
 import re
 import sys
 from collections import Counter
+from decimal import Context, Decimal, DivisionByZero, InvalidOperation, Overflow, localcontext
 from fractions import Fraction
+from functools import lru_cache
 from typing import NamedTuple
 
-from mathexpr import UNITS, Meter, equal, evaluate, read
+from mathexpr import UNITS, Approx, Meter, Unread, evaluate, lift, parse, tokenize
 
-MAX_ITEMS = 24  # a longer list must keep its order: matching in any order is quadratic
 MAX_BOXES, MAX_BRACES, PLAIN_TAIL = 8, 10_000, 4000  # boxes tried from the end; braces in one; characters searched for "answer is"
-LENIENT = 1e-4  # relative tolerance of the lenient verdict
+MAX_ITEMS = 24  # a longer list of inexact items must keep its order: matching in any order is quadratic
+POINTS, ENOUGH, MAX_PRECISION = 12, 4, 600  # points tried, points that must agree; digits of an approximate value
+LENIENT = 1e-4
 
 
 class Verdict(NamedTuple):
-    """correct: strict, the training reward. lenient: for evaluation. extracted: the answer as written. reason: a short fixed phrase."""
+    """correct: the training reward. lenient: for evaluation. extracted: the answer as written. reason: a short fixed phrase."""
     correct: bool
     lenient: bool
     extracted: str | None
     reason: str
 
 
-# ------------------------------------------------------------------------------------------------------------------- extraction
+# --------------------------------------------------------------------------------------------------------- extraction
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-FINAL = re.compile(r"(?:answer\W{0,4}?(?:is|:|=)|####|<answer>)[\s:*]*", re.IGNORECASE)
+TEX_TOKEN = re.compile(r"\s+(\w+)")  # \boxed 5
+FINAL = re.compile(r"(?:answer\W{0,4}?(?:is|:|=)|####(?=\s*[-$\\\d])|<answer>)[\s:*]*", re.IGNORECASE)
 MATHS = re.compile(r"(?:\$(?:\\.|[^$\\])+\$(?:\s*,?\s*(?:and\s)?\s*)?)+|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-LAST = re.compile(r"\$((?:\\.|[^$\\])+)\$|(-?\d[\d,]*(?:\.\d+)?(?:/\d+)?)")
+LAST = re.compile(r"\$(?:\\.|[^$\\])+\$|-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
 def boxed(text: str) -> str | None:
@@ -57,65 +65,120 @@ def boxed(text: str) -> str | None:
         start = max(text.rfind("\\boxed", 0, end), text.rfind("\\fbox", 0, end))
         if start < 0:
             return None
-        first = start + (6 if text.startswith("\\boxed", start) else 5)
-        if token := re.compile(r"\s+(\w+)").match(text, first):  # TeX: \boxed 5
+        first, depth = start + (6 if text[start + 1] == "b" else 5), 0
+        if token := TEX_TOKEN.match(text, first):
             return token[1]
-        depth, seen = 0, 0
-        for brace in BRACE.finditer(text, first):
+        for seen, brace in enumerate(BRACE.finditer(text, first)):
             depth += {"{": 1, "}": -1}.get(brace[0], 0)
-            seen += 1
             if depth <= 0 or seen > MAX_BRACES:
+                if brace[0] == "}" and depth == 0:
+                    return text[text.index("{", first) + 1:brace.start()].strip()
                 break
-        if seen and depth == 0 and brace[0] == "}":
-            return text[text.index("{", first) + 1:brace.start()].strip()
         end = start
     return None
 
 
 def phrased(text: str) -> str | None:
-    """The answer after the last "answer is", <answer> or ####, to the end of its formula or sentence."""
+    """The answer after the last "answer is", <answer> or ####, up to the end of its formula or sentence."""
     tail = text[-PLAIN_TAIL:]
-    starts = [found.end() for found in FINAL.finditer(tail)]
-    if not starts:
+    ends = [found.end() for found in FINAL.finditer(tail)]
+    if not ends:
         return None
-    tail = tail[starts[-1]:]
+    tail = tail[ends[-1]:]
     maths = MATHS.match(tail)
     return (maths[1] or maths[2] or maths[0] if maths else re.split(r"\.(?:\s|$)|\n|</answer>", tail)[0]).strip() or None
 
 
-def extract_answer(response: str, strict: bool = True) -> tuple[str | None, str]:
-    """Response -> (answer as written or None, reason when None). strict=False also looks inside <think> and takes the last number."""
+def extract_answer(response: str) -> tuple[str | None, str]:
+    """Response -> (the answer as written, or None; why there is none)."""
     text = response.rpartition("</think>")[2]
     if "<think>" in text:
-        if strict:
-            return None, "unfinished thinking"
-    for find in (boxed, phrased):
-        if (answer := find(text)) is not None:
-            return answer, "ok" if answer else "empty answer"
-    if not strict:
-        last = None
-        for last in LAST.finditer(response[-PLAIN_TAIL:]):
-            pass
-        return (boxed(response) or last and (last[1] or last[2])), "no answer"
-    return None, "no answer"
+        return None, "unfinished thinking"
+    answer = boxed(text)
+    if answer is None:
+        answer = phrased(text)
+    return answer, "no boxed answer" if answer is None else "empty answer"
 
 
-# --------------------------------------------------------------------------------------------------------------------- equality
+def extract_anywhere(response: str) -> str | None:
+    """For the lenient verdict: any box or phrase, inside <think> too, else the last formula or number."""
+    last = LAST.findall(response[-PLAIN_TAIL:])
+    return boxed(response) or phrased(response) or (last[-1] if last else None)
+
+
+# ----------------------------------------------------------------------------------------------------------- readings
+class Reading(NamedTuple):
+    """plain: the tokens joined, by which texts are compared. tree: None where the text is not understood."""
+    plain: str
+    tree: tuple | None
+
+
+def signed(node, up: bool):
+    """A tree with its ± and ∓ decided."""
+    if not isinstance(node, tuple):
+        return node
+    if node[0] in ("±", "∓"):
+        right = signed(node[2], up)
+        return ("+", signed(node[1], up), right if (node[0] == "±") == up else ("neg", right))
+    return tuple(signed(child, up) for child in node)
+
+
+def read_now(text: str, thousands: bool) -> Reading:
+    try:
+        tokens = tokenize(text, thousands)
+    except Unread:
+        return Reading(text.strip(), None)
+    # words letter by letter, so that \text{VW} is VW; capitals matter in short ones only
+    plain = " ".join(" ".join(t[1:-1].casefold() if len(t) > 5 else t[1:-1]) if t[0] == '"' else t for t in tokens)
+    try:
+        tree = parse(tokens)
+    except (ArithmeticError, ValueError):
+        return Reading(plain, None)
+    if "±" in tokens or "∓" in tokens:
+        tree = ("set", *(v for item in members(tree) for v in dict.fromkeys((signed(item, True), signed(item, False)))))
+    return Reading(plain, tree)
+
+
+read_short = lru_cache(2048)(read_now)  # a gold answer is read once for its whole group; long texts are not kept
+
+
+def read(text: str, thousands: bool = True) -> Reading:
+    """Answer text -> Reading. thousands=False reads the commas of 1,234 as those of a list."""
+    return (read_short if len(text) <= 120 else read_now)(text, thousands)
+
+
+# ----------------------------------------------------------------------------------------------------------- equality
+def survey(node: tuple, names: set[str]) -> int:
+    """Collects the variables of a tree, "i" and "log"; returns the number of digits written in it."""
+    head = node[0]
+    if head == "num":
+        return (node[1].numerator.bit_length() + node[1].denominator.bit_length()) // 3
+    if head in ("sym", "text", "i", "call") or head == "fn" and node[1] == "log":
+        names.add(head if head in ("i", "call") else node[1])
+    return sum(survey(child, names) for child in node[1:] if isinstance(child, tuple))
+
+
+@lru_cache(64)
+def context(digits: int) -> Context:
+    return Context(prec=digits, Emax=20_000, Emin=-20_000, traps=[Overflow, InvalidOperation, DivisionByZero])
+
+
 def members(node: tuple) -> list[tuple]:
     """The items of a list or set, flat; anything else is its own only item."""
     return [m for item in node[1:] for m in members(item)] if node[0] in ("list", "set") else [node]
 
 
 def unit_of(node: tuple) -> tuple[str, tuple]:
-    """(unit, value): the unit in one spelling, "" where there is none or it is not a known one."""
-    if node[0] == "neg":
+    """(unit in one spelling, value); "" where there is no unit or not a known one."""
+    head = node[0]
+    if head == "neg":
         unit, value = unit_of(node[1])
         return unit, ("neg", value)
-    if node[0] == "°":
+    if head == "°":
         return "deg", node[1]
-    if node[0] == "base" and node[1] != "10":
+    if head == "base" and node[1] != "10":
         return "base " + node[1], node
-    if node[0] != "unit":
+    if head != "unit":
         return "", node
     names = [UNITS.get(word.rstrip("."), "") for word in node[1].split()]
     inner, value = unit_of(node[2])
@@ -123,59 +186,35 @@ def unit_of(node: tuple) -> tuple[str, tuple]:
 
 
 def named(side: tuple) -> bool:
-    """Is this what an answer may be assigned to: x, AB, f(x), area, (x, y)?"""
+    """Can an answer be assigned to this: x, AB, f(x), area, (x, y)?"""
     if side[0] in ("tuple", "*"):
         return all(named(part) for part in side[1:] if isinstance(part, tuple))
     return side[0] in ("sym", "text", "call")
 
 
-def assigned(rel: tuple, same) -> tuple | None:
-    """x = 5 -> 5; 2 + 3 = 5 -> 5; x in S -> S; 2/3 ~ 0.67 -> 2/3; x > 4 -> (4, oo). None where a relation has no value."""
-    ops, sides = rel[1:]
-    if ops == ("in",):
-        return sides[1]
-    if ops == ("≈",):
-        return sides[0] if same(sides[0], sides[1], 0.01) else None
-    if set(ops) == {"="}:
-        rest = sides[1:] if named(sides[0]) else sides[:-1] if named(sides[-1]) else sides
-        return rest[0] if all(same(rest[0], other) for other in rest[1:]) else None
-    if ops == ("!=",) and sides[0][0] == "sym":
-        return ("set", ("tuple", "(", ")", ("neg", INFINITY), sides[1]), ("tuple", "(", ")", sides[1], INFINITY))
-    ops, sides = upward(ops, sides)
-    if set(ops) <= {"<", "<="} and len(sides) == 3 and sides[1][0] == "sym":
-        return ("tuple", "(["[ops[0] == "<="], ")]"[ops[1] == "<="], sides[0], sides[2])
-    if ops in (("<",), ("<=",)) and sides[0][0] == "sym":
-        return ("tuple", "(", ")]"[ops[0] == "<="], ("neg", INFINITY), sides[1])
-    if ops in (("<",), ("<=",)) and sides[1][0] == "sym":
-        return ("tuple", "(["[ops[0] == "<="], ")", sides[0], INFINITY)
-    return None
-
-
-INFINITY = ("sym", "\\infty")
-TURNED = {">": "<", ">=": "<="}
-
-
 def upward(ops: tuple, sides: tuple) -> tuple[tuple, tuple]:
     """b > a -> a < b."""
-    return (tuple(TURNED[op] for op in ops[::-1]), sides[::-1]) if set(ops) <= set(TURNED) else (ops, sides)
+    turned = {">": "<", ">=": "<="}
+    return (tuple(turned[op] for op in ops[::-1]), sides[::-1]) if set(ops) <= set(turned) else (ops, sides)
 
 
 class Comparison:
-    """One comparison of two trees: its tolerance and its meter."""
+    """One comparison of trees: its tolerance, whether it had to use it, and its meter."""
 
     def __init__(self, rtol: float = 0):
-        self.rtol, self.meter = rtol, Meter()
+        self.rtol, self.tolerated, self.meter = rtol, False, Meter()
 
-    def same(self, a: tuple, b: tuple, rtol: float | None = None) -> bool:
-        rtol = self.rtol if rtol is None else rtol
+    def same(self, a: tuple, b: tuple) -> bool:
+        """Do two answers say the same?"""
         if a == b:
             return True
-        if "rel" in (a[0], b[0]):
-            if a[0] == b[0]:
+        heads = {a[0], b[0]}
+        if "rel" in heads:
+            if len(heads) == 1:
                 return self.same_relation(a, b)
-            a, b = (assigned(x, self.same) if x[0] == "rel" else x for x in (a, b))
+            a, b = (self.assigned(*upward(*x[1:])) if x[0] == "rel" else x for x in (a, b))
             return a is not None and b is not None and self.same(a, b)
-        if "list" in (a[0], b[0]) or "set" in (a[0], b[0]):
+        if heads & {"list", "set"}:
             return self.same_items(members(a), members(b))
         (unit_a, a), (unit_b, b) = unit_of(a), unit_of(b)
         if unit_a != unit_b and (unit_a and unit_b or "base" in unit_a + unit_b):
@@ -183,102 +222,224 @@ class Comparison:
         heads = {a[0], b[0]}
         if heads & {"tuple", "matrix", "ratio"}:
             return len(heads) == 1 and len(a) == len(b) and all(
-                self.same(x, y) if isinstance(x, tuple) and isinstance(y, tuple) and x and isinstance(x[0], str) else x == y for x, y in zip(a[1:], b[1:]))
-        return equal(a, b, self.meter, rtol)
+                self.same(x, y) if isinstance(x, tuple) else x == y for x, y in zip(a[1:], b[1:]))
+        return self.equal(a, b)
 
     def same_items(self, a: list[tuple], b: list[tuple]) -> bool:
-        """The same items with the same multiplicity, in any order (a long list: in this order)."""
-        if len(a) != len(b):
-            return False
-        if len(a) > MAX_ITEMS:
-            return all(self.same(x, y) for x, y in zip(a, b))
+        """The same items equally often, in any order."""
+        if len(a) != len(b) or len(a) > MAX_ITEMS:
+            return len(a) == len(b) and all(map(self.same, sorted(a, key=repr), sorted(b, key=repr)))
         rest = list(b)
-        for x in a:
-            at = next((n for n, y in enumerate(rest) if self.same(x, y)), None)
+        for item in a:
+            at = next((n for n, other in enumerate(rest) if self.same(item, other)), None)
             if at is None:
                 return False
             rest.pop(at)
         return True
 
     def same_relation(self, a: tuple, b: tuple) -> bool:
-        """Equations up to a constant factor, inequalities up to a positive one, chains side by side."""
+        """Equations up to a factor, inequalities up to a positive one, chains side by side."""
         (ops, left), (ops_b, right) = upward(*a[1:]), upward(*b[1:])
         if ops != ops_b:
             return False
-        if len(ops) > 1 or ops[0] in ("in", "≈"):
-            return all(self.same(x, y) for x, y in zip(left, right))
-        if self.same(left[0], right[0]) and self.same(left[1], right[1]):
+        if all(map(self.same, left, right)):
             return True
+        if len(ops) > 1 or ops[0] in ("in", "≈"):
+            return False
         f, g = (("+", sides[0], ("neg", sides[1])) for sides in (left, right))
         try:
             ratio = evaluate(("at", 0, f), 0, self.meter) / evaluate(("at", 0, g), 0, self.meter)
         except ArithmeticError:
             return False
-        sign = ratio if isinstance(ratio, Fraction) else ratio.re
-        return (ops[0] in ("=", "!=") or sign > 0) and equal(("*", f, ("at", 0, g)), ("*", g, ("at", 0, f)), self.meter)
+        positive = (ratio if isinstance(ratio, Fraction) else ratio.re) > 0
+        return (positive or ops[0] in ("=", "!=")) and self.equal(("*", f, ("at", 0, g)), ("*", g, ("at", 0, f)))
+
+    def assigned(self, ops: tuple, sides: tuple) -> tuple | None:
+        """x = 5, 2 + 3 = 5 -> 5; x in S -> S; 2/3 ~ 0.67 -> 2/3; x > 4 -> (4, oo). None where a relation has no value."""
+        if ops == ("in",):
+            return sides[1]
+        if ops == ("≈",):
+            return sides[0] if Comparison(0.01).same(*sides) else None
+        if set(ops) == {"="}:
+            rest = sides[1:] if named(sides[0]) else sides[:-1] if named(sides[-1]) else sides
+            return rest[0] if all(self.same(rest[0], other) for other in rest[1:]) else None
+        infinity = ("sym", "\\infty")
+        if ops == ("!=",) and sides[0][0] == "sym":
+            return ("set", ("tuple", "()", ("neg", infinity), sides[1]), ("tuple", "()", sides[1], infinity))
+        if not set(ops) <= {"<", "<="}:
+            return None
+        if len(ops) == 1:
+            (ops, sides) = ((*ops, "<"), (*sides, infinity)) if sides[1][0] == "sym" else (("<", *ops), (("neg", infinity), *sides))
+        brackets = "(["[ops[0] == "<="] + ")]"[ops[1] == "<="]
+        return ("tuple", brackets, sides[0], sides[2]) if len(sides) == 3 and sides[1][0] == "sym" else None
+
+    def equal(self, a: tuple, b: tuple) -> bool:
+        """Do two trees have the same value wherever both are defined?"""
+        names: set[str] = set()
+        digits = 60 + 2 * (survey(a, names) + survey(b, names))
+        variables = names - {"i", "log"}
+        for self.meter.natural in (False, True)[:1 + ("log" in names)]:
+            seen = 0
+            for point in range(POINTS if variables else 1):
+                verdict = self.agree(a, b, point, digits)
+                seen += verdict is True
+                if verdict is False or seen == ENOUGH:
+                    break
+            if verdict is not False and seen >= (2 if variables else 1):
+                return True
+        return False
+
+    def agree(self, a: tuple, b: tuple, point: int, digits: int) -> bool | None:
+        """Are two values equal at a point? None where one is undefined, unequal but complex, or the error bound is missed."""
+        passes: list[tuple[Approx, Approx]] = []
+        self.meter.peak = Decimal(0)
+        try:
+            for precision in (digits, 2 * digits):
+                with localcontext(context(precision)):
+                    x, y = evaluate(a, point, self.meter), evaluate(b, point, self.meter)
+                    if isinstance(x, Fraction) and isinstance(y, Fraction):
+                        integers = x.denominator == y.denominator == 1
+                        return x == y or not integers and self.tolerates(abs(x - y), max(abs(x), abs(y)))
+                    if digits > MAX_PRECISION:
+                        return None
+                    passes.append((self.meter.pay(lift(x)), self.meter.pay(lift(y))))
+            with localcontext(context(2 * digits)):
+                err = 10 * sum(abs(late - early).re for early, late in zip(*passes)) + self.meter.peak.scaleb(3 - digits)
+                x, y = passes[1]
+                if err > Decimal("1e-25"):
+                    return None
+                if abs(x - y).re <= err or self.tolerates(abs(x - y).re, max(abs(x).re, abs(y).re)):
+                    return True
+                return None if max(abs(x.im), abs(y.im)) > err else False
+        except ArithmeticError:
+            return None
+
+    def tolerates(self, gap: Fraction | Decimal, size: Fraction | Decimal) -> bool:
+        near = bool(self.rtol) and gap <= type(size)(self.rtol) * size
+        self.tolerated |= near
+        return near
 
 
-def is_equivalent(gold: str, answer: str, rtol: float = 0) -> bool:
-    """Are two answers equal? Symmetric in its arguments; rtol as in the module's docstring."""
+def judge(gold: str, answer: str, rtol: float = 0) -> tuple[bool, bool]:
+    """(are two answers equal within rtol?, and without having used it?)"""
     for thousands in (True, False):
         a, b = read(gold, thousands), read(answer, thousands)
         if not a.plain or not b.plain:
-            return False
+            return False, False
         if a.plain == b.plain:
-            return True
-        if a.tree is not None and b.tree is not None:
-            try:
-                if Comparison(rtol).same(a.tree, b.tree):
-                    return True
-            except ArithmeticError:
-                return False
-        # 120,240 may be a number or a list: where one side can only be a list, so is the other
-        if not ("," in gold and "," in answer) or "list" not in (a.tree or ("",))[0] + (b.tree or ("",))[0]:
-            return False
-    return False
+            return True, True
+        if a.tree is None or b.tree is None:
+            return False, False
+        comparison = Comparison(rtol)
+        if comparison.same(a.tree, b.tree):
+            return True, not comparison.tolerated
+        # 120,240 is a number or a list: where only one side can be a number, both are read as lists
+        if "list" not in (a.tree[0], b.tree[0]) or "," not in gold or "," not in answer:
+            break
+    return False, False
 
 
-# --------------------------------------------------------------------------------------------------------------------- verdicts
+def is_equivalent(gold: str, answer: str) -> bool:
+    """Are two answers exactly equal? Symmetric."""
+    return judge(gold, answer)[0]
+
+
+# ----------------------------------------------------------------------------------------------------------- verdicts
 def numbers_used(tree: tuple) -> list[Fraction]:
-    """The numbers of a Countdown expression; ValueError where it is anything but + - * / and parentheses."""
+    """The numbers in a Countdown expression; Unread where it holds anything but + - * / and parentheses."""
     if tree[0] == "num":
         return [tree[1]]
-    if tree[0] not in ("+", "-", "*", "/", "neg"):
-        raise ValueError("not an expression")
+    if tree[0] not in ("+", "*", "/", "neg"):
+        raise Unread("not an expression")
     return [used for child in tree[1:] for used in numbers_used(child)]
 
 
-def countdown(response: str, gold: str, numbers: list[int]) -> Verdict:
-    """Score a Countdown response: the box must use each number exactly once and reach gold. "... = target" may follow."""
-    _, reason = extract_answer(response)
-    answer = boxed(response.rpartition("</think>")[2]) if reason != "unfinished thinking" else None
-    if not answer:
-        return Verdict(False, False, answer, reason if answer is None and reason != "ok" else "no answer")
-    tree = read(answer, thousands=False).tree
-    sides = tree[2] if tree is not None and tree[0] == "rel" and set(tree[1]) == {"="} else (tree,)
+def countdown(answer: str, gold: str, numbers: list[int]) -> str:
+    """The reason for a Countdown answer, which may go on with "= target"."""
+    tree = read(answer, thousands=False).tree or ("text",)
+    sides = tree[2] if tree[0] == "rel" and set(tree[1]) == {"="} else (tree,)
     try:
         used = Counter(numbers_used(sides[0]))
-        values = {evaluate(side, 0, Meter()) for side in sides}
-    except ArithmeticError:
-        return Verdict(False, False, answer, "wrong value")
-    except (ValueError, TypeError):
-        return Verdict(False, False, answer, "not an expression")
+    except Unread:
+        return "not an expression"
     if used != Counter(map(Fraction, numbers)):
-        return Verdict(False, False, answer, "wrong numbers")
-    right = values == {Fraction(gold)}
-    return Verdict(right, right, answer, "correct" if right else "wrong value")
+        return "wrong numbers"
+    try:
+        return "correct" if all(evaluate(side, 0, Meter()) == Fraction(gold) for side in sides) else "wrong value"
+    except ArithmeticError:
+        return "wrong value"
 
 
 def verify(response: str, gold: str, numbers: list[int] | None = None) -> Verdict:
-    """Score one response against its gold answer. numbers: a Countdown row."""
-    if numbers is not None:
-        return countdown(response, str(gold), numbers)
+    """Score one response against its gold answer. numbers: those of a Countdown row, whose answer must stand in a box.
+
+    reason is one of: correct, wrong answer, answer not understood, no boxed answer, empty answer, unfinished thinking;
+    for Countdown also: wrong numbers, wrong value, not an expression.
+    """
     gold = str(gold)
     answer, reason = extract_answer(response)
-    if answer and is_equivalent(gold, answer):
-        return Verdict(True, True, answer, "correct")
-    loose = answer or extract_answer(response, strict=False)[0]
-    lenient = bool(loose) and (is_equivalent(gold, loose, LENIENT) or is_equivalent(gold.casefold(), loose.casefold()))
+    if numbers is not None:
+        answer = boxed(response.rpartition("</think>")[2]) if answer else answer
+        reason = countdown(answer, gold, numbers) if answer else reason if reason != "empty answer" or answer == "" else "no boxed answer"
+        return Verdict(reason == "correct", reason == "correct", answer, reason)
+    near = exact = False
     if answer:
-        reason = "wrong answer" if read(answer).tree is not None else "answer not understood"
-    return Verdict(False, lenient, answer, reason)
+        near, exact = judge(gold, answer, LENIENT)
+        if near and (exact or is_equivalent(gold, answer)):
+            return Verdict(True, True, answer, "correct")
+        reason = "answer not understood" if read(answer).tree is None else "wrong answer"
+    loose = answer or extract_anywhere(response) or ""
+    near = near or (not answer or not (gold + loose).islower()) and judge(gold.casefold(), loose.casefold(), LENIENT)[0]
+    return Verdict(False, near, answer, reason)
+
+
+def verify_row(row: dict) -> dict:
+    """A row {"response" or "prediction", "gold"[, "numbers"]} -> the row with the fields of its verdict."""
+    response = row.get("response", row.get("prediction"))
+    return {**row, **verify(response or "", row["gold"], row.get("numbers"))._asdict()}
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+def read_rows(path: str) -> list[dict]:
+    rows = []
+    with open(path, encoding="utf-8") as lines:
+        for n, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{n}: not JSON ({error.msg}); each line is one object") from None
+            if not isinstance(row, dict) or "gold" not in row or not {"response", "prediction"} & set(row):
+                raise ValueError(f"{path}:{n}: a row needs gold and response (or prediction)")
+            rows.append(row)
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Is the answer of a response equal to the gold answer?")
+    parser.add_argument("gold", nargs="?", help="the gold answer, as \\frac{1}{2}")
+    parser.add_argument("response", nargs="?", help="a response with its answer in \\boxed{}")
+    parser.add_argument("--in", dest="source", help='JSONL rows {"response" or "prediction", "gold"[, "numbers"]}')
+    parser.add_argument("--out", help="the same rows with correct, lenient, extracted, reason")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes for large files (default: all cores)")
+    args = parser.parse_args(argv)
+    if bool(args.source) != bool(args.out) or bool(args.source) == (args.response is not None):
+        parser.error("give GOLD RESPONSE, or --in FILE --out FILE")
+    if not args.source:
+        print(json.dumps(verify(args.response, args.gold)._asdict(), ensure_ascii=False))
+        return 0
+    try:
+        rows = read_rows(args.source)
+        with open(args.out, "w", encoding="utf-8") as out, multiprocessing.Pool(args.workers if len(rows) > 2000 else 1) as pool:
+            right = 0
+            for row in pool.imap(verify_row, rows, chunksize=200):
+                right += row["correct"]
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(rows)} rows, {right} correct -> {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
