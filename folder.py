@@ -52,8 +52,8 @@ class ModelConfig:
         object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or H)   # the class is frozen
         object.__setattr__(self, "head_dim", self.head_dim or D // H)
         if H % self.num_key_value_heads or self.head_dim % 2:
-            raise ValueError(f"num_attention_heads {H} must be a multiple of num_key_value_heads "
-                             f"{self.num_key_value_heads}, and head_dim {self.head_dim} even for rotary pairs")
+            raise ValueError(f"num_attention_heads {H}, num_key_value_heads {self.num_key_value_heads}, head_dim "
+                             f"{self.head_dim}; make the first a multiple of the second, and the third even")
 
 
 def _read_json(path: Path) -> dict:

@@ -84,7 +84,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv=None, at=None, mask: Tensor | None = None) -> Tensor:
         """x (B, T, D) -> (B, T, D). kv: this layer's cached (keys, values), to be written at = (rows (B, 1), slots).
-        With mask (B, 1, T, used) the queries read the cache, without it the row itself, causally."""
+        With mask (B, 1, T, S) the queries read the cache's slots 0..S-1, without it the row itself, causally."""
         B, T, D = x.shape
         H, Hkv, K = self.shape
         q = rotate(self.q_norm(self.q_proj(x).view(B, T, H, K)), cos, sin)
@@ -99,10 +99,10 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=Hkv < H)   # (B, H, T, K)
             return self.o_proj(y.transpose(1, 2).reshape(B, T, H * K))
         # The n query heads that share a key head are laid along the query axis: the cache is read once and never copied
-        n, used = H // Hkv, mask.shape[-1]
+        n, S = H // Hkv, mask.shape[-1]
         q = q.view(B, T, Hkv, n, K).permute(0, 2, 3, 1, 4).reshape(B, Hkv, n * T, K)
         mask = mask if T == 1 else mask.repeat(1, 1, n, 1)
-        y = F.scaled_dot_product_attention(q, kv[0][:, :, :used], kv[1][:, :, :used], attn_mask=mask)
+        y = F.scaled_dot_product_attention(q, kv[0][:, :, :S], kv[1][:, :, :S], attn_mask=mask)
         return self.o_proj(y.view(B, Hkv, n, T, K).permute(0, 3, 1, 2, 4).reshape(B, T, H * K))
 
 
@@ -134,8 +134,8 @@ class Block(nn.Module):
 
 class Cache:
     """Keys and values of `rows` sequences with `slots` positions each; k and v are lists over layers of tensors
-    (rows, Hkv, slots, K). The token at position p of a row lives in slot p. Attention reads slots[:used], used = 1 +
-    the largest position written so far. Fresh slots are zero: a masked slot weighs 0, but 0 x NaN would still be NaN.
+    (rows, Hkv, slots, K). The token at position p of a row lives in slot p; used = 1 + the largest position written so
+    far, and no more is ever read. Fresh slots are zero: a masked slot weighs 0, but 0 x NaN would still be NaN.
     For use under torch.inference_mode(): writing in place would break a backward."""
     def __init__(self, config: ModelConfig, rows: int, slots: int, dtype: torch.dtype = torch.float32, device="cpu"):
         shape = rows, config.num_key_value_heads, slots, config.head_dim
@@ -196,7 +196,7 @@ class Model(nn.Module):
             cache.used = max(cache.used, top)
             at = torch.arange(B, device=ids.device)[:, None], places
             if positions is not None:   # a prefill from slot 0 sees only itself: causal, without reading the cache
-                mask = torch.arange(cache.used, device=ids.device) <= positions[:, None, :, None]   # (B, 1, T, used)
+                mask = torch.arange(top, device=ids.device) <= positions[:, None, :, None]   # (B, 1, T, top)
         x = self.model.embed_tokens(ids)   # (B, T, D)
         cos, sin = self._angles(places, x.dtype)
         for i, block in enumerate(self.model.layers):
