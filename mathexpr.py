@@ -3,15 +3,14 @@ r"""Mathematical text -> tree -> number: the reading half of verify.py. Standard
     parse(tokenize(r"\frac{1}{2}x^2")) -> ("*", ("/", ("num", 1), ("num", 2)), ("^", ("sym", "x"), ("num", 2)))
     evaluate(tree, point, Meter()) -> Fraction, or Approx where a root, a function or i is in the way
 
-Heads of a tree (a tuple: head, then children):
-    values       num sym text i e pi base | + * / neg ^ root fn call ! ° binom | \lfloor \lceil | at
-    structures   list set tuple matrix ratio rel unit ±       (no value of their own; verify.py compares them)
-1) Values are exact fractions as long as the operations allow, then complex decimals in the current decimal precision.
-2) Odd roots of negative numbers are real, all else is the principal value. \log has base 10 unless the meter says natural.
-3) 1/2x is (1/2)x; \sin 5x/2 is (\sin 5x)/2; a number before a proper fraction is a mixed number (2\frac13, 2 1/3).
-4) A letter is a variable, except e and i; a run of up to three letters is their product, a longer one or \text{} is a word;
-   f(x), g(2) and I(0) are values of an unknown function. Anything else raises Unread: verify.py then compares text.
-5) Work is bounded before it is done: characters, tokens, depth, digits, bits of a power, and a meter every operation pays.
+A tree is a tuple, head and children. Heads with a value: num sym text i e pi base | + * / neg ^ root fn call ! ° binom |
+\lfloor \lceil at; structures, which verify.py compares: list set tuple matrix ratio rel unit ±.
+1) Values are exact fractions as long as the operations allow, then complex decimals in the current precision; odd roots of
+   negative numbers are real, all else is the principal value; \log has base 10 unless the meter says natural.
+2) 1/2x is (1/2)x; \sin 5x/2 is (\sin 5x)/2; a number before a proper fraction is a mixed number (2\frac13, 2 1/3).
+3) A letter is a variable, except e and i; a run of up to three is their product, a longer one or \text{} is a word; f(x),
+   g(2), I(0) are values of an unknown function. Anything else raises Unread, and verify.py compares text.
+4) Work is bounded before it is done: characters, tokens, depth, digits, bits, and a meter that every operation pays.
 """
 from __future__ import annotations
 
@@ -40,37 +39,40 @@ def table(text: str) -> dict[str, str]:
 
 
 FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan exp ln log".split())
-LETTERS = set("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma tau phi "
-              "varphi chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega hbar ell infty emptyset".split())
+LETTERS = set("alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi varphi chi "
+              "psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega hbar ell infty emptyset".split())
 UNITS = table(
-    "% percent; $ dollar dollars usd bucks; cent cents; euro euros; deg degree degrees; rad radian radians; mph; / per; "
-    "mm; cm centimeter centimeters; m meter meters metre metres; km kilometer kilometers; in inch inches; ft foot feet; "
-    "yd yard yards; mi mile miles; g gm gram grams; kg kilogram kilograms; lb lbs pound pounds; oz ounce ounces; ml; "
-    "l liter liters; gal gallon gallons; s sec second seconds; min minute minutes; h hr hrs hour hours; day days; "
-    "week weeks; month months; year years; acre acres; 2 square sq; 3 cubic")
+    "% percent; $ dollar dollars usd bucks; cent cents; euro euros; deg degree degrees; rad radian radians; mph; / per; mm; "
+    "cm centimeter centimeters; m meter meters metres; km kilometer kilometers; in inch inches; ft foot feet; yd yard yards; "
+    "mi mile miles; g gm gram grams; kg kilogram kilograms; lb lbs pound pounds; oz ounce ounces; l liter liters; ml; s sec "
+    "second seconds; min minute minutes; h hr hrs hour hours; day days; week weeks; month months; year years; 2 square sq; "
+    "3 cubic; acre acres; gal gallon gallons")
 NUMERALS = dict(zip("zero one two three four five six seven eight nine ten eleven twelve".split(), range(13)))
-NOT_UNITS = {*NUMERALS, *"hundred thousand million billion trillion dozen half halves third thirds quarter quarters "
-             "plus minus times over squared cubed factorial not mod negative".split()}  # they change the value before them
+NOT_UNITS = {*NUMERALS, *"hundred thousand million billion trillion dozen half halves third thirds quarter quarters plus "
+             "minus times over squared cubed factorial not mod negative".split()}  # they change the value before them
 SPELLING = dict.fromkeys(r"$ ~ \( \) \[ \] \, \; \: \! \left \right \big \Big \bigl \bigr \quad \qquad".split(), "") | {
     "\\ ": "", "\\%": '"%"', "%": '"%"', "\\$": "$$", ";": ","} | table(
-    r"\frac \dfrac \tfrac \cfrac; \binom \dbinom \tbinom; * \cdot \times; / \div; <= \le \leq \leqslant; < \lt; > \gt;"
-    r">= \ge \geq \geqslant; != \ne \neq; in \in; ≈ \approx; ± \pm; ∓ \mp; ∪ \cup; | \vert \lvert \rvert; ( \langle;"
-    r") \rangle; : \colon; \{ \lbrace; \} \rbrace; ° \degree; \emptyset \varnothing; "
-    r"\arcsin \asin; \arccos \acos; \arctan \atan")
+    r"\frac \dfrac \tfrac \cfrac; \binom \dbinom \tbinom; * \cdot \times; / \div; <= \le \leq \leqslant; < \lt; > \gt; "
+    r">= \ge \geq \geqslant; != \ne \neq; in \in; ≈ \approx; ± \pm; ∓ \mp; ∪ \cup; | \vert \lvert \rvert; ( \langle; "
+    r") \rangle; : \colon; \{ \lbrace; \} \rbrace; ° \degree; \emptyset \varnothing; \arcsin \asin; \arccos \acos; "
+    r"\arctan \atan")
 UNICODE = {ord(c): f" {t} " if t[0] == "\\" else t for c, t in zip(
     "π√∞∈θαβ½¼∅×·⋅÷−–≤≥≠²³％，（）…\u00a0\u2009",
     r"\pi \sqrt \infty \in \theta \alpha \beta \frac{1}{2} \frac{1}{4} \emptyset * * * / - - <= >= != ^2 ^3 % , ( ) ..."
     .split() + [" ", "\\,"])}
-TEXT = re.compile(r"\\(text(?:bf|it|rm|tt|normal)?|[mh]box|math(?:rm|bf|it|sf)|operatorname|boldsymbol|bm)\s*\{([^{}]*)\}")
-HIDDEN = re.compile(r"\\[hv]?phantom\s*(?:\{[^{}]*\}|.)")
+TEXT = re.compile(r"\\(text(?:bf|it|rm|tt|normal)?|[mh]box|math(?:rm|bf|it|sf)|operatorname|boldsymbol)\s*\{([^{}]*)\}")
+REWRITES = {
+    "begin": (r"\\begin\s*\{[pbB]?(?:small)?matrix\*?\}|\\begin\s*\{array\}\s*(?:\{[^{}]*\})?", r" \begin "),
+    "end": (r"\\end\s*\{(?:[pbB]?(?:small)?matrix\*?|array)\}", r" \end "), "gap": (r"\\\\\[\w+\]", r" \\ "),
+    "degree": (r"\^\s*\{?\s*\\circ\s*\}?", "°"), "hidden": (r"\\[hv]?phantom\s*(?:\{[^{}]*\}|.)", ""),
+    "reals": (r"\\mathbb\s*\{?R\}?", r"(-\infty,\infty)"), "times": (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", "*")}
+REWRITE = re.compile("|".join(f"(?P<{name}>{pattern})" for name, (pattern, _) in REWRITES.items()))
 BASE = r"(?:\(\s*\d+\s*\)|\d+)\s*_\s*(?:\{\s*\d+\s*\}|\d+)|\(?[A-F]*\d[0-9A-F]*\)?\s*_\s*\{?1[1-6]\}?"  # 52_8, 152A_{11}
 GROUPS = r"(?<![\d.])\d{1,3}(?:(?:\{,\}|,\s*\\!\s*|\\[,;: !]|~%s)\d{3})+(?!\d)(?:\.\d+)?"  # 1{,}000  1,\!000  1\,000
-# the first pattern is for text with brackets, where 1,234 is two items; the second for text without, where it is a number
+# the first pattern is for text with brackets, where 1,234 is two items; in the second it is one number
 TOKENS = [re.compile("|".join((
-    r"\\begin\s*\{[pbB]?(?:small)?matrix\*?\}", r"\\begin\s*\{array\}\s*(?:\{[^{}]*\})?", r"\\end\s*\{\w+\*?\}",
-    r"\\\\(?:\[\w+\])?", r"\^\s*\{?\s*\\circ\s*\}?", BASE, GROUPS % comma, r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?",
-    r'"[^"]*"', r"\\mathbb\s*\{?[A-Z]\}?", r"\\[A-Za-z]+", r"\\.", r"\s*[A-Za-z]+", r"[<>!]=", r"!+", r"\.+", r"\S",
-))) for comma in ("", r"|,|\s")]
+    BASE, GROUPS % comma, r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?", r'"[^"]*"', r"\\[A-Za-z]+|\\.", r"\s*[A-Za-z]+",
+    r"[<>!]=|!+|\.+|\S"))) for comma in ("", r"|,|\s")]
 
 
 def words(match: re.Match) -> str:
@@ -92,20 +94,21 @@ def words(match: re.Match) -> str:
 
 
 def letters(run: str, before: str) -> list[str]:
-    """A run of bare letters after a token -> function, constant, word, or a product of variables: sin, pi, apples, xy."""
+    """A run of bare letters -> function, constant, word, or a product of variables: sin, pi, apples, xy."""
     word = run.strip()
     lower, apart = word.lower(), run[0].isspace() or before[-1:] not in set(")}]0123456789")
     if lower in ("and", "or"):
         return [","]
     if word in FUNCTIONS or word in LETTERS or word in ("pi", "sqrt", "infinity", "inf"):
         return ["\\infty" if word[:3] == "inf" else "\\" + word]
-    if apart and len(word) > 1 and (lower in UNITS or lower in NUMERALS or len(word) > 3) or word in ("cm", "mm", "km", "kg"):
+    known = lower in UNITS or lower in NUMERALS
+    if apart and len(word) > 1 and (known or len(word) > 3) or word in ("cm", "mm", "km", "kg"):
         return [f'"{word}"']
     return list(word)
 
 
 def tokenize(text: str, thousands: bool = True) -> list[str]:
-    """LaTeX or plain text -> tokens in one spelling. thousands: 1,234 outside brackets is one number. Unread beyond the caps."""
+    """LaTeX or plain text -> tokens in one spelling. thousands: 1,234 outside brackets is one number."""
     if len(text) > MAX_CHARS:
         raise Unread("too long")
     if not text.isascii():
@@ -115,18 +118,14 @@ def tokenize(text: str, thousands: bool = True) -> list[str]:
             text, found = TEXT.subn(words, text)
             if not found:
                 break
-        text = HIDDEN.sub("", text)
+        text = REWRITE.sub(lambda match: REWRITES[match.lastgroup][1], text)
     tokens: list[str] = []
     for raw in TOKENS[thousands and "(" not in text and "[" not in text].findall(text):
         token = SPELLING.get(raw, raw)
         if token.lstrip().isalpha() and raw != "\\in":
             tokens += letters(token, tokens[-1] if tokens else "")
-        elif token[:7] == "\\mathbb":
-            tokens += ["(", "-", "\\infty", ",", "\\infty", ")"] if "R" in token else ["\\" + token[-2:].strip("}{ ")]
-        elif token[:2] == "\\\\" or token[:6] in ("\\begin", "\\end {", "\\end{p") or token[:4] == "\\end":
-            tokens.append("\\\\" if token[1] == "\\" else token[:6] if token[1] == "b" else "\\end")
         elif token:
-            tokens.append("°" if "\\circ" in token else token)
+            tokens.append(token)
     while tokens and tokens[-1] in (".", ",", ":"):
         tokens.pop()
     if len(tokens) > MAX_TOKENS:
@@ -135,8 +134,8 @@ def tokenize(text: str, thousands: bool = True) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------------------- parser
-POWERS = {",": 1, "<": 2, ">": 2, "<=": 2, ">=": 2, "=": 2, "!=": 2, "in": 2, "≈": 2, ":": 3, "∪": 3, '"': 4, "+": 5, "-": 5,
-          "±": 5, "∓": 5, "*": 6, "/": 6, "^": 9, "!": 10, "°": 10}
+POWERS = {",": 1, "<": 2, ">": 2, "<=": 2, ">=": 2, "=": 2, "!=": 2, "in": 2, "≈": 2, ":": 3, "∪": 3, '"': 4, "+": 5,
+          "-": 5, "±": 5, "∓": 5, "*": 6, "/": 6, "^": 9, "!": 10, "°": 10}
 SIGN, ARGUMENT, JOINED = 5.5, 6.2, 6.5  # -2x is -(2x); sin 5x/2 stops at the slash; 2x binds tighter than 2*x
 CLOSERS = {"(": ")]", "[": ")]", "\\{": ["\\}"], "{": "}", "|": "|", "\\lfloor": ["\\rfloor"], "\\lceil": ["\\rceil"]}
 ENDS = {"\\}", "\\\\", "\\end", "\\rfloor", "\\rceil"}
@@ -232,8 +231,9 @@ class Parser:
             right = ("/", number(token), number(below))
         else:
             right = self.parse(JOINED, argument=True)
-        if bare and right[0] == "/" and token[0] != "(" and right[1][0] == right[2][0] == "num" and 0 < right[1][1] < right[2][1]:
-            return ("num", left[1] + right[1][1] / right[2][1])
+        if bare and right[0] == "/" and token[0] != "(" and right[1][0] == right[2][0] == "num":
+            if 0 < right[1][1] < right[2][1]:
+                return ("num", left[1] + right[1][1] / right[2][1])
         return ("*", *(left[1:] if left[0] == "*" else (left,)), right)
 
     def unit(self, left: tuple, word: str) -> tuple:
@@ -242,7 +242,8 @@ class Parser:
             raise Unread("words beside mathematics")
         if self.next == "^":  # cm^2, cm^{2}
             self.take()
-            word += " " + "".join(self.take("{", "2", "3", "}") for _ in range(3 if self.next == "{" else 1)).strip("{}")
+            digits = [self.take("{", "2", "3", "}") for _ in range(3 if self.next == "{" else 1)]
+            word += " " + "".join(digits).strip("{}")
         name, value = (left[1] + " ", left[2]) if left[0] == "unit" else ("", left)
         return ("unit", name + word, value)
 
@@ -263,7 +264,7 @@ class Parser:
             return self.bracket(token)
         if token in ("-", "+", "±", "∓", "≈"):
             right = self.parse(SIGN)
-            return ("neg", right) if token == "-" else right if token in "+≈" else (token, ("num", Fraction(0)), right)
+            return right if token in "+≈" else ("neg", right) if token == "-" else (token, ("num", Fraction(0)), right)
         if token == "$$":
             return ("unit", "$", self.parse(SIGN))
         if token == "\\pi":
@@ -449,16 +450,11 @@ def ln(z) -> Approx:
 
 
 def power(a, b):
-    """a^b: exact for rationals where that is easy, the real root for odd degrees, else the principal value."""
-    if isinstance(b, Fraction) and isinstance(a, Fraction):
-        if b.denominator == 1:
-            if abs(a) not in (0, 1) and abs(b) * max(a.numerator.bit_length(), a.denominator.bit_length()) > MAX_BITS:
-                raise Unread("power too large")
-            return a ** int(b)
-        if b.denominator == 2 and a > 0:
-            roots = math.isqrt(a.numerator), math.isqrt(a.denominator)
-            if Fraction(roots[0] ** 2, roots[1] ** 2) == a:
-                return power(Fraction(*roots), Fraction(b.numerator))
+    """a^b: exact for a rational to an integer, the real root for an odd degree, else the principal value."""
+    if isinstance(a, Fraction) and isinstance(b, Fraction) and b.denominator == 1:
+        if abs(a) not in (0, 1) and abs(b) * max(a.numerator.bit_length(), a.denominator.bit_length()) > MAX_BITS:
+            raise Unread("power too large")
+        return a ** int(b)
     a = lift(a)
     if not isinstance(b, Fraction) or not (a.re or a.im):
         return exp(b * ln(a)) if a.re or a.im else Fraction(0) if b > 0 else 1 / Fraction(0)
@@ -478,14 +474,17 @@ def function(name: str, z):
         return exp(z) if name == "exp" else ln(z) / (ln(Fraction(10)) if name == "log" else 1)
     if name == "arctan":
         return (ln(1 - I * z) - ln(1 + I * z)) * I / 2
-    if name in ("arcsin", "arccos"):
-        return -I * ln(I * z + power(1 - z * z, HALF)) if name == "arcsin" else pi_at(getcontext().prec) * HALF - function("arcsin", z)
+    if name == "arcsin":
+        return -I * ln(I * z + power(1 - z * z, HALF))
+    if name == "arccos":
+        return Approx(pi_at(getcontext().prec)) * HALF - function("arcsin", z)
     up, down = exp(I * z), exp(-I * z)
     cos, sin = (up + down) / 2, (up - down) / (2 * I)
     if not z.im:  # exactly real
         cos, sin = Approx(cos.re), Approx(sin.re)
-    top, bottom = {"sin": (sin, 1), "cos": (cos, 1), "tan": (sin, cos), "cot": (cos, sin), "sec": (1, cos), "csc": (1, sin)}[name]
-    return top / bottom
+    one = Fraction(1)
+    return truediv(*{"sin": (sin, one), "cos": (cos, one), "tan": (sin, cos), "cot": (cos, sin), "sec": (one, cos),
+                     "csc": (one, sin)}[name])
 
 
 def integer(value) -> int:
@@ -496,16 +495,17 @@ def integer(value) -> int:
 
 OPERATIONS = {
     "/": truediv, "neg": neg, "^": power, "root": lambda n, a: power(a, 1 / n), "|": abs,
-    "!": lambda n: Fraction(math.factorial(integer(n))), "binom": lambda n, k: Fraction(math.comb(integer(n), integer(k))),
-    "°": lambda a: a * Approx(pi_at(getcontext().prec)) / 180,
-    "\\lfloor": lambda a: Fraction(math.floor(getattr(a, "re", a))), "\\lceil": lambda a: Fraction(math.ceil(getattr(a, "re", a)))}
+    "°": lambda a: a * Approx(pi_at(getcontext().prec)) / 180, "!": lambda n: Fraction(math.factorial(integer(n))),
+    "binom": lambda n, k: Fraction(math.comb(integer(n), integer(k))),
+    "\\lfloor": lambda a: Fraction(math.floor(getattr(a, "re", a))),
+    "\\lceil": lambda a: Fraction(math.ceil(getattr(a, "re", a)))}
 
 
 def sample(name: str, point: int) -> Fraction:
-    """The seeded value of a variable: by point a fraction below 1, one above, an integer, a negative fraction, an integer."""
+    """The seeded value of a variable: by point below 1, above 1, an integer, negative, a larger integer."""
     seed = crc32(f"{name} {point}".encode())
-    return (Fraction(1 + seed % 28, 29), Fraction(30 + seed % 97, 29), Fraction(2 + seed % 9), Fraction(-1 - seed % 97, 31),
-            Fraction(5 + seed % 40))[point % 5]
+    top, bottom = ((1 + seed % 28, 29), (30 + seed % 97, 29), (2 + seed % 9, 1), (-1 - seed % 97, 31), (5 + seed % 40, 1))[point % 5]
+    return Fraction(top, bottom)
 
 
 def evaluate(node: tuple, point: int, meter: Meter):

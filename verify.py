@@ -281,7 +281,7 @@ class Comparison:
         for self.meter.natural in (False, True)[:1 + ("log" in names)]:
             seen = 0
             for point in range(POINTS if variables else 1):
-                verdict = self.agree(a, b, point, digits)
+                verdict = self.agree(a, b, point, digits, "i" in names)
                 seen += verdict is True
                 if verdict is False or seen == ENOUGH:
                     break
@@ -289,8 +289,8 @@ class Comparison:
                 return True
         return False
 
-    def agree(self, a: tuple, b: tuple, point: int, digits: int) -> bool | None:
-        """Are two values equal at a point? None where one is undefined, unequal but complex, or the error bound is missed."""
+    def agree(self, a: tuple, b: tuple, point: int, digits: int, complex_too: bool) -> bool | None:
+        """Are two values equal at a point? None where undefined, unequal but not real, or the error bound is missed."""
         passes: list[tuple[Approx, Approx]] = []
         self.meter.peak = Decimal(0)
         try:
@@ -300,17 +300,16 @@ class Comparison:
                     if isinstance(x, Fraction) and isinstance(y, Fraction):
                         integers = x.denominator == y.denominator == 1
                         return x == y or not integers and self.tolerates(abs(x - y), max(abs(x), abs(y)))
+                    passes.append((self.meter.pay(lift(x)), self.meter.pay(lift(y))))
+                    x, y = passes[-1]
+                    gap, size, slack = abs(x - y).re, max(abs(x).re, abs(y).re), self.meter.peak.scaleb(-digits // 2)
                     if digits > MAX_PRECISION:
                         return None
-                    passes.append((self.meter.pay(lift(x)), self.meter.pay(lift(y))))
+                    if gap > slack and not self.tolerates(gap, size):  # 30 digits cannot have been lost
+                        return False if complex_too or max(abs(x.im), abs(y.im)) <= slack else None
             with localcontext(context(2 * digits)):
                 err = 10 * sum(abs(late - early).re for early, late in zip(*passes)) + self.meter.peak.scaleb(3 - digits)
-                x, y = passes[1]
-                if err > Decimal("1e-25"):
-                    return None
-                if abs(x - y).re <= err or self.tolerates(abs(x - y).re, max(abs(x).re, abs(y).re)):
-                    return True
-                return None if max(abs(x.im), abs(y.im)) > err else False
+                return None if err > Decimal("1e-25") else gap <= err or self.tolerates(gap, size)
         except ArithmeticError:
             return None
 
