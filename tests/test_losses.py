@@ -19,24 +19,26 @@ needs_vectors = pytest.mark.skipif(not SHARED.exists(), reason="the shared vecto
 
 STARTS = {"gspo": Objective(surrogate="sequence"), "cispo": Objective(surrogate="cispo"), "dr_grpo": Objective(),
           "sft": Objective(imitation=1.0), **OBJECTIVES}
-TIS = {None: "none", "none": "none", "tis": "token", "token": "token", "clamp": "token", "seq_tis": "sequence", "seq": "sequence",
-       "icepop": "icepop"}
-SAME = ("singleton clip_low clip_high dual_clip log_ratio_clamp kl_coef kl_type kl_clamp entropy_coef mask_truncated agg norm_const "
-        "const_div_seqs shaping_gamma mix_norm gate_gamma prefix_adv prefix_clip drop_ratio").split()
+TIS = {None: "none", "none": "none", "tis": "token", "token": "token", "clamp": "token", "seq_tis": "sequence",
+       "seq": "sequence", "icepop": "icepop"}
+SAME = """singleton clip_low clip_high dual_clip log_ratio_clamp kl_coef kl_type kl_clamp entropy_coef mask_truncated
+          agg norm_const const_div_seqs shaping_gamma mix_norm gate_gamma prefix_adv prefix_clip drop_ratio""".split()
 RENAMED = {"filter_groups": "dynamic_sampling", "is_low": "tis_low", "is_high": "tis_high", "w1_scale": "imitation",
            "w2_scale": "success_coef", "sft_coef": "imitation", "srft_entropy": "entropy_weights"}
 ELSEWHERE = {"adv_norm", "adv_ddof", "adv_eps", "success_threshold", "is_mode", "ratio_cap", "ratio_floor"}
 
 
 def objective_of(algo: str, hparams: dict) -> Objective:
-    """The Objective of a case: the method's own fields, then every hyper-parameter; an unknown one is an error, not a default."""
+    """The Objective of a case: the method's own fields, then every hyper-parameter; an unknown one is an error."""
     unknown = set(hparams) - set(SAME) - set(RENAMED) - ELSEWHERE
-    assert not unknown and hparams["adv_norm"] in ("none", "group_std"), f"no meaning here: {sorted(unknown)}, {hparams['adv_norm']}"
+    assert not unknown, f"hyper-parameters without a meaning here: {sorted(unknown)}"
+    assert hparams["adv_norm"] in ("none", "group_std"), hparams["adv_norm"]
     chosen = {RENAMED.get(name, name): value for name, value in hparams.items() if name not in ELSEWHERE}
     if algo == "cispo":         # its bounds are absolute, ours are distances from 1
         cap, floor = hparams["ratio_cap"], hparams["ratio_floor"]
         chosen.update(clip_high=None if cap is None else cap - 1, clip_low=None if floor is None else 1 - floor)
-    return replace(STARTS[algo], normalize_std=hparams["adv_norm"] == "group_std", tis=TIS[hparams["is_mode"]], **chosen)
+    chosen.update(normalize_std=hparams["adv_norm"] == "group_std", tis=TIS[hparams["is_mode"]])
+    return replace(STARTS[algo], **chosen)
 
 
 def rows_that_stay(objective: Objective, rewards, ids, expert):
@@ -44,26 +46,28 @@ def rows_that_stay(objective: Objective, rewards, ids, expert):
     if objective.demo != "gate":
         keep = torch.ones_like(expert)
         return (keep & losses.is_informative(rewards, ids) if objective.dynamic_sampling else keep), ids
-    own = torch.where(expert, -1 - ids, ids)                    # an imitated expert has no say in the rollouts' baseline
+    own = torch.where(expert, -1 - ids, ids)    # an imitated expert has no say in the rollouts' baseline
     keep = losses.gate_rows(rewards, ids, expert, objective.gate_gamma)
     return (keep & (expert | losses.is_informative(rewards, own)) if objective.dynamic_sampling else keep), own
 
 
 def prepare(objective: Objective, case: dict, dtype: torch.dtype):
-    """(rows, weights (4,B), active (B,) bool) of a case, by the calls that training makes: gate, filter, mask, advantages, ranking, weights."""
+    """(rows, weights (4,B), active (B,) bool) of a case, by the calls that training makes, in their order."""
     hparams = case["hparams"]
-    given = {name: None if value is None else torch.tensor(value, dtype=dtype) for name, value in case["inputs"].items()}
+    given = {name: None if x is None else torch.tensor(x, dtype=dtype) for name, x in case["inputs"].items()}
     full, rewards, ids = given["mask"] > 0, given["rewards"], given["group_ids"].long()
     expert = (given["is_expert"] > 0) & (objective.demo in ("row", "gate"))
     active, baseline = rows_that_stay(objective, rewards, ids, expert)
     mask = full & active[:, None] & ((given["truncated"] == 0) | (not objective.mask_truncated))[:, None]
     is_prefix = losses.prefix_tokens(full, given["prefix_len"].long())
-    options = dict(normalize_std=objective.normalize_std, eps=hparams["adv_eps"], singleton=objective.singleton, ddof=hparams["adv_ddof"])
+    options = dict(normalize_std=objective.normalize_std, singleton=objective.singleton, eps=hparams["adv_eps"],
+                   ddof=hparams["adv_ddof"])
     if objective.demo == "prefix":
         keep = losses.most_uncertain(given["entropy"], is_prefix & mask, objective.drop_ratio)
         advantages = losses.prefix_advantages(rewards, ids, is_prefix, keep, objective.prefix_adv == "split", **options)
     else:
-        advantages = losses.group_advantages(rewards, baseline, **options)[:, None] * ~(expert & (objective.demo == "gate"))[:, None]
+        imitated = expert & (objective.demo == "gate")
+        advantages = (losses.group_advantages(rewards, baseline, **options) * ~imitated)[:, None]
     if case["algo"] == "sft":
         expert, advantages = torch.ones_like(expert), advantages * 0
     entropy_over = objective.entropy_weights
@@ -97,7 +101,8 @@ def test_a_shared_case_agrees_in_loss_gradients_and_advantages(case, dtype):
     assert (got["grad_entropy"] is None) == (expected["grad_entropy"] is None)
     for name, value in got.items():
         if value is not None:
-            torch.testing.assert_close(value, torch.tensor(expected[name], dtype=dtype), **tolerance, msg=lambda text: f"{name}: {text}")
+            want = torch.tensor(expected[name], dtype=dtype)
+            torch.testing.assert_close(value, want, **tolerance, msg=lambda text: f"{name}: {text}")
     rows, _, active = prepare(objective_of(case["algo"], case["hparams"]), case, dtype)
     assert int(rows.mask.sum()) == expected["n_tokens"] and active.int().tolist() == expected["active_rows"]
     if "H" in expected["extra"]:
@@ -108,22 +113,23 @@ def test_a_shared_case_agrees_in_loss_gradients_and_advantages(case, dtype):
 
 
 def run_rule(case: dict):
-    """What losses.py gives for one of the smaller rules (vectors of kind overlong, prefix_window, prefix_length, ...)."""
+    """What losses.py gives for one of the smaller rules: overlong, prefix_window, dynamic_sampling, ..."""
     x = dict(case["input"])
     if case["kind"] == "overlong":
         return losses.overlong_penalty(x["length"], x["max_len"], x["cache_len"], x["factor"])
     if case["kind"] == "prefix_window":
         return list(losses.prefix_window(x.pop("step"), x.pop("total_steps"), **x))
     if case["kind"] == "prefix_length":
-        return losses.prefix_length(x["u"], losses.prefix_window(x["step"], x["total_steps"]), x["demo_len"], x["min_prefix_len"])
+        window = losses.prefix_window(x["step"], x["total_steps"])
+        return losses.prefix_length(x["u"], window, x["demo_len"], x["min_prefix_len"])
     if case["kind"] == "dynamic_sampling":
-        selected, dropped, surplus, rounds, status = losses.collect_informative(
-            x["rounds"], x["train_prompts"], x.get("max_rounds", 10))
-        return dict(selected=selected, dropped=dropped, leftover=[], discarded_surplus=surplus, rounds_used=rounds, status=status)
+        found = losses.collect_informative(x["rounds"], x["train_prompts"], x.get("max_rounds", 10))
+        names = ("selected", "dropped", "discarded_surplus", "rounds_used", "status")
+        return {**dict(zip(names, found)), "leftover": []}    # nothing is carried over to the next step
     assert case["kind"] == "group_advantage", case["kind"]
     options = {name: x[name] for name in ("singleton", "ddof", "eps") if name in x}
-    return losses.group_advantages(torch.tensor(x["rewards"], dtype=x.get("dtype", torch.float64)), torch.tensor(x["group_ids"]),
-                                   normalize_std=x["norm"] == "group_std", **options).tolist()
+    rewards, ids = torch.tensor(x["rewards"], dtype=torch.float64), torch.tensor(x["group_ids"])
+    return losses.group_advantages(rewards, ids, normalize_std=x["norm"] == "group_std", **options).tolist()
 
 
 @needs_vectors
@@ -133,11 +139,11 @@ def test_a_shared_rule_gives_the_expected_value(case):
     assert run_rule(case) == (case["expected"] if exact else pytest.approx(case["expected"], rel=1e-9, abs=0))
 
 
-# ------------------------------------------------------------------------------- an independent reference, loops and floats
-DEFAULTS = dict(agg="token-mean", norm_const=8.0, const_div_seqs=True, adv_norm="none", adv_ddof=1, adv_eps=1e-6, singleton="zero",
-                clip_low=None, clip_high=None, dual_clip=None, log_ratio_clamp=None, kl_coef=0.0, kl_type="k3", kl_clamp=None,
-                entropy_coef=0.0, filter_groups=False, mask_truncated=False, is_mode=None, is_low=None, is_high=None,
-                success_threshold=0.5)
+# --------------------------------------------------------------------------- an independent reference, loops and floats
+DEFAULTS = dict(agg="token-mean", norm_const=8.0, const_div_seqs=True, adv_norm="none", adv_ddof=1, adv_eps=1e-6,
+                singleton="zero", clip_low=None, clip_high=None, dual_clip=None, log_ratio_clamp=None, kl_coef=0.0,
+                kl_type="k3", kl_clamp=None, entropy_coef=0.0, filter_groups=False, mask_truncated=False, is_mode=None,
+                is_low=None, is_high=None, success_threshold=0.5)
 CLIP = dict(clip_low=0.2, clip_high=0.2)
 METHODS = {"sft": {}, "grpo": CLIP, "dapo_d": {**CLIP, "filter_groups": True}, "dr_grpo": {**CLIP, "agg": "const"},
            "dapo_dc": dict(adv_norm="group_std", clip_low=0.2, clip_high=0.28, filter_groups=True),
@@ -150,21 +156,29 @@ N_ROWS, WIDTH = 14, 5
 
 
 def make_case(algo: str, seed: int = 0, **hparams) -> dict:
-    """Three groups of four, one of one and one row without a token; groups 0 and 1 of a mixed method have an expert, group 2 has none."""
+    """Three groups of four and one of one, padded with garbage; group 2 has a fifth row, without a token.
+
+    Groups 0 and 1 have an expert or a hybrid if the method knows such a thing, group 2 has none.
+    """
     rng = random.Random(f"{algo} {seed}")
     lengths = [rng.randint(1, WIDTH) for _ in range(N_ROWS - 1)] + [0]
     ids = [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 3, 2]
     kind = [1 if i in (3, 10) else 0 for i in range(N_ROWS)]
-    pad = lambda make, n: [make() for _ in range(n)] + [rng.choice([-200.0, 0.0, 77.0]) for _ in range(WIDTH - n)]
-    table = lambda make: [pad(make, n) for n in lengths]
-    logp = table(lambda: -rng.expovariate(1.0) - 0.01)
-    shifted = lambda width: [[x + rng.gauss(0, width) if t < n else rng.choice([-200.0, 0.0, 77.0]) for t, x in enumerate(row)]
-                             for row, n in zip(logp, lengths)]
-    rewards = [float(rng.random() < 0.5) for _ in range(N_ROWS)] if rng.random() < 0.7 else [rng.random() for _ in range(N_ROWS)]
-    inputs = dict(logp=logp, old_logp=shifted(0.3), ref_logp=shifted(1.0), rollout_logp=shifted(0.3),
-                  mask=[[int(t < n) for t in range(WIDTH)] for n in lengths], rewards=rewards, group_ids=ids,
-                  is_expert=kind if algo in ("luffy", "srft", "upt") else [0] * N_ROWS, entropy=table(lambda: rng.expovariate(1.0)),
-                  prefix_len=[min(k * rng.randint(1, 4), max(n - 1, 0)) if algo == "prefix_rft" else 0 for k, n in zip(kind, lengths)],
+
+    def table(make):
+        return [[make(b, t) if t < n else rng.choice([-200.0, 0.0, 77.0]) for t in range(WIDTH)]
+                for b, n in enumerate(lengths)]
+
+    logp = table(lambda b, t: -rng.expovariate(1.0) - 0.01)
+    near = lambda width: table(lambda b, t: logp[b][t] + rng.gauss(0, width))
+    binary = rng.random() < 0.7
+    inputs = dict(logp=logp, old_logp=near(0.3), ref_logp=near(1.0), rollout_logp=near(0.3),
+                  entropy=table(lambda b, t: rng.expovariate(1.0)),
+                  mask=[[int(t < n) for t in range(WIDTH)] for n in lengths], group_ids=ids,
+                  rewards=[float(rng.random() < 0.5) if binary else rng.random() for _ in range(N_ROWS)],
+                  is_expert=kind if algo in ("luffy", "srft", "upt") else [0] * N_ROWS,
+                  prefix_len=[min(k * rng.randint(1, 4), max(n - 1, 0)) * (algo == "prefix_rft")
+                              for k, n in zip(kind, lengths)],
                   truncated=[int(rng.random() < 0.2) for _ in range(N_ROWS)])
     return dict(id=f"{algo} {seed}", algo=algo, inputs=inputs, hparams={**DEFAULTS, **METHODS[algo], **hparams})
 
@@ -192,7 +206,8 @@ def reference_rows(case: dict):
         members = [b for b in rows if x["group_ids"][b] == g]
         if algo == "upt":
             plain = [b for b in members if not expert[b]]
-            imitate = len(plain) < len(members) and sum(x["rewards"][b] for b in plain) / len(plain) <= h["gate_gamma"] + 1e-9
+            solved = sum(x["rewards"][b] for b in plain) / len(plain)
+            imitate = len(plain) < len(members) and solved <= h["gate_gamma"] + 1e-9
             active -= {b for b in members if expert[b] != imitate}
             members = [] if imitate else plain
         if h["filter_groups"] and members and len({x["rewards"][b] for b in members}) == 1:
@@ -212,7 +227,8 @@ def reference_rows(case: dict):
             baseline = sum(x["rewards"][i] for i in plain) / len(plain)
             advantages[b, t] = x["rewards"][b] - (baseline if in_prefix(b, t) else 0.0)
         else:
-            advantages[b, t] = reference_advantage(x["rewards"], b, plain if h.get("prefix_adv") == "split" else group, h)
+            members = plain if h.get("prefix_adv") == "split" else group
+            advantages[b, t] = reference_advantage(x["rewards"], b, members, h)
     return active, tokens, advantages
 
 
@@ -260,8 +276,9 @@ def reference_rollout_token(case: dict, logp, b: int, t: int, row: list[int], A:
         r = reference_ratio(case, x["logp"], b, t, row)
         return -min(max(r, h["ratio_floor"] or 0.0), h["ratio_cap"]) * A * logp[b][t]
     r = reference_ratio(case, logp, b, t, row)
-    low = -math.inf if h["clip_low"] is None or (t < x["prefix_len"][b] and not h["prefix_clip"]) else 1 - h["clip_low"]
-    high = math.inf if h["clip_high"] is None or (t < x["prefix_len"][b] and not h["prefix_clip"]) else 1 + h["clip_high"]
+    free = t < x["prefix_len"][b] and not h["prefix_clip"]
+    low = -math.inf if free or h["clip_low"] is None else 1 - h["clip_low"]
+    high = math.inf if free or h["clip_high"] is None else 1 + h["clip_high"]
     ell = -min(r * A, min(max(r, low), high) * A)
     return min(ell, -A * h["dual_clip"]) if h["dual_clip"] is not None and A < 0 else ell
 
@@ -291,10 +308,12 @@ def reference_loss(case: dict, logp, plan) -> float:
         joint = reference_weight(b, list(active), lengths, x, h)
         policy_rows = [i for i in active if not (separate and algo == "upt" and expert[i])]
         if not expert[b]:
-            ell = reference_rollout_token(case, logp, b, t, rows[b], advantages[b, t], H) * reference_sampler_weight(case, b, t, rows[b])
+            ell = reference_rollout_token(case, logp, b, t, rows[b], advantages[b, t], H)
+            ell *= reference_sampler_weight(case, b, t, rows[b])
             loss += ell * reference_weight(b, policy_rows, lengths, x, h)
         else:
-            coef = {"sft": 1.0, "upt": h.get("sft_coef"), "luffy": 0.0, "srft": h.get("w1_scale", 0.0) * math.exp(-H)}[algo]
+            srft = h.get("w1_scale", 0.0) * math.exp(-H)
+            coef = {"sft": 1.0, "upt": h.get("sft_coef"), "luffy": 0.0, "srft": srft}[algo]
             loss += -coef * logp[b][t] * (1 / n_imitated if separate else joint)
         if expert[b] and algo in ("luffy", "srft"):
             p = math.exp(logp[b][t])
@@ -329,18 +348,24 @@ def count_tokens_that_agree(case: dict) -> int:
 
 
 OPTIONS = [dict(agg=agg) for agg in losses.CHOICES["agg"]] + [
-    dict(agg="const", const_div_seqs=False), dict(adv_norm="group_std"), dict(adv_norm="group_std", adv_ddof=0), dict(singleton="raw"),
-    dict(dual_clip=1.1), dict(log_ratio_clamp=0.2), dict(is_mode="tis", is_high=1.1), dict(is_mode="tis", is_low=0.9, is_high=1.2),
-    dict(is_mode="seq_tis", is_high=1.5), dict(is_mode="icepop", is_low=0.8, is_high=1.25), dict(kl_coef=0.1, kl_type="k1"),
-    dict(kl_coef=0.1, kl_type="k2"), dict(kl_coef=0.1), dict(kl_coef=0.1, kl_clamp=0.5), dict(entropy_coef=0.01),
-    dict(mask_truncated=True), dict(filter_groups=True), dict(clip_low=0.1, clip_high=None)]
-SPECIAL = {"cispo": [dict(ratio_floor=0.8, ratio_cap=1.28)], "luffy": [CLIP],
-           "srft": [dict(mix_norm="separate"), dict(srft_entropy="batch"), dict(mix_norm="separate", agg="const", const_div_seqs=False),
-                    dict(success_threshold=0.2)],
-           "upt": [dict(gate_gamma=0.0), dict(gate_gamma=0.5), dict(mix_norm="separate"), dict(mix_norm="separate", agg="const", kl_coef=0.1),
-                   dict(clip_low=None, clip_high=None), dict(mix_norm="separate", filter_groups=True, agg="group-token-mean")],
-           "prefix_rft": [dict(prefix_adv="split"), dict(prefix_clip=False, dual_clip=1.1), dict(drop_ratio=0.0), dict(drop_ratio=1.0),
-                          dict(prefix_adv="split", is_mode="seq_tis", is_high=1.2), dict(mask_truncated=True, prefix_adv="split")]}
+    dict(agg="const", const_div_seqs=False), dict(adv_norm="group_std"), dict(adv_norm="group_std", adv_ddof=0),
+    dict(singleton="raw"), dict(dual_clip=1.1), dict(log_ratio_clamp=0.2), dict(clip_low=0.1, clip_high=None),
+    dict(is_mode="tis", is_high=1.1), dict(is_mode="tis", is_low=0.9, is_high=1.2),
+    dict(is_mode="seq_tis", is_high=1.5),
+    dict(is_mode="icepop", is_low=0.8, is_high=1.25), dict(kl_coef=0.1, kl_type="k1"), dict(kl_coef=0.1, kl_type="k2"),
+    dict(kl_coef=0.1), dict(kl_coef=0.1, kl_clamp=0.5), dict(entropy_coef=0.01), dict(mask_truncated=True),
+    dict(filter_groups=True)]
+OFFICIAL = dict(mix_norm="separate", agg="const", const_div_seqs=False)
+SPECIAL = {
+    "cispo": [dict(ratio_floor=0.8, ratio_cap=1.28)],
+    "luffy": [CLIP],
+    "srft": [OFFICIAL, dict(mix_norm="separate"), dict(srft_entropy="batch"), dict(success_threshold=0.2)],
+    "upt": [OFFICIAL, dict(gate_gamma=0.0), dict(gate_gamma=0.5), dict(mix_norm="separate"),
+            dict(mix_norm="separate", agg="const", kl_coef=0.1), dict(clip_low=None, clip_high=None),
+            dict(mix_norm="separate", filter_groups=True, agg="group-token-mean")],
+    "prefix_rft": [dict(prefix_adv="split"), dict(prefix_clip=False, dual_clip=1.1), dict(drop_ratio=0.0),
+                   dict(drop_ratio=1.0), dict(prefix_adv="split", is_mode="seq_tis", is_high=1.2),
+                   dict(prefix_adv="split", mask_truncated=True), dict(prefix_adv="split", singleton="raw")]}
 
 
 @pytest.mark.parametrize("algo", METHODS)
@@ -360,9 +385,9 @@ def test_one_update_per_round_agrees_with_loops_over_tokens(algo):
     assert count_tokens_that_agree(case) >= 10
 
 
-# ------------------------------------------------------------------------------------------------------------- properties
+# --------------------------------------------------------------------------------------------------------- properties
 def sum_of_shares(case: dict, parts: list[list[int]]):
-    """(loss, grad_logp, grad_entropy) of a step cut into micro-batches, each padded to its own width as a rank would have it."""
+    """(loss, grad_logp, grad_entropy) of a step cut into micro-batches, each of its own width, as ranks have them."""
     objective = objective_of(case["algo"], case["hparams"])
     rows, weights, _ = prepare(objective, case, torch.float64)
     logp = torch.tensor(case["inputs"]["logp"], dtype=torch.float64, requires_grad=True)
@@ -378,7 +403,8 @@ def sum_of_shares(case: dict, parts: list[list[int]]):
 
 
 @pytest.mark.parametrize("algo", METHODS)
-@pytest.mark.parametrize("options", [{}, dict(agg="group-token-mean", kl_coef=0.1, entropy_coef=0.01), dict(agg="seq-mean-token-mean")],
+@pytest.mark.parametrize("options", [{}, dict(agg="group-token-mean", kl_coef=0.1, entropy_coef=0.01),
+                                     dict(agg="seq-mean-token-mean")],
                          ids=["default", "group mean, KL, entropy", "sequence mean"])
 def test_the_cut_into_micro_batches_and_ranks_changes_neither_loss_nor_gradient(algo, options):
     extra = dict(mix_norm="separate") if algo in ("srft", "upt") and options else {}
@@ -387,8 +413,9 @@ def test_the_cut_into_micro_batches_and_ranks_changes_neither_loss_nor_gradient(
     others = [b for b in range(N_ROWS) if b not in experts]
     whole = sum_of_shares(case, [list(range(N_ROWS))])
     assert whole[1].abs().sum() > 0
-    empty = N_ROWS - 1                                              # the row without a token makes a micro-batch of its own
-    for parts in ([[b] for b in range(N_ROWS)], [experts, others], [[empty], others[:3], [b for b in others[3:] if b != empty], experts]):
+    empty = N_ROWS - 1    # the row without a token, once as a micro-batch of its own
+    uneven = [[empty], others[:3], [b for b in others[3:] if b != empty], experts]
+    for parts in ([[b] for b in range(N_ROWS)], [experts, others], uneven):
         for one, cut in zip(whole, sum_of_shares(case, parts)):
             assert torch.allclose(torch.as_tensor(one), torch.as_tensor(cut), rtol=1e-12, atol=1e-15)
 
@@ -425,7 +452,7 @@ def test_garbage_under_the_mask_reaches_neither_loss_nor_gradient(algo, garbage)
     for b in range(N_ROWS):
         for t in range(WIDTH):
             for name in ("logp", "entropy", "ref_logp", "old_logp", "rollout_logp"):
-                unread = case["inputs"]["is_expert"][b] and name in ("old_logp", "rollout_logp")    # an expert's are decoys
+                unread = case["inputs"]["is_expert"][b] and name in ("old_logp", "rollout_logp")    # decoys
                 if not case["inputs"]["mask"][b][t] or unread:
                     dirty["inputs"][name][b][t] = garbage
     for a, b in zip(clean, run_case(dirty)):
@@ -437,7 +464,8 @@ def test_garbage_under_the_mask_reaches_neither_loss_nor_gradient(algo, garbage)
 def test_adding_a_constant_to_the_rewards_of_a_group_changes_nothing(algo, norm):
     case = make_case(algo, 10, adv_norm=norm)
     shifted = copy.deepcopy(case)
-    shifted["inputs"]["rewards"] = [r + (0.0, 3.0, -0.7, 11.0)[g] for r, g in zip(case["inputs"]["rewards"], case["inputs"]["group_ids"])]
+    for b, g in enumerate(case["inputs"]["group_ids"]):
+        shifted["inputs"]["rewards"][b] += (0.0, 3.0, -0.7, 11.0)[g]
     for a, b in zip(run_case(case), run_case(shifted)):
         assert a is b is None or torch.allclose(a, b, rtol=1e-8, atol=1e-12)
 
@@ -455,8 +483,8 @@ def test_on_policy_every_ratio_method_is_reinforce_and_no_clip_acts(agg):
     plain = gradient("grpo", case)
     rows, weights, _ = prepare(objective_of("grpo", case["hparams"]), case, torch.float64)
     assert torch.allclose(plain, -rows.advantages * weights[0][:, None] * rows.mask, rtol=1e-12, atol=1e-15)
-    for algo, options in (("cispo", {}), ("grpo", dict(clip_low=None, clip_high=None)), ("grpo", dict(clip_low=3e-4, clip_high=4e-4)),
-                          ("grpo", dict(dual_clip=3.0)), ("gspo", dict(adv_norm="none", agg=agg))):
+    for algo, options in (("cispo", {}), ("grpo", dict(clip_low=None, clip_high=None)), ("grpo", dict(dual_clip=3.0)),
+                          ("grpo", dict(clip_low=3e-4, clip_high=4e-4)), ("gspo", dict(adv_norm="none", agg=agg))):
         assert torch.allclose(gradient(algo, case, **options), plain, rtol=1e-12, atol=1e-15), (algo, options)
 
 
@@ -465,7 +493,7 @@ def test_luffy_without_experts_is_grpo_without_a_clip():
     assert torch.equal(gradient("luffy", case), gradient("grpo", case, clip_low=None, clip_high=None))
 
 
-@pytest.mark.parametrize("variant", [{}, dict(prefix_adv="split"), dict(prefix_clip=False)], ids=["group", "split", "no prefix clip"])
+@pytest.mark.parametrize("variant", [{}, dict(prefix_adv="split"), dict(prefix_clip=False)], ids=str)
 def test_prefix_rft_without_a_hybrid_is_grpo(variant):
     case = make_case("grpo", 13)
     assert torch.equal(gradient("prefix_rft", case, **variant), gradient("grpo", case))
@@ -488,27 +516,31 @@ def test_upt_with_a_gate_above_every_reward_is_sft_on_the_experts():
     imitated = gradient("upt", case, gate_gamma=1.0, sft_coef=1.0)
     only = {**case, "inputs": {name: [values[i] for i in experts] for name, values in case["inputs"].items()}}
     assert torch.allclose(imitated[experts], gradient("sft", only), rtol=1e-12)
-    assert all(imitated[i].abs().sum() == 0 for i in range(len(with_demo)) if i not in experts) and imitated.abs().sum() > 0
+    assert imitated.abs().sum() > 0
+    assert all(imitated[i].abs().sum() == 0 for i in range(len(with_demo)) if i not in experts)
 
 
 def test_luffy_weighs_an_expert_token_most_where_its_probability_is_gamma():
     p = torch.tensor([[1e-6, 0.01, 0.1, 0.5, 0.999]], dtype=torch.float64)
     logp = p.log().requires_grad_()
-    rows = Rows(torch.ones(1, 5, dtype=torch.bool), torch.tensor([0.875], dtype=torch.float64), is_expert=torch.tensor([True]))
+    advantage = torch.tensor([0.875], dtype=torch.float64)
+    rows = Rows(torch.ones(1, 5, dtype=torch.bool), advantage, is_expert=torch.tensor([True]))
     losses.token_loss(OBJECTIVES["luffy"], logp, rows)[0].sum().backward()
     assert torch.allclose(logp.grad, -0.875 * 0.1 * p / (p + 0.1) ** 2) and logp.grad.argmin() == 2
 
 
-# ------------------------------------------------------------------------------------------------- rules, one at a time
-def test_groups_that_agree_have_advantage_exactly_zero_in_float32():
-    rewards, ids = torch.tensor([0.1, 0.1, 0.1, 0.7, 1.0, 0.0]), torch.tensor([0, 0, 0, 1, 2, 2])
+# --------------------------------------------------------------------------------------------- rules, one at a time
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_groups_that_agree_have_advantage_exactly_zero_whatever_the_rounding_of_their_mean(dtype):
+    rewards, ids = torch.tensor([0.1, 0.1, 0.1, 0.7, 1.0, 0.0], dtype=dtype), torch.tensor([0, 0, 0, 1, 2, 2])
     assert losses.group_advantages(rewards, ids, normalize_std=True).tolist()[:4] == [0, 0, 0, 0]
     assert losses.group_advantages(rewards, ids).tolist() == [0, 0, 0, 0, 0.5, -0.5]
     assert losses.group_advantages(rewards, ids, singleton="raw").tolist()[3] == rewards[3]
 
 
 def test_one_row_of_a_group_is_informative_only_if_rewards_differ():
-    assert losses.is_informative(torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0]), torch.tensor([5, 5, 2, 2, 9])).tolist() == [True, True] + [False] * 3
+    rewards, ids = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0]), torch.tensor([5, 5, 2, 2, 9])
+    assert losses.is_informative(rewards, ids).tolist() == [True, True, False, False, False]
 
 
 def test_the_overlong_penalty_falls_linearly_between_the_two_lengths():
@@ -522,7 +554,8 @@ def test_the_prefix_window_opens_from_the_top_and_stays_open():
     assert losses.prefix_window(500, 500) == losses.prefix_window(900, 500) == pytest.approx((0.05, 0.95))
 
 
-@pytest.mark.parametrize("u, demo_len, expected", [(0.0, 0, 0), (0.5, 1, 0), (0.0, 2, 1), (0.0, 10, 1), (0.6, 10, 5), (0.999, 10, 9), (0.0, 100, 5)])
+@pytest.mark.parametrize("u, demo_len, expected", [(0.0, 0, 0), (0.5, 1, 0), (0.0, 2, 1), (0.0, 10, 1), (0.6, 10, 5),
+                                                   (0.999, 10, 9), (0.0, 100, 5)])
 def test_a_prefix_leaves_at_least_one_token_to_write(u, demo_len, expected):
     assert losses.prefix_length(u, (0.05, 0.95), demo_len) == expected
 
@@ -535,7 +568,8 @@ def test_dynamic_sampling_draws_no_round_it_does_not_need_and_survives_running_d
             drawn.append(n)
             yield [(f"flat{n}", [1, 1, 1]), (f"mixed{n}", [1, 0, 1]), (f"also{n}", [0, 0, 1])]
 
-    assert losses.collect_informative(rounds(), 3) == (["mixed0", "also0", "mixed1"], ["flat0", "flat1"], ["also1"], 2, "full")
+    found = (["mixed0", "also0", "mixed1"], ["flat0", "flat1"], ["also1"], 2, "full")
+    assert losses.collect_informative(rounds(), 3) == found
     assert drawn == [0, 1]
     assert losses.collect_informative(rounds(), 99)[2:] == ([], 3, "partial")
     assert losses.collect_informative(rounds(), 99, max_rounds=2)[3:] == (2, "partial")
@@ -545,10 +579,10 @@ def test_dynamic_sampling_draws_no_round_it_does_not_need_and_survives_running_d
 
 def test_the_gate_imitates_at_or_below_gamma_and_only_where_there_is_a_demonstration():
     rewards = torch.tensor([0, 0, 0, 1] + [1, 0, 0, 1, 1] + [0, 0, 0, 0, 0.0])
-    ids = torch.tensor([0] * 4 + [1] * 5 + [2] * 5)                        # group 0 has no expert; the last of 1 and of 2 is
+    ids = torch.tensor([0] * 4 + [1] * 5 + [2] * 5)    # group 0 has no expert; the last of 1 and of 2 is
     expert = torch.tensor([False] * 8 + [True] + [False] * 4 + [True])
     stays = lambda gamma: losses.gate_rows(rewards, ids, expert, gamma).int().tolist()
-    assert stays(0.0) == [1] * 4 + [1, 1, 1, 1, 0] + [0, 0, 0, 0, 1]      # an expert stays even where its own reward is 0
+    assert stays(0.0) == [1] * 4 + [1, 1, 1, 1, 0] + [0, 0, 0, 0, 1]    # an expert stays even if its own reward is 0
     assert stays(0.5) == [1] * 4 + [0, 0, 0, 0, 1] + [0, 0, 0, 0, 1]
     assert stays(-1.0) == [1] * 4 + [1, 1, 1, 1, 0] + [1, 1, 1, 1, 0]
 
@@ -558,14 +592,16 @@ def test_the_ranking_of_prefix_tokens_spans_the_step_and_rounds_down():
     among = torch.tensor([[True, True, False], [True, False, False], [True, True, False]])
     kept = losses.most_uncertain(entropy, among, 0.5)                      # of 5, 1 2 3 4: int(2.5) = 2 go
     assert kept.tolist() == [[True, False, False], [False, False, False], [True, True, False]]
-    assert losses.most_uncertain(entropy, among, 0.0).equal(among) and not losses.most_uncertain(entropy, among, 1.0).any()
+    assert losses.most_uncertain(entropy, among, 0.0).equal(among)
+    assert not losses.most_uncertain(entropy, among, 1.0).any()
 
 
 def test_masked_truncated_rows_keep_their_say_in_the_baseline():
     case = make_case("grpo", 16, mask_truncated=True)
     case["inputs"]["truncated"] = [1] + [0] * (N_ROWS - 1)
     rows, weights, active = prepare(objective_of("grpo", case["hparams"]), case, torch.float64)
-    with_all = losses.group_advantages(torch.tensor(case["inputs"]["rewards"], dtype=torch.float64), torch.tensor(case["inputs"]["group_ids"]))
+    rewards = torch.tensor(case["inputs"]["rewards"], dtype=torch.float64)
+    with_all = losses.group_advantages(rewards, torch.tensor(case["inputs"]["group_ids"]))
     assert active.all() and rows.mask[0].sum() == 0 and weights[:, 0].sum() == 0
     assert torch.equal(rows.advantages, with_all[:, None] * rows.mask)
 
@@ -580,20 +616,21 @@ def test_the_weights_of_a_step_without_tokens_are_zero_not_nan(agg):
 @pytest.mark.parametrize("agg", [name for name in losses.CHOICES["agg"] if name not in ("const", "seq-mean-token-sum")])
 def test_the_weights_of_a_mean_add_up_to_one_over_all_tokens(agg):
     lengths = torch.tensor([3, 0, 5, 1, 7])
-    assert (losses.row_weights(lengths, agg, torch.tensor([0, 0, 1, 1, 2])) * lengths).sum().item() == pytest.approx(1.0, abs=1e-15)
+    weights = losses.row_weights(lengths, agg, torch.tensor([0, 3, 1, 1, 2]))    # group 3 has no token
+    assert weights.dtype == torch.float64 and (weights * lengths).sum().item() == pytest.approx(1.0, abs=1e-15)
 
 
 def test_a_ratio_that_would_overflow_leaves_loss_and_gradient_finite():
     for algo in OBJECTIVES:
         logp = torch.full((2, 3), -0.1, requires_grad=True)
-        rows = Rows(torch.ones(2, 3, dtype=torch.bool), torch.tensor([1.0, -1.0]), torch.full((2, 3), -200.0), is_success=torch.tensor([True, False]),
-                    mean_entropy=torch.ones(2))
+        rows = Rows(torch.ones(2, 3, dtype=torch.bool), torch.tensor([1.0, -1.0]), torch.full((2, 3), -200.0),
+                    is_success=torch.tensor([True, False]), mean_entropy=torch.ones(2))
         loss = losses.token_loss(OBJECTIVES[algo], logp, rows)[0].sum()
         loss.backward()
         assert loss.isfinite() and logp.grad.isfinite().all(), algo
 
 
-@pytest.mark.parametrize("field, value", [("agg", "mean"), ("demo", "yes"), ("kl_type", "k4"), ("tis", "on"), ("surrogate", "ppo")])
+@pytest.mark.parametrize("field, value", [("agg", "mean"), ("demo", "yes"), ("kl_type", "k4"), ("tis", "on")])
 def test_an_unknown_choice_is_refused_by_name_with_the_ones_there_are(field, value):
     with pytest.raises(ValueError, match=f"{field} is '{value}'; choose one of {', '.join(losses.CHOICES[field])}"):
         Objective(**{field: value})
