@@ -1,7 +1,7 @@
 r"""Mathematical text -> tree -> number: the reading half of verify.py. Standard library only.
 
-    parse(tokenize(r"\frac{1}{2}x^2")) -> ("*", ("/", ("num", 1), ("num", 2)), ("^", ("sym", "x"), ("num", 2)))
-    evaluate(tree, point, Meter()) -> Fraction, or Approx where a root, a function or i is in the way
+    Parser(tokenize(r"\frac{1}{2}x^2")).parse() -> ("*", ("/", ("num", 1), ("num", 2)), ("^", ("sym", "x"), ("num", 2)))
+    evaluate(tree, point, meter) -> Fraction, or Approx where a root, a function or i is in the way
 
 A tree is a tuple, head and children. Heads with a value: num sym text i e pi base | + * / neg ^ root fn call ! ° binom |
 \lfloor \lceil at; structures, which verify.py compares: list set tuple matrix ratio rel unit ±.
@@ -10,7 +10,7 @@ A tree is a tuple, head and children. Heads with a value: num sym text i e pi ba
 2) 1/2x is (1/2)x; \sin 5x/2 is (\sin 5x)/2; a number before a proper fraction is a mixed number (2\frac13, 2 1/3).
 3) A letter is a variable, except e and i; a run of up to three is their product, a longer one or \text{} is a word; f(x),
    g(2), I(0) are values of an unknown function. Anything else raises Unread, and verify.py compares text.
-4) Work is bounded before it is done: characters, tokens, depth, digits, bits, and a meter that every operation pays.
+4) Work is bounded before it is done: characters, tokens, depth, digits, bits; and every value is paid for (meter.pay).
 """
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from zlib import crc32
 
 MAX_CHARS, MAX_TOKENS, MAX_DEPTH = 2500, 1000, 40  # 40 levels are about 160 Python frames
 MAX_DIGITS, MAX_BITS = 2500, 8192  # of a number as written; of an exact value (2^4950 fits)
-MAX_WORK = 60_000  # meter units of one comparison, each about 0.2 us
 
 
 class Unread(ArithmeticError):
@@ -42,11 +41,11 @@ FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan exp ln log".split(
 LETTERS = set("alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi varphi chi "
               "psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega hbar ell infty emptyset".split())
 UNITS = table(
-    "% percent; $ dollar dollars usd bucks; cent cents; euro euros; deg degree degrees; rad radian radians; mph; / per; mm; "
-    "cm centimeter centimeters; m meter meters metres; km kilometer kilometers; in inch inches; ft foot feet; yd yard yards; "
-    "mi mile miles; g gm gram grams; kg kilogram kilograms; lb lbs pound pounds; oz ounce ounces; l liter liters; ml; s sec "
-    "second seconds; min minute minutes; h hr hrs hour hours; day days; week weeks; month months; year years; 2 square sq; "
-    "3 cubic; acre acres; gal gallon gallons")
+    "% percent; $ dollar dollars usd bucks; cent cents; euro euros; deg degree degrees; rad radian radians; mph; / per; "
+    "mm; cm centimeter centimeters; m meter meters metres; km kilometer kilometers; in inch inches; ft foot feet; yd yard "
+    "yards; mi mile miles; g gm gram grams; kg kilogram kilograms; lb lbs pound pounds; oz ounce ounces; l liter liters; "
+    "ml; s sec second seconds; min minute minutes; h hr hrs hour hours; day days; week weeks; month months; year years; "
+    "gal gallon gallons; acre acres; 2 square sq; 3 cubic")
 NUMERALS = dict(zip("zero one two three four five six seven eight nine ten eleven twelve".split(), range(13)))
 NOT_UNITS = {*NUMERALS, *"hundred thousand million billion trillion dozen half halves third thirds quarter quarters plus "
              "minus times over squared cubed factorial not mod negative".split()}  # they change the value before them
@@ -101,8 +100,8 @@ def letters(run: str, before: str) -> list[str]:
         return [","]
     if word in FUNCTIONS or word in LETTERS or word in ("pi", "sqrt", "infinity", "inf"):
         return ["\\infty" if word[:3] == "inf" else "\\" + word]
-    known = lower in UNITS or lower in NUMERALS
-    if apart and len(word) > 1 and (known or len(word) > 3) or word in ("cm", "mm", "km", "kg"):
+    known = len(word) > 3 or len(word) > 1 and (lower in UNITS or lower in NUMERALS)
+    if apart and known or word in ("cm", "mm", "km", "kg"):
         return [f'"{word}"']
     return list(word)
 
@@ -118,6 +117,7 @@ def tokenize(text: str, thousands: bool = True) -> list[str]:
             text, found = TEXT.subn(words, text)
             if not found:
                 break
+    if "\\" in text or "10" in text:
         text = REWRITE.sub(lambda match: REWRITES[match.lastgroup][1], text)
     tokens: list[str] = []
     for raw in TOKENS[thousands and "(" not in text and "[" not in text].findall(text):
@@ -152,15 +152,6 @@ def number(token: str) -> tuple:
     return ("num", Fraction(re.sub(r"[^\d.]", "", mantissa)) * Fraction(10) ** int(exponent or 0))
 
 
-def parse(tokens: list[str]) -> tuple:
-    """Tokens -> tree; Unread where there is none or something is left over."""
-    parser = Parser(tokens)
-    tree = parser.parse()
-    if parser.next:
-        raise Unread("text left over")
-    return tree
-
-
 class Parser:
     """Operator precedence: `prefix` reads what starts an expression, `infix` what continues one."""
 
@@ -193,6 +184,8 @@ class Parser:
                 break
             left = self.joined(left) if power == JOINED else self.infix(left, self.take(), power)
         self.depth -= 1
+        if self.depth == 0 and token:
+            raise Unread("text left over")
         return left
 
     def infix(self, left: tuple, token: str, power: float) -> tuple:
@@ -352,28 +345,6 @@ class Parser:
 
 
 # ------------------------------------------------------------------------------------------------------------- values
-class Meter:
-    """What one comparison has spent, the largest approximate value it met, and whether \\log is natural in it."""
-
-    def __init__(self):
-        self.work, self.peak, self.natural = 0, Decimal(0), False
-
-    def pay(self, value):
-        """Pay for a value by its size; returns it."""
-        if isinstance(value, Fraction):
-            bits = max(value.numerator.bit_length(), value.denominator.bit_length())
-            self.spend(1 + bits // 64 if bits <= MAX_BITS else MAX_WORK)
-        else:
-            self.spend(2 + getcontext().prec // 16)
-            self.peak = max(self.peak, abs(value.re), abs(value.im))
-        return value
-
-    def spend(self, units: int) -> None:
-        self.work += units
-        if self.work > MAX_WORK:
-            raise Unread("too much work")
-
-
 class Approx(NamedTuple):
     """A complex number in the precision of the current decimal context; mixes with Fraction."""
     re: Decimal
@@ -474,10 +445,9 @@ def function(name: str, z):
         return exp(z) if name == "exp" else ln(z) / (ln(Fraction(10)) if name == "log" else 1)
     if name == "arctan":
         return (ln(1 - I * z) - ln(1 + I * z)) * I / 2
-    if name == "arcsin":
-        return -I * ln(I * z + power(1 - z * z, HALF))
-    if name == "arccos":
-        return Approx(pi_at(getcontext().prec)) * HALF - function("arcsin", z)
+    if name in ("arcsin", "arccos"):
+        angle = -I * ln(I * z + power(1 - z * z, HALF))
+        return angle if name == "arcsin" else OPERATIONS["°"](Fraction(90)) - angle
     up, down = exp(I * z), exp(-I * z)
     cos, sin = (up + down) / 2, (up - down) / (2 * I)
     if not z.im:  # exactly real
@@ -503,13 +473,16 @@ OPERATIONS = {
 
 def sample(name: str, point: int) -> Fraction:
     """The seeded value of a variable: by point below 1, above 1, an integer, negative, a larger integer."""
-    seed = crc32(f"{name} {point}".encode())
-    top, bottom = ((1 + seed % 28, 29), (30 + seed % 97, 29), (2 + seed % 9, 1), (-1 - seed % 97, 31), (5 + seed % 40, 1))[point % 5]
-    return Fraction(top, bottom)
+    seed = crc32(f"{name} {point}".encode("utf-8", "replace"))
+    kinds = (1 + seed % 28, 29), (30 + seed % 97, 29), (2 + seed % 9, 1), (-1 - seed % 97, 31), (5 + seed % 40, 1)
+    return Fraction(*kinds[point % 5])
 
 
-def evaluate(node: tuple, point: int, meter: Meter):
-    """Tree -> Fraction or Approx at a point. ArithmeticError where there is no value within the bounds."""
+def evaluate(node: tuple, point: int, meter):
+    """Tree -> Fraction or Approx at a seeded point; ArithmeticError where there is no value within the bounds.
+
+    meter: has pay(value) -> value and spend(units), which raise when too much was spent, and natural: is \\log ln?
+    """
     head = node[0]
     if head in ("num", "base"):
         return node[-1]

@@ -29,17 +29,18 @@ import os
 import re
 import sys
 from collections import Counter
-from decimal import Context, Decimal, DivisionByZero, InvalidOperation, Overflow, localcontext
+from decimal import Context, Decimal, DivisionByZero, InvalidOperation, Overflow, getcontext, localcontext
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-from mathexpr import UNITS, Approx, Meter, Unread, evaluate, lift, parse, tokenize
+from mathexpr import MAX_BITS, UNITS, Approx, Parser, Unread, evaluate, lift, tokenize
 
-MAX_BOXES, MAX_BRACES, PLAIN_TAIL = 8, 10_000, 4000  # boxes tried from the end; braces in one; characters searched for "answer is"
-MAX_ITEMS = 24  # a longer list of inexact items must keep its order: matching in any order is quadratic
+MAX_BOXES, MAX_BRACES, PLAIN_TAIL = 8, 10_000, 4000  # boxes tried; braces in one; characters searched for "answer is"
+MAX_ITEMS = 24  # longer lists are sorted by their spelling first: matching in any order is quadratic
 POINTS, ENOUGH, MAX_PRECISION = 12, 4, 600  # points tried, points that must agree; digits of an approximate value
-LENIENT = 1e-4
+MAX_WORK = 60_000  # units that one comparison may spend, each about 0.2 us
+LENIENT = 1e-4  # relative error
 
 
 class Verdict(NamedTuple):
@@ -131,7 +132,7 @@ def read_now(text: str, thousands: bool) -> Reading:
     # words letter by letter, so that \text{VW} is VW; capitals matter in short ones only
     plain = " ".join(" ".join(t[1:-1].casefold() if len(t) > 5 else t[1:-1]) if t[0] == '"' else t for t in tokens)
     try:
-        tree = parse(tokens)
+        tree = Parser(tokens).parse()
     except (ArithmeticError, ValueError):
         return Reading(plain, None)
     if "±" in tokens or "∓" in tokens:
@@ -199,10 +200,25 @@ def upward(ops: tuple, sides: tuple) -> tuple[tuple, tuple]:
 
 
 class Comparison:
-    """One comparison of trees: its tolerance, whether it had to use it, and its meter."""
+    """One comparison of trees: its tolerance and whether it was needed, the work spent, the largest approximate value met."""
 
     def __init__(self, rtol: float = 0):
-        self.rtol, self.tolerated, self.meter = rtol, False, Meter()
+        self.rtol, self.tolerated, self.work, self.peak, self.natural = rtol, False, 0, Decimal(0), False
+
+    def spend(self, units: int) -> None:
+        self.work += units
+        if self.work > MAX_WORK:
+            raise Unread("too much work")
+
+    def pay(self, value: Fraction | Approx) -> Fraction | Approx:
+        """Pay for a value by its size."""
+        if isinstance(value, Fraction):
+            bits = max(value.numerator.bit_length(), value.denominator.bit_length())
+            self.spend(1 + bits // 64 if bits <= MAX_BITS else MAX_WORK)
+        else:
+            self.spend(2 + getcontext().prec // 16)
+            self.peak = max(self.peak, abs(value.re), abs(value.im))
+        return value
 
     def same(self, a: tuple, b: tuple) -> bool:
         """Do two answers say the same?"""
@@ -248,7 +264,7 @@ class Comparison:
             return False
         f, g = (("+", sides[0], ("neg", sides[1])) for sides in (left, right))
         try:
-            ratio = evaluate(("at", 0, f), 0, self.meter) / evaluate(("at", 0, g), 0, self.meter)
+            ratio = evaluate(("at", 0, f), 0, self) / evaluate(("at", 0, g), 0, self)
         except ArithmeticError:
             return False
         positive = (ratio if isinstance(ratio, Fraction) else ratio.re) > 0
@@ -278,7 +294,7 @@ class Comparison:
         names: set[str] = set()
         digits = 60 + 2 * (survey(a, names) + survey(b, names))
         variables = names - {"i", "log"}
-        for self.meter.natural in (False, True)[:1 + ("log" in names)]:
+        for self.natural in (False, True)[:1 + ("log" in names)]:
             seen = 0
             for point in range(POINTS if variables else 1):
                 verdict = self.agree(a, b, point, digits, "i" in names)
@@ -292,23 +308,23 @@ class Comparison:
     def agree(self, a: tuple, b: tuple, point: int, digits: int, complex_too: bool) -> bool | None:
         """Are two values equal at a point? None where undefined, unequal but not real, or the error bound is missed."""
         passes: list[tuple[Approx, Approx]] = []
-        self.meter.peak = Decimal(0)
+        self.peak = Decimal(0)
         try:
             for precision in (digits, 2 * digits):
                 with localcontext(context(precision)):
-                    x, y = evaluate(a, point, self.meter), evaluate(b, point, self.meter)
+                    x, y = evaluate(a, point, self), evaluate(b, point, self)
                     if isinstance(x, Fraction) and isinstance(y, Fraction):
                         integers = x.denominator == y.denominator == 1
                         return x == y or not integers and self.tolerates(abs(x - y), max(abs(x), abs(y)))
-                    passes.append((self.meter.pay(lift(x)), self.meter.pay(lift(y))))
+                    passes.append((self.pay(lift(x)), self.pay(lift(y))))
                     x, y = passes[-1]
-                    gap, size, slack = abs(x - y).re, max(abs(x).re, abs(y).re), self.meter.peak.scaleb(-digits // 2)
+                    gap, size, slack = abs(x - y).re, max(abs(x).re, abs(y).re), self.peak.scaleb(-digits // 2)
                     if digits > MAX_PRECISION:
                         return None
                     if gap > slack and not self.tolerates(gap, size):  # 30 digits cannot have been lost
                         return False if complex_too or max(abs(x.im), abs(y.im)) <= slack else None
             with localcontext(context(2 * digits)):
-                err = 10 * sum(abs(late - early).re for early, late in zip(*passes)) + self.meter.peak.scaleb(3 - digits)
+                err = 10 * sum(abs(late - early).re for early, late in zip(*passes)) + self.peak.scaleb(3 - digits)
                 return None if err > Decimal("1e-25") else gap <= err or self.tolerates(gap, size)
         except ArithmeticError:
             return None
@@ -364,7 +380,7 @@ def countdown(answer: str, gold: str, numbers: list[int]) -> str:
     if used != Counter(map(Fraction, numbers)):
         return "wrong numbers"
     try:
-        return "correct" if all(evaluate(side, 0, Meter()) == Fraction(gold) for side in sides) else "wrong value"
+        return "correct" if all(evaluate(side, 0, Comparison()) == Fraction(gold) for side in sides) else "wrong value"
     except ArithmeticError:
         return "wrong value"
 
