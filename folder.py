@@ -138,10 +138,8 @@ def config_dict(config: ModelConfig) -> dict:
     others = {key: value for key, value in config.raw.items() if key not in ("rope_parameters", "dtype")}
     ours = {f.name: getattr(config, f.name) for f in fields(config)} | {"torch_dtype": config.dtype}
     unsaid = {"raw", "dtype", "output_bias", "qk_norm"}   # spelled otherwise, or implied by the family
-    if config.model_type in ("qwen3", "llama"):
-        ours["attention_bias"] = config.output_bias   # the file's switch is for all four projections
-    else:
-        unsaid |= {"attention_bias", "mlp_bias"}
+    if config.model_type not in ("qwen3", "llama"):
+        unsaid |= {"attention_bias", "mlp_bias"}   # fixed there; in the others attention_bias is for q, k, v and o
     return silent | others | {key: value for key, value in ours.items() if key not in unsaid}
 
 
