@@ -45,7 +45,7 @@ TURNS = 200     # rounds over a split's problems before a file counts as impossi
 
 @dataclass(frozen=True)
 class Config:
-    trajectories: int = 8000     # expert trajectories in train.jsonl, all different
+    trajectories: int = 4000     # expert trajectories in train.jsonl, all different
     difficulty: str = "uniform"  # of train.jsonl: uniform | easy | hard (half with most | fewest hits) | 3 | 4 (one k)
     hazard: float = 0.15         # probability that the expert gives up after a failed try; 0 = patient
     lines: int = 17              # most arithmetic steps that the expert writes

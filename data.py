@@ -5,16 +5,18 @@
     plan: which rows make the batch of optimizer step s, a pure function of (number of rows, seed, step)
     cut:  that batch in micro-batches of like length under a token budget
 
-Choices: 1) Prompt and response are tokenized apart and joined as ids, so the response's ids never depend on the prompt and the
-mask is a position, never a token value. What that loses against tokenizing the joint text is counted by `joint_mismatch`.
-2) The response ends with the tokenizer's EOS, which is trained: a model that never learns to stop is the classic silent fault.
+Choices: 1) Prompt and response are tokenized apart and joined as ids, so the response's ids never depend on the prompt
+and the mask is a position, never a token value. What that loses against the joint text is counted by `joint_mismatch`.
+2) The response ends with the tokenizer's EOS, which is trained: never learning to stop is the classic silent fault.
 3) Over-long examples are dropped and counted, never cut: a cut example teaches not to stop.
 4) Batches run through one permutation of the data after another without a seam, so no remainder is dropped.
 
 Columns (aliases in brackets; dots go into nested objects):
-    SFT       {"messages": [..., {"role": "assistant"}]}  or  {"prompt" [question problem ...], "response" [completion solution output ...]}
+    SFT       {"messages": [..., {"role": "assistant"}]}
+              or {"prompt" [question problem ...], "response" [completion solution output ...]}
               or {"prompt", "thinking", "final"} (R1 style)  or  {"text"} (plain text, trained from its second token on)
-    problems  {"prompt" [...], "answer" [reward_model.ground_truth ground_truth gold ...]}, optional "numbers" (Countdown), "response" (the expert)
+    problems  {"prompt" [...], "answer" [reward_model.ground_truth ground_truth gold ...]},
+              optional "numbers" (Countdown), "response" (the expert)
 Shapes: B rows, T tokens.
 """
 import json
@@ -31,8 +33,8 @@ import run
 PROMPT = ("prompt", "question", "problem", "query", "instruction", "extra_info.question")
 RESPONSE = ("response", "completion", "solution", "output", "target", "extra_info.answer")
 GOLD = ("answer", "reward_model.ground_truth", "ground_truth", "gold", "final_answer", "solution")
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-         "tokenizer.model", "chat_template.jinja", "generation_config.json")
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+         "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json")
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
@@ -43,7 +45,7 @@ class Example(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """One problem to sample answers for. `opened` = text of the answer that the prompt itself already holds ("<think>")."""
+    """One problem to sample answers for. `opened` = text of the answer that the prompt already holds ("<think>")."""
     text: str
     prompt: list[int]
     gold: str
@@ -52,24 +54,27 @@ class Problem(NamedTuple):
     opened: str
 
 
-# ------------------------------------------------------------------------------------------------------------------- tokenizer
+# ------------------------------------------------------------------------------------------------------------ tokenizer
 class Tokenizer:
-    """A model folder's tokenizer, chat template and end-of-text ids. `eos` ends what we train on; sampling stops at any of `eos_ids`."""
+    """A model folder's tokenizer and chat template. `eos` ends what we train on; sampling stops at any of `eos_ids`."""
 
     def __init__(self, folder: str | Path):
         folder = self.folder = Path(folder)
         if not (folder / "tokenizer.json").exists():
-            raise ValueError(f"{folder}: no tokenizer.json; save the tokenizer beside the model (transformers: tokenizer.save_pretrained)")
+            raise ValueError(f"{folder}: no tokenizer.json; save the tokenizer beside the model "
+                             "(transformers: tokenizer.save_pretrained)")
         self.backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.backend.no_padding(), self.backend.no_truncation()
-        settings, generation, config = (_read(folder / name) for name in ("tokenizer_config.json", "generation_config.json", "config.json"))
+        settings = _read(folder / "tokenizer_config.json")
+        generation, config = _read(folder / "generation_config.json"), _read(folder / "config.json")
         self.specials = {k: v["content"] if isinstance(v, dict) else v for k, v in settings.items()
                          if k in ("bos_token", "eos_token", "pad_token", "unk_token") and v}
         ids = [i for source in (generation, config) for i in _as_list(source.get("eos_token_id"))]
         named = self.backend.token_to_id(self.specials.get("eos_token", ""))
         self.eos = named if named is not None else (ids[0] if ids else None)
         if self.eos is None:
-            raise ValueError(f"{folder}: no end-of-text token; set eos_token in tokenizer_config.json or eos_token_id in generation_config.json")
+            raise ValueError(f"{folder}: no end-of-text token; set eos_token in tokenizer_config.json "
+                             "or eos_token_id in generation_config.json")
         self.eos_ids = sorted({self.eos, *ids})
         self.vocab_size = self.backend.get_vocab_size()
         self.template_source = _template(folder, settings)
@@ -84,7 +89,7 @@ class Tokenizer:
             run.write_json(Path(folder) / "generation_config.json", {"eos_token_id": self.eos_ids})
 
     def encode(self, text: str, start: bool = False) -> list[int]:
-        """Ids of a text. start: the text opens the sequence, so the tokenizer's own BOS (Llama) is added where it has one."""
+        """Ids of a text. start: it opens the sequence, so the tokenizer's own BOS (Llama) is added where it has one."""
         return self.backend.encode(text, add_special_tokens=start).ids
 
     def decode(self, ids: list[int]) -> str:
@@ -99,7 +104,8 @@ class Tokenizer:
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, **self.specials)
         except jinja2.TemplateError as error:
-            raise ValueError(f"chat template failed: {error}; check tokenizer_config.json's chat_template and the messages' roles") from None
+            raise ValueError(f"chat template failed: {error}; check tokenizer_config.json's chat_template "
+                             "and the messages' roles") from None
 
     def prompt(self, prompt: str | list[dict]) -> tuple[list[int], str]:
         """(ids, text) of a prompt: through the chat template where there is one, else plain text, as it stands."""
@@ -109,14 +115,15 @@ class Tokenizer:
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt if "\\boxed" in prompt else f"{prompt}\n{INSTRUCTION}"}]
         text = self.render(prompt)
-        return self.encode(text), text                                              # the template writes its own BOS
+        return self.encode(text), text  # the template writes its own BOS
 
 
 def _read(path: Path) -> dict:
     try:
         return json.loads(path.read_text()) if path.exists() else {}
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error.msg} at line {error.lineno}); restore the file from the original model") from None
+        raise ValueError(f"{path}: not JSON ({error.msg} at line {error.lineno}); "
+                         "restore the file from the original model") from None
 
 
 def _as_list(value) -> list:
@@ -144,17 +151,20 @@ def _compile(source: str):
         raise jinja2.TemplateError(message)
 
     # {% generation %} only marks the assistant's text for masks, which we make by position
-    source = re.sub(r"\{%(-?)\s*(end)?generation\s*(-?)%\}", lambda m: f"{{%{m[1]} {'endif' if m[2] else 'if true'} {m[3]}%}}", source)
-    env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    source = re.sub(r"\{%(-?)\s*(end)?generation\s*(-?)%\}",
+                    lambda m: f"{{%{m[1]} {'endif' if m[2] else 'if true'} {m[3]}%}}", source)
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                       extensions=["jinja2.ext.loopcontrols"])
     env.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     env.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
     try:
         return env.from_string(source)
     except jinja2.TemplateError as error:
-        raise ValueError(f"chat template does not compile: {error}; mend tokenizer_config.json's chat_template or remove it") from None
+        raise ValueError(f"chat template does not compile: {error}; "
+                         "mend tokenizer_config.json's chat_template or remove it") from None
 
 
-# ------------------------------------------------------------------------------------------------------------------------ rows
+# ----------------------------------------------------------------------------------------------------------------- rows
 def read_rows(path: str | Path) -> list[dict]:
     """Rows of a .jsonl or .parquet file (Parquet needs pyarrow). Errors name the file and the line."""
     path = Path(path)
@@ -164,7 +174,8 @@ def read_rows(path: str | Path) -> list[dict]:
         try:
             import pyarrow.parquet
         except ImportError:
-            raise ValueError(f"{path}: reading Parquet needs pyarrow; pip install pyarrow, or convert the file to JSONL") from None
+            raise ValueError(f"{path}: reading Parquet needs pyarrow; "
+                             "pip install pyarrow, or convert the file to JSONL") from None
         rows = pyarrow.parquet.read_table(path).to_pylist()
     else:
         rows = run.read_jsonl(path)
@@ -192,22 +203,39 @@ def _pair(row: dict) -> tuple[str | list[dict], str] | None:
     if messages and messages[-1].get("role") == "assistant":
         return messages[:-1], messages[-1]["content"]
     prompt, response = _find(row, PROMPT), _find(row, RESPONSE)
-    if response is None and "thinking" in row and "final" in row:                   # R1 style, in two columns
+    if response is None and "thinking" in row and "final" in row:  # R1 style, in two columns
         response = f"<think>\n{row['thinking']}\n</think>\n\n{row['final']}"
     if response is None:
         response = row.get("answer")
-    if isinstance(response, list):                                                  # TRL: a list of messages
+    if isinstance(response, list):  # TRL: a list of messages
         response = response[-1]["content"] if response else None
     return None if prompt is None or response is None else (prompt, str(response))
 
 
-def _response_ids(tokenizer: Tokenizer, prompt_text: str, response: str) -> list[int]:
-    """Ids of a response and its EOS; an opening <think> that the prompt already ends with is not written twice."""
-    opened = "<think>" if prompt_text.rstrip().endswith("<think>") else ""
-    if opened and response.lstrip().startswith(opened):
-        response = response.lstrip()[len(opened):]
-        response = response.lstrip("\n") if prompt_text.endswith("\n") else response
-    return tokenizer.encode(response) + [tokenizer.eos]
+def _opened(prompt_text: str) -> str:
+    """The start of the answer that a prompt already holds: some chat templates end in <think>."""
+    return "<think>" if prompt_text.rstrip().endswith("<think>") else ""
+
+
+def _continuation(prompt_text: str, response: str) -> str:
+    """The response without the <think> that the prompt already opened."""
+    start = response.lstrip()
+    if not _opened(prompt_text) or not start.startswith("<think>"):
+        return response
+    rest = start.removeprefix("<think>")
+    return rest.lstrip("\n") if prompt_text.endswith("\n") else rest
+
+
+def joint_mismatch(path: str, tokenizer: Tokenizer, limit: int = 500) -> float:
+    """% of the first rows whose ids would differ if prompt and response were tokenized as one text."""
+    pairs = [pair for pair in map(_pair, read_rows(path)[:limit]) if pair]
+    n_differ = 0
+    for prompt, response in pairs:
+        ids, text = tokenizer.prompt(prompt)
+        response = _continuation(text, response)
+        start = tokenizer.template_source is None
+        n_differ += tokenizer.encode(text + response, start) != ids + tokenizer.encode(response)
+    return 100 * n_differ / max(1, len(pairs))
 
 
 def sft_examples(path: str, tokenizer: Tokenizer, max_len: int) -> tuple[list[Example], int]:
@@ -220,9 +248,10 @@ def sft_examples(path: str, tokenizer: Tokenizer, max_len: int) -> tuple[list[Ex
         else:
             pair = _pair(row)
             if pair is None:
-                raise ValueError(f"{path}:{n}: no prompt and response; a row needs messages, prompt and response, or text (found: {sorted(row)})")
+                raise ValueError(f"{path}:{n}: no prompt and response; a row needs messages, prompt and response, "
+                                 f"or text (found: {sorted(row)})")
             prompt_ids, prompt_text = tokenizer.prompt(pair[0])
-            example = Example(prompt_ids, _response_ids(tokenizer, prompt_text, pair[1]))
+            example = Example(prompt_ids, tokenizer.encode(_continuation(prompt_text, pair[1])) + [tokenizer.eos])
         if len(example.prompt) + len(example.response) > max_len:
             n_long += 1
         else:
@@ -244,19 +273,19 @@ def problems(path: str, tokenizer: Tokenizer, max_prompt: int) -> tuple[list[Pro
             raise ValueError(f'{path}:{n}: no "{missing}"; a problem needs prompt and answer (found: {sorted(row)})')
         ids, text = tokenizer.prompt(prompt)
         pair = _pair({k: v for k, v in row.items() if k != "answer"})
-        expert = _response_ids(tokenizer, text, pair[1]) if pair else None
-        opened = "<think>" if text.rstrip().endswith("<think>") else ""
+        expert = tokenizer.encode(_continuation(text, pair[1])) + [tokenizer.eos] if pair else None
         if len(ids) > max_prompt:
             n_long += 1
         else:
             shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-            found.append(Problem(shown, ids, str(gold).split("####")[-1].strip(), row.get("numbers"), expert, opened))
+            found.append(Problem(shown, ids, str(gold).split("####")[-1].strip(), row.get("numbers"), expert,
+                                 _opened(text)))
     if not found:
         raise ValueError(f"{path}: all {n_long} prompts are longer than {max_prompt} tokens; raise --max-prompt")
     return found, n_long
 
 
-# --------------------------------------------------------------------------------------------------------------------- batches
+# -------------------------------------------------------------------------------------------------------------- batches
 def plan(n: int, seed: int, start: int, count: int) -> list[int]:
     """Rows number start .. start + count of the endless stream made of one permutation of range(n) after another."""
     picked = []
@@ -270,9 +299,9 @@ def plan(n: int, seed: int, start: int, count: int) -> list[int]:
 def cut(lengths: list[int], budget: int) -> list[list[int]]:
     """Cut rows into micro-batches of like length with at most `budget` tokens each, padding included.
 
-    Returns lists of indices into `lengths`, the longest rows first, so that running out of memory happens at once or never.
-    A row longer than the budget gets a micro-batch of its own; one a quarter full is closed once rows are a quarter shorter
-    than its first, which keeps padding low without making many small ones.
+    Returns lists of indices into `lengths`, the longest rows first, so that memory runs out at once or never.
+    A row longer than the budget gets a micro-batch of its own; one a quarter full is closed once rows are a quarter
+    shorter than its first, which keeps padding low without making many small ones.
     """
     batches, width = [], 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -285,7 +314,7 @@ def cut(lengths: list[int], budget: int) -> list[list[int]]:
 
 
 def collate(rows: list[Example], device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """ids (B, T), padded with 0 on the right, and mask (B, T): 1 where the model is trained to have chosen the token."""
+    """ids (B, T), padded with 0 on the right, and mask (B, T): 1 where the model is trained to choose the token."""
     T = max(len(r.prompt) + len(r.response) for r in rows)
     ids, mask = torch.zeros(len(rows), T, dtype=torch.long), torch.zeros(len(rows), T, dtype=torch.bool)
     for b, row in enumerate(rows):

@@ -3,10 +3,10 @@
     python evaluate.py --init runs/rl                                        the built-in test problems
     python evaluate.py --init DIR --data test.jsonl --n 4 --temperature 0.7 --out eval.jsonl
 
-Choices: 1) pass@1 = the mean over problems of the share of right answers among n samples; its standard error is over problems.
-2) pass@k is Chen et al.'s unbiased estimate, 1 - C(n-c, k) / C(n, k) for c right of n. 3) The strict verdict counts; the lenient
-one is printed beside it. 4) An answer that ran into --max-new without EOS counts as verified, as a user would read it, and
-`truncated` says how many there were; training asks for EOS too.
+Choices: 1) pass@1 = the mean over problems of the share of right answers among n samples; its standard error is over
+problems. 2) pass@k is Chen et al.'s unbiased estimate, 1 - C(n-c, k) / C(n, k) for c right of n. 3) The strict verdict
+counts; the lenient one is printed beside it. 4) An answer that ran into --max-new without EOS counts as verified, as a
+user would read it, and `truncated` says how many there were; training asks for EOS too.
 """
 import json
 import math
@@ -24,7 +24,7 @@ import rollout
 import run
 import verify
 
-BUILT_IN = Path("runs/countdown")                                                  # where sft.py puts the built-in problems
+BUILT_IN = Path("runs/countdown")  # where sft.py puts the built-in problems
 
 
 @dataclass
@@ -44,7 +44,8 @@ class Config:
 
     def __post_init__(self):
         if self.n < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"--n {self.n} --temperature {self.temperature} --top-p {self.top_p}: n >= 1, temperature >= 0, 0 < top-p <= 1")
+            raise ValueError(f"--n {self.n} --temperature {self.temperature} --top-p {self.top_p}: "
+                             "n >= 1, temperature >= 0, 0 < top-p <= 1")
         if self.n > 1 and self.temperature == 0:
             raise ValueError(f"--temperature 0 is greedy: {self.n} samples would be the same; use --n 1")
 
@@ -54,12 +55,12 @@ def preset(given: dict) -> dict:
     return {} if "data" in given else {"data": str(BUILT_IN / "test.jsonl"), "max_new": 128}
 
 
-def open_model(init: str, device="cpu", dtype=torch.float32, announce=print):
+def open_model(init: str, device="cpu", dtype=torch.float32):
     """(model, tokenizer, folder) of a model folder, checkpoint, run directory or hub name."""
     folder = Path(init)
     if (folder / "metrics.jsonl").exists():
         folder, why = pick_checkpoint(folder)
-        announce(f"{init} is a run: taking {folder.name}, {why}")
+        print(f"{init} is a run: taking {folder.name}, {why}")
     elif not folder.exists():
         folder = download(init)
     return model_file.load_model(folder, dtype, device), data.Tokenizer(folder), folder
@@ -75,8 +76,7 @@ def pick_checkpoint(run_dir: Path) -> tuple[Path, str]:
         found = phases.diagnose(curve.steps, curve.losses, curve.flops, steps)
         if found.recommended_step is not None:
             return steps[found.recommended_step], found.reason
-    newest = max(steps)
-    return steps[newest], "its newest checkpoint"
+    return steps[max(steps)], "its newest checkpoint"
 
 
 def save_model(model, tokenizer, folder) -> None:
@@ -86,50 +86,50 @@ def save_model(model, tokenizer, folder) -> None:
 
 
 def download(name: str) -> Path:
-    """The local folder of a hub model, downloaded if need be (configuration, tokenizer and safetensors only, never pickles)."""
+    """The local folder of a hub model, downloaded if need be (configuration, tokenizer, safetensors; never pickles)."""
     if name.count("/") != 1 or name.startswith((".", "/")):
-        raise ValueError(f"{name}: no such folder; --init takes a model folder, a checkpoint, a run directory or a hub name such as Qwen/Qwen2.5-0.5B")
+        raise ValueError(f"{name}: no such folder; --init takes a model folder, a checkpoint, a run directory "
+                         "or a hub name such as Qwen/Qwen2.5-0.5B")
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
-    except (OSError, ValueError) as error:                                          # no network, no such model, no access
+    except (OSError, ValueError) as error:  # no network, no such model, no access
         reason = str(error).strip().splitlines()[0][:160]
-        raise ValueError(f"{name}: no such folder here, and the hub did not give it ({reason}); download it, then --init FOLDER") from None
+        raise ValueError(f"{name}: no such folder here, and the hub did not give it ({reason}); "
+                         "download it, then --init FOLDER") from None
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Chance that at least one of k samples is right, estimated without bias from `right` of n (Chen et al. 2021, eq. 1)."""
+    """Chance that any of k samples is right, estimated without bias from `right` of n (Chen et al. 2021, eq. 1)."""
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def judge(problems, groups, tokenizer) -> list[list[dict]]:
-    """Decode and verify: one record a response, as samples.jsonl keeps it."""
-    records = []
-    for problem, group in zip(problems, groups):
-        records.append([])
-        for response in group:
-            text = tokenizer.decode(response.ids)
-            verdict = verify.verify(problem.opened + text, problem.gold, problem.numbers)
-            records[-1].append({"problem": problem.text, "response": text, "gold": problem.gold, "answer": verdict.extracted,
-                                "reason": verdict.reason, "correct": verdict.correct, "lenient": verdict.lenient,
-                                "finished": response.finished, "truncated": not response.finished, "length": len(response.ids)})
-    return records
+def judge(problem, response, tokenizer) -> dict:
+    """Decode and verify one response: a record as samples.jsonl keeps it."""
+    text = tokenizer.decode(response.ids)
+    verdict = verify.verify(problem.opened + text, problem.gold, problem.numbers)
+    return {"problem": problem.text, "response": text, "gold": problem.gold, "answer": verdict.extracted,
+            "reason": verdict.reason, "correct": verdict.correct, "lenient": verdict.lenient,
+            "finished": response.finished, "truncated": not response.finished, "length": len(response.ids)}
 
 
 def evaluate(model, tokenizer, problems, n: int, temperature: float, max_new: int, seed: int = 0, rows: int = 512,
-             top_p: float = 1.0, progress=None) -> tuple[dict, list[dict], list[list]]:
-    """Sample, verify, summarise. Returns (summary, records, responses); pass1, pass1_se, lenient and truncated in points (0..100)."""
-    groups = rollout.generate(model, [p.prompt for p in problems], n, max_new, temperature, tokenizer.eos_ids, seed, rows, top_p, progress)
-    records = judge(problems, groups, tokenizer)
-    share = torch.tensor([[r["correct"] for r in group] for group in records], dtype=torch.float64)   # (problems, n)
-    flat, P = [r for group in records for r in group], len(problems)
+             top_p: float = 1.0, progress=None) -> tuple[dict, list[dict]]:
+    """Sample, verify, summarise: (summary, one record a response). pass1, pass1_se, lenient, truncated in 0..100."""
+    prompts = [p.prompt for p in problems]
+    groups = rollout.generate(model, prompts, n, max_new, temperature, tokenizer.eos_ids, seed, rows, top_p, progress)
+    flat = [judge(problem, response, tokenizer) for problem, group in zip(problems, groups) for response in group]
+    P = len(problems)
+    share = torch.tensor([r["correct"] for r in flat], dtype=torch.float64).view(P, n)
     spread = share.mean(1).std().item() if P > 1 else 0.0
-    summary = {"pass1": 100 * share.mean().item(), "pass1_se": 100 * spread / math.sqrt(P), "n": len(flat), "problems": P,
-               "lenient": 100 * sum(r["lenient"] for r in flat) / len(flat), "length": sum(r["length"] for r in flat) / len(flat),
+    summary = {"pass1": 100 * share.mean().item(), "pass1_se": 100 * spread / math.sqrt(P),
+               "n": len(flat), "problems": P,
+               "lenient": 100 * sum(r["lenient"] for r in flat) / len(flat),
+               "length": sum(r["length"] for r in flat) / len(flat),
                "truncated": 100 * sum(r["truncated"] for r in flat) / len(flat)}
     for k in (2 ** i for i in range(1, int(math.log2(n)) + 1)):
         summary[f"pass_at_{k}"] = 100 * sum(pass_at_k(n, int(c), k) for c in share.sum(1).tolist()) / P
-    return summary, flat, groups
+    return summary, flat
 
 
 def show_progress(what: str):
@@ -155,12 +155,15 @@ def main(cfg: Config) -> None:
     print(f"{folder}: {len(problems)} problems of {cfg.data} x {cfg.n} samples at temperature {cfg.temperature}"
           + (f"; {n_long} prompts over {cfg.max_prompt} tokens left out" if n_long else ""), flush=True)
     started = time.monotonic()
-    summary, records, _ = evaluate(model, tokenizer, problems, cfg.n, cfg.temperature, cfg.max_new, run.seed_of(cfg.seed, "evaluate"),
-                                   cfg.rows, cfg.top_p, show_progress("sampling"))
+    seed, progress = run.seed_of(cfg.seed, "evaluate"), show_progress("sampling")
+    summary, records = evaluate(model, tokenizer, problems, cfg.n, cfg.temperature, cfg.max_new, seed,
+                                   cfg.rows, cfg.top_p, progress)
     if cfg.out:
         Path(cfg.out).write_text("".join(json.dumps(r) + "\n" for r in records))
-    rest = "  ".join(f"{k.replace('pass_at_', 'pass@')} {v:.1f}" for k, v in summary.items() if k not in ("pass1", "pass1_se", "n", "problems"))
-    print(f"pass@1 {summary['pass1']:.1f} (standard error {summary['pass1_se']:.1f})  {rest}  in {time.monotonic() - started:.0f} s")
+    rest = "  ".join(f"{k.replace('pass_at_', 'pass@')} {v:.1f}" for k, v in summary.items()
+                     if k not in ("pass1", "pass1_se", "n", "problems"))
+    print(f"pass@1 {summary['pass1']:.1f} (standard error {summary['pass1_se']:.1f})  {rest}  "
+          f"in {time.monotonic() - started:.0f} s")
     print(json.dumps({"init": str(folder), "data": cfg.data, **summary}))
 
 

@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 from folder import ModelConfig, config_dict, read_config, read_weights, write_folder
 
 __all__ = ["ModelConfig", "read_config", "config_dict", "Cache", "Model", "init_model", "load_model", "save_model",
-           "head_logits", "token_logp", "forward_flops", "hardware_flops"]
+           "head_logits", "token_logp", "response_logp", "forward_flops", "hardware_flops"]
 CHUNK_LOGITS = 2**25   # logits that token_logp holds at once: 128 MB in fp32, 220 tokens of Qwen's 152k vocabulary
 
 
@@ -303,6 +303,20 @@ def token_logp(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float
     flat = hidden.reshape(-1, hidden.shape[-1])   # (N, D)
     logp, spread = _TokenLogp.apply(flat, head, targets.reshape(-1), temperature, chunk, entropy)
     return (logp.view(targets.shape), spread.view(targets.shape)) if entropy else logp.view(targets.shape)
+
+
+def response_logp(model: Model, ids: Tensor, mask: Tensor, temperature: float = 1.0, entropy: bool = False):
+    """Log-probs of each row's trained tokens, moved left: logp (B, R), entropy (B, R) or None, chosen (B, R) bool.
+
+    ids, mask (B, T), mask True where the model chose the token; R = most such tokens of a row. chosen is False, and the
+    values 0, behind a row's last one. Positions that nobody trains never reach the head."""
+    picked = mask[:, 1:]                                              # the state at t - 1 chooses token t
+    values = token_logp(model(ids)[:, :-1][picked], model.head, ids[:, 1:][picked], temperature, entropy=entropy)
+    lengths = picked.sum(1)
+    chosen = torch.arange(int(lengths.max()), device=ids.device) < lengths[:, None]
+    logp, *rest = (torch.zeros(chosen.shape, device=ids.device).masked_scatter(chosen, v)
+                   for v in (values if entropy else [values]))
+    return logp, rest[0] if entropy else None, chosen
 
 
 # ---- compute ---------------------------------------------------------------------------------------------------------

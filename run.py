@@ -1,7 +1,7 @@
 """What surrounds a training loop: the command line, the run directory, metrics, checkpoints, seeds, optimizers.
 
-One dataclass per script is its command line: `cfg = run.parse(Config)`. A field's trailing comment is its --help text, so a flag
-is written once. Nothing here knows a loss or a token.
+One dataclass per script is its command line: `cfg = run.parse(Config)`. A field's trailing comment is its --help text,
+so a flag is written once. Nothing here knows a loss or a token.
 
     runs/sft/run.json         every field as used, argv, world size, versions
     runs/sft/metrics.jsonl    one object a line: step kind tokens flops seconds ...; kind = train | val | eval
@@ -9,7 +9,7 @@ is written once. Nothing here knows a loss or a token.
     runs/sft/checkpoints/step_000400/
         config.json model.safetensors tokenizer.json ...     a Hugging Face model folder
         trainer/state.safetensors                            fp32 weights and optimizer state, by parameter name
-        trainer.json                                         step, counters, the size of every file: a truncated one is seen
+        trainer.json                                         step, counters, every file's size: a cut one is seen
 
 Choices: 1) a checkpoint is written beside its place, flushed to disk, then renamed: a folder without .tmp is whole.
 2) No random state is stored. Every draw has a generator seeded from (seed, use, step, row), so a resumed run, or one on
@@ -39,12 +39,12 @@ from safetensors.torch import load_file, save_file
 HERE = Path(__file__).resolve().parent
 
 
-# ---------------------------------------------------------------------------------------------------------------- command line
+# --------------------------------------------------------------------------------------------------------- command line
 def parse(Config, argv: list[str] | None = None, preset=None, options=None):
-    """The command line of a dataclass. Field `save_every: int = 0  # text` becomes `--save-every INT  text`; booleans get --x and --no-x.
+    """A dataclass as command line: `save_every: int = 0  # text` becomes `--save-every INT  text`; bool: --x, --no-x.
 
     preset(given: dict) -> dict of values that replace defaults (never what the user typed); used for the built-in task.
-    options: a second dataclass whose fields are flags too; those that were typed go into Config's field `options` as a dict.
+    options: a second dataclass whose fields are flags too; those that were typed go into Config.options as a dict.
     """
     parser = argparse.ArgumentParser(description=inspect.getdoc(sys.modules[Config.__module__]), allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -64,7 +64,7 @@ def _add_flags(parser, Config) -> None:
         kind, options = hints[field.name], {}
         if kind is dict:
             continue
-        if isinstance(kind, types.UnionType):                                     # X | None
+        if isinstance(kind, types.UnionType):  # X | None
             inner = next(k for k in kind.__args__ if k is not type(None))
             kind = _or_none(inner)
         if kind is bool:
@@ -86,10 +86,10 @@ def _or_none(kind):
 
 
 def cli(main, Config, preset=None, options=None) -> None:
-    """Run a script: parse, then main(cfg). A user's mistake becomes one line and exit code 2; a bug keeps its traceback.
+    """Run a script: parse, then main(cfg). A user's mistake is one line and exit code 2; a bug keeps its traceback.
 
-    A ValueError or OSError counts as the user's when the line that raised it is in one of our files (or a file system call
-    made there): our files raise those only with what, where and how to fix.
+    A ValueError or OSError counts as the user's when the line that raised it is in one of our files (or a file system
+    call made there): our files raise those only with what, where and how to fix.
     """
     try:
         main(parse(Config, preset=preset, options=options))
@@ -102,7 +102,7 @@ def cli(main, Config, preset=None, options=None) -> None:
         sys.exit(2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- seeds
+# ---------------------------------------------------------------------------------------------------------------- seeds
 def seed_of(*key) -> int:
     """A 63-bit seed from any printable key, the same on every machine: seed_of(cfg.seed, "rollout", step)."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
@@ -113,21 +113,21 @@ def generator(*key) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*key))
 
 
-# ------------------------------------------------------------------------------------------------------------------- processes
+# ------------------------------------------------------------------------------------------------------------ processes
 def start_process() -> tuple[int, int, torch.device]:
     """(rank, world size, device). One process needs no process group."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
-        raise ValueError(f"{world} processes: this version trains in one; start it with --nproc_per_node=1 or plain python")
+        raise ValueError(f"{world} processes: this version trains in one; use --nproc_per_node=1 or plain python")
     return rank, world, torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def catch_signals() -> list:
-    """A list that becomes non-empty on Ctrl-C or SIGTERM, so that the loop ends its step, saves and says how to go on."""
+    """A list that fills on Ctrl-C or SIGTERM, so that the loop ends its step, saves and says how to go on."""
     caught = []
 
     def remember(number, frame):
-        if caught:                                                                 # the second Ctrl-C means now
+        if caught:  # the second Ctrl-C means now
             raise KeyboardInterrupt
         caught.append(signal.Signals(number).name)
         print(f"\n{caught[0]}: finishing this step, then saving (once more to stop at once)", flush=True)
@@ -137,9 +137,9 @@ def catch_signals() -> list:
     return caught
 
 
-# --------------------------------------------------------------------------------------------------------------- run directory
+# -------------------------------------------------------------------------------------------------------- run directory
 class Run:
-    """One run directory: its metrics, samples and checkpoints. `resumed` is the trainer.json of the checkpoint to go on from, or None."""
+    """One run directory: metrics, samples, checkpoints. `resumed`: trainer.json of the one to go on from, or None."""
 
     def __init__(self, cfg, resume: bool = False, overwrite: bool = False, **facts):
         self.dir, self.resumed = Path(cfg.out), None
@@ -147,23 +147,26 @@ class Run:
         if self.dir.exists() and any(self.dir.iterdir()):
             if overwrite:
                 if not (self.dir / "run.json").exists():
-                    raise ValueError(f"{self.dir} is not a run directory (no run.json), so --overwrite leaves it alone; pick another --out")
+                    raise ValueError(f"{self.dir} is not a run directory (no run.json): --overwrite leaves it alone; "
+                                     "pick another --out")
                 shutil.rmtree(self.dir)
             elif resume:
                 self.resumed = self._newest_whole()
             else:
-                raise ValueError(f"{self.dir} exists already: --resume goes on with it, --overwrite starts anew, --out names another")
+                raise ValueError(f"{self.dir} exists already: --resume goes on with it, --overwrite starts anew, "
+                                 "--out names another")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.metrics = self._cut("metrics.jsonl")
         self._cut("samples.jsonl")
         self.skipped, self._opened, self._first = 0, time.monotonic(), self.resumed["step"] if self.resumed else 0
         self._started = self._opened - (self.metrics[-1]["seconds"] if self.metrics else 0.0)
-        about = {"config": dataclasses.asdict(cfg), "argv": sys.argv, "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+        about = {"config": dataclasses.asdict(cfg), "argv": sys.argv,
+                 "world_size": int(os.environ.get("WORLD_SIZE", 1)),
                  "torch": torch.__version__, "python": sys.version.split()[0], **facts}
         write_json(self.dir / "run.json", about)
 
     def _newest_whole(self) -> dict | None:
-        """trainer.json of the newest checkpoint whose files have the sizes written down; damaged ones are named and passed over."""
+        """trainer.json of the newest whole checkpoint (files as long as written down); damaged ones are named."""
         for folder in sorted(self.checkpoints.glob("step_*[0-9]"), reverse=True):
             damage = damaged(folder)
             if not damage:
@@ -199,12 +202,13 @@ class Run:
             file.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)
 
     def watch(self, norm: float, step: int) -> None:
-        """Name a skipped update (its gradient norm was NaN or infinite); after five in a row the run stops, its checkpoints kept."""
+        """Name a skipped update (gradient norm NaN or infinite); five in a row stop the run, its checkpoints kept."""
         self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
         if self.skipped:
             print(f"step {step}: gradient norm is {norm}, update skipped ({self.skipped} in a row)", flush=True)
         if self.skipped == 5:
-            raise ValueError(f"5 updates in a row had NaN or infinite gradients, up to step {step}; lower --lr, then --resume from the last checkpoint in {self.checkpoints}")
+            raise ValueError(f"5 updates in a row had NaN or infinite gradients, up to step {step}; lower --lr, then "
+                             f"--resume from the last checkpoint in {self.checkpoints}")
 
     def eta(self, step: int, steps: int) -> str:
         """Time left at the mean pace of this process, as "ETA 1m20s"."""
@@ -218,20 +222,21 @@ class Run:
         return self.checkpoints / f"step_{step:06d}"
 
     def save(self, step: int, save_model, model, optimizers, **counters) -> Path:
-        """Write a checkpoint aside, flush it, rename it. save_model(folder) writes the model folder (weights, config, tokenizer)."""
+        """Write a checkpoint aside, flush it, rename it. save_model(folder) writes weights, config and tokenizer."""
         final = self.path(step)
         if final.exists() and not damaged(final):
             return final
         aside = final.with_suffix(".tmp")
         shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(final, ignore_errors=True)                                   # only ever a damaged one, passed over above
+        shutil.rmtree(final, ignore_errors=True)  # only ever a damaged one, passed over above
         (aside / "trainer").mkdir(parents=True)
         try:
             save_model(aside)
             save_file(trainer_state(model, optimizers), aside / "trainer" / "state.safetensors")
-        except (OSError, SafetensorError) as error:                                # safetensors reports a full disk its own way
+        except (OSError, SafetensorError) as error:  # safetensors reports a full disk its own way
             shutil.rmtree(aside, ignore_errors=True)
-            raise OSError(f"could not save {final}: {error}. Earlier checkpoints are whole; free some space, then --resume") from None
+            raise OSError(f"could not save {final}: {error}. Earlier checkpoints are whole; "
+                          "free some space, then --resume") from None
         files = [f for f in sorted(aside.rglob("*")) if f.is_file()]
         sizes = {str(f.relative_to(aside)): f.stat().st_size for f in files}
         write_json(aside / "trainer.json", {"step": step, **counters, "files": sizes})
@@ -247,15 +252,17 @@ class Run:
         return self.resumed
 
     def prune(self, keep: int, protected: set[int]) -> None:
-        """Delete the oldest checkpoints so that `keep` stay (0 = all); the newest and the `protected` steps are never deleted."""
+        """Delete the oldest checkpoints so that `keep` stay (0 = all); never the newest or the `protected` steps."""
+        if not keep:
+            return
         folders = sorted(self.checkpoints.glob("step_*[0-9]"))
         spare = [f for f in folders[:-1] if int(f.name[5:]) not in protected]
-        for folder in spare[:max(0, len(folders) - keep)] if keep else []:
+        for folder in spare[:max(0, len(folders) - keep)]:
             shutil.rmtree(folder)
 
 
 def damaged(folder: Path) -> str:
-    """What is wrong with a checkpoint ('' = nothing): a missing trainer.json, or a file that has not the size written there."""
+    """What is wrong with a checkpoint ('' = nothing): no trainer.json, or a file without the size written there."""
     if not (folder / "trainer.json").exists():
         return "no trainer.json"
     for name, size in json.loads((folder / "trainer.json").read_text())["files"].items():
@@ -282,13 +289,15 @@ def read_jsonl(path: Path, broken_tail: bool = False) -> list[dict]:
         except json.JSONDecodeError as error:
             if broken_tail and n == len(lines):
                 break
-            raise ValueError(f"{path}:{n}: not JSON ({error.msg} at column {error.colno}); each line must be one JSON object") from None
+            raise ValueError(f"{path}:{n}: not JSON ({error.msg} at column {error.colno}); "
+                             "each line must be one JSON object") from None
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------- optimizers and schedule
-def make_optimizers(model, name: str, lr: float, betas=(0.9, 0.95), weight_decay: float = 0.01) -> list[torch.optim.Optimizer]:
-    """adamw: AdamW on all, as the paper. muon: Muon on the matrices inside the blocks, AdamW on embeddings, norms and biases.
+# ---------------------------------------------------------------------------------------------- optimizers and schedule
+def make_optimizers(model, name: str, lr: float, betas=(0.9, 0.95),
+                    weight_decay: float = 0.01) -> list[torch.optim.Optimizer]:
+    """adamw: AdamW on all, as the paper. muon: Muon on the blocks' matrices, AdamW on embeddings, norms and biases.
 
     With Muon `lr` is Muon's own (about 2e-3); embeddings and norms then take AdamW at the same rate.
     """
@@ -298,12 +307,13 @@ def make_optimizers(model, name: str, lr: float, betas=(0.9, 0.95), weight_decay
     rest = [p for _, p in named if id(p) not in inner_ids]
     optimizers = [torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay, foreach=True)]
     if inner:
-        optimizers.append(torch.optim.Muon(inner, lr=lr, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
+        muon = torch.optim.Muon(inner, lr=lr, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(muon)
     return optimizers
 
 
 def lr_at(step: int, steps: int, lr: float, schedule: str, warmup: float) -> float:
-    """Learning rate of the update from `step` to step + 1: linear warm-up over warmup * steps, then constant or cosine to 0."""
+    """Learning rate of the update after `step`: linear warm-up over warmup * steps, then constant or cosine to 0."""
     n_warm = int(warmup * steps)
     if step < n_warm:
         return lr * (step + 1) / n_warm
@@ -313,7 +323,7 @@ def lr_at(step: int, steps: int, lr: float, schedule: str, warmup: float) -> flo
 
 
 def update(model, optimizers, lr: float, clip: float) -> float:
-    """Clip, step, clear. Returns the gradient norm before clipping; a NaN or infinite one leaves weights and optimizer untouched."""
+    """Clip, step, clear. Returns the gradient norm before clipping; a NaN or infinite one skips the step."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
     if math.isfinite(norm):
         for optimizer in optimizers:
@@ -326,7 +336,7 @@ def update(model, optimizers, lr: float, clip: float) -> float:
 
 
 def trainer_state(model, optimizers) -> dict[str, torch.Tensor]:
-    """Weights and optimizer state as one flat dict: "model/NAME" and "optimizer/NAME/KEY", in the parameters' own precision (fp32)."""
+    """Weights and optimizer state as one flat dict, "model/NAME" and "optimizer/NAME/KEY", in the parameters' fp32."""
     names = {id(p): n for n, p in model.named_parameters()}
     state = {f"model/{n}": p.detach().contiguous() for n, p in model.named_parameters()}
     for optimizer in optimizers:
@@ -336,13 +346,14 @@ def trainer_state(model, optimizers) -> dict[str, torch.Tensor]:
 
 
 def load_trainer_state(path: Path, model, optimizers) -> None:
-    """The reverse of trainer_state. Every parameter must be there; optimizer entries only where the saved optimizer had any."""
+    """The reverse of trainer_state. Every parameter must be there, optimizer entries only where there were any."""
     state, params = load_file(path), dict(model.named_parameters())
     owner = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for key, value in state.items():
         use, name, *entry = key.split("/")
         if name not in params:
-            raise ValueError(f"{path}: {name} is not a parameter of this model; --resume needs the --init that the run began with")
+            raise ValueError(f"{path}: {name} is not a parameter of this model; "
+                             "--resume needs the --init that the run began with")
         p = params[name]
         if use == "model":
             p.data.copy_(value)

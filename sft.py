@@ -1,21 +1,21 @@
 """Supervised fine-tuning on expert trajectories, through the regimes of its validation loss.
 
-    torchrun sft.py                                                      built-in problems, tiny model, no download -> runs/sft
+    torchrun sft.py                                    built-in problems, tiny model, no download -> runs/sft
     torchrun sft.py --init Qwen/Qwen2.5-0.5B --data train.jsonl --val val.jsonl --out runs/q
 
-One batch, end to end: plan() picks the rows of the step -> cut() makes micro-batches of like length -> hidden (B, T, D) -> log-probs of
-the response tokens -> minus their sum over the number of response tokens of the WHOLE step -> backward -> clip -> AdamW. Every
---eval-every steps: save, validate, name the regime: adaptive, stable, mild or severe (phases.py). Start RL from the minimum.
+One batch, end to end: plan() picks the rows of the step -> cut() makes micro-batches of like length -> hidden (B, T, D)
+-> log-probs of the response tokens -> minus their sum over the number of response tokens of the WHOLE step -> backward
+-> clip -> AdamW. Every --eval-every steps: save, validate, name the regime (phases.py): adaptive, stable, mild, severe.
+Start RL from the minimum.
 
-Choices: 1) The loss is a mean over all response tokens of the optimizer step, however the step is cut (the paper's code averages
-micro-batch means). 2) Only responses and their EOS are trained; prompts are read. 3) The built-in task keeps its learning rate
-constant, so that no schedule imitates saturation; real models default to the paper's cosine.
+Choices: 1) The loss is a mean over all response tokens of the optimizer step, however the step is cut (the paper's code
+averages micro-batch means). 2) Only responses and their EOS are trained; prompts are read. 3) The built-in task keeps
+its learning rate constant, so that no schedule imitates saturation; real models default to the paper's cosine.
 4) Without --init a tiny base model is made first, once, by this same file on plain text (runs/base).
 Shapes: B rows, T tokens, D model width. Losses in nats a token; compute in FLOPs.
 """
 import hashlib
 import json
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -31,16 +31,17 @@ import phases
 import run
 
 BASE = Path("runs/base")
-TINY = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-        "hidden_act": "silu", "tie_word_embeddings": True, "torch_dtype": "float32"}
+TINY = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 128, "intermediate_size": 384,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": True,
+        "torch_dtype": "float32"}
 
 
 @dataclass
 class Config:
-    init: str = ""                  # model folder, checkpoint, run directory or hub name; empty = the built-in task's base model
+    init: str = ""                  # model folder, checkpoint, run directory or hub name; empty = the built-in base
     data: str = ""                  # trajectories: .jsonl or .parquet; empty = the built-in ones
-    val: str = ""                   # validation trajectories; empty = 199 rows (10% if fewer than 1,990) held out of --data
+    val: str = ""                   # validation trajectories; empty = 199 rows (10% if under 1,990) held out of --data
     problems: str = ""              # problems to sample answers for at each validation; empty = none
     out: str = "runs/sft"           # run directory
     overwrite: bool = False         # delete an earlier run in --out
@@ -78,20 +79,21 @@ def preset(given: dict) -> dict:
     if "data" in given:
         return {}
     folder = evaluate.BUILT_IN
-    return {"data": f"{folder}/train.jsonl", "val": f"{folder}/val.jsonl", "problems": f"{folder}/eval.jsonl", "steps": 1500, "batch": 32,
-            "micro_tokens": 2048, "max_len": 256, "optimizer": "muon", "lr": 2e-3, "schedule": "constant", "warmup": 0.0, "eval_every": 100, "log_every": 25,
-            "max_new": 128}
+    return {"data": f"{folder}/train.jsonl", "val": f"{folder}/val.jsonl", "problems": f"{folder}/eval.jsonl",
+            "steps": 1500, "batch": 32, "micro_tokens": 2048, "max_len": 256, "max_new": 128, "optimizer": "muon",
+            "lr": 2e-3, "schedule": "constant", "warmup": 0.0, "eval_every": 100, "log_every": 25}
 
 
 def base_config(cfg: Config) -> Config:
     """The run that makes the tiny base model: plain text, random start."""
     folder = evaluate.BUILT_IN
-    return replace(cfg, init=str(folder), data=f"{folder}/base.jsonl", val="", problems="", out=str(BASE), from_scratch=True, steps=704,
-                   lr=3e-3, eval_every=352, keep=1, until="", overwrite=False, resume=BASE.exists(), dry_run=False)
+    return replace(cfg, init=str(folder), data=f"{folder}/base.jsonl", val="", problems="", out=str(BASE),
+                   from_scratch=True, steps=704, lr=3e-3, eval_every=352, keep=1, until="",
+                   overwrite=False, resume=BASE.exists(), dry_run=False)
 
 
 def make_built_in(cfg: Config) -> Config:
-    """Write the built-in problems and train the tiny base model, each once; returns cfg with --init pointing to the base."""
+    """Write the built-in problems and train the tiny base model, each once; returns cfg with the base as its init."""
     folder = evaluate.BUILT_IN
     if not (folder / "countdown.json").exists():
         print(f"writing the built-in problems and expert trajectories to {folder}", flush=True)
@@ -101,12 +103,12 @@ def make_built_in(cfg: Config) -> Config:
     if not (BASE / "checkpoints" / f"step_{base_config(cfg).steps:06d}").exists():
         print(f"no base model in {BASE}: making it once, from plain text (about a minute)", flush=True)
         if not main(base_config(cfg)):
-            raise SystemExit(0)                                                     # Ctrl-C: the base is saved and will be resumed
+            raise SystemExit(0)  # Ctrl-C: the base is saved and will be resumed
         print(f"the base model is made; now SFT -> {cfg.out}\n", flush=True)
     return replace(cfg, init=str(BASE))
 
 
-# ------------------------------------------------------------------------------------------------------------------------ data
+# ----------------------------------------------------------------------------------------------------------------- data
 def load_examples(cfg: Config, tokenizer) -> tuple[list, list, str]:
     """(training examples, validation examples, hash of the validation set)."""
     train, n_long = data.sft_examples(cfg.data, tokenizer, cfg.max_len)
@@ -114,11 +116,12 @@ def load_examples(cfg: Config, tokenizer) -> tuple[list, list, str]:
         val, n_long_val = data.sft_examples(cfg.val, tokenizer, cfg.max_len)
     else:
         n_val, n_long_val = min(199, max(1, len(train) // 10)), 0
-        held_out = set(data.plan(len(train), run.seed_of("held out"), 0, n_val))    # the same rows whatever --seed is
+        held_out = set(data.plan(len(train), run.seed_of("held out"), 0, n_val))  # the same rows whatever --seed is
         val = [train[i] for i in sorted(held_out)]
         train = [row for i, row in enumerate(train) if i not in held_out] or val
         print(f"no --val: {n_val} rows of {cfg.data} held out for validation")
-    print(f"{len(train)} training and {len(val)} validation examples; {n_long + n_long_val} over {cfg.max_len} tokens dropped", flush=True)
+    print(f"{len(train)} training and {len(val)} validation examples; "
+          f"{n_long + n_long_val} over {cfg.max_len} tokens dropped", flush=True)
     digest = hashlib.sha256(repr([tuple(map(tuple, row)) for row in val]).encode()).hexdigest()[:16]
     return train, val, digest
 
@@ -126,29 +129,17 @@ def load_examples(cfg: Config, tokenizer) -> tuple[list, list, str]:
 def show_example(example, tokenizer) -> None:
     """The first row as the model sees it, the trained part between >> and <<."""
     print(f"first example: {len(example.prompt)} tokens read, {len(example.response)} trained (marked >> <<):")
-    print(f"  {tokenizer.decode(example.prompt)}>>{tokenizer.decode(example.response[:-1])}{tokenizer.backend.id_to_token(example.response[-1])}<<\n", flush=True)
+    *response, eos = example.response
+    print(f"  {tokenizer.decode(example.prompt)}>>{tokenizer.decode(response)}{tokenizer.backend.id_to_token(eos)}<<\n",
+          flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------------------------ maths
-def response_logp(model, ids, mask, temperature: float = 1.0, entropy: bool = False):
-    """Log-probs of the trained tokens of each row, moved to the left: logp (B, R), entropy (B, R) or None, chosen (B, R) bool.
-
-    ids, mask (B, T) as data.collate makes them; R = most trained tokens of a row. Positions nobody trains never reach the head.
-    """
-    hidden = model(ids)[:, :-1]                                                     # (B, T-1, D): the state at t - 1 chooses token t
-    picked = mask[:, 1:]
-    values = model_file.token_logp(hidden[picked], model.head, ids[:, 1:][picked], temperature, entropy=entropy)
-    lengths = picked.sum(1)
-    chosen = torch.arange(int(lengths.max()), device=ids.device) < lengths[:, None]  # (B, R)
-    aligned = [torch.zeros(chosen.shape, device=ids.device).masked_scatter(chosen, v) for v in (values if entropy else [values])]
-    return aligned[0], aligned[1] if entropy else None, chosen
-
-
+# ---------------------------------------------------------------------------------------------------------------- maths
 def batch_loss(model, rows, denominator: int, device, bf16: bool = False) -> torch.Tensor:
     """Scalar: minus the summed log-prob of the response tokens of these rows, over `denominator` (nats a token)."""
-    ids, mask = data.collate(rows, device)                                          # (B, T), (B, T)
+    ids, mask = data.collate(rows, device)                 # (B, T), (B, T)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        logp, _, chosen = response_logp(model, ids, mask)                           # (B, R) nats
+        logp, _, chosen = model_file.response_logp(model, ids, mask)  # (B, R) nats
     weights = torch.full((len(rows),), 1 / denominator, dtype=torch.float64, device=device)
     return losses.aggregate(losses.sft_loss(logp), chosen, weights)
 
@@ -158,20 +149,23 @@ def validation_loss(model, rows, micro_tokens: int, device, bf16: bool = False) 
     """Mean loss over all response tokens of the validation set, nats a token."""
     n_tokens = sum(len(r.response) for r in rows)
     lengths = [len(r.prompt) + len(r.response) for r in rows]
-    return sum(batch_loss(model, [rows[i] for i in part], n_tokens, device, bf16).item() for part in data.cut(lengths, micro_tokens))
+    return sum(batch_loss(model, [rows[i] for i in part], n_tokens, device, bf16).item()
+               for part in data.cut(lengths, micro_tokens))
 
 
-# ------------------------------------------------------------------------------------------------------------------------- main
+# ----------------------------------------------------------------------------------------------------------------- main
 def validate(cfg, book, step, model, tokenizer, val, problems, device, totals) -> phases.Diagnosis:
     """Validation loss, the regime it is in so far, and pass@1 on --problems; logged as a val and an eval line."""
     loss = validation_loss(model, val, cfg.micro_tokens, device, cfg.bf16)
     book.log(step, "val", **totals, val_loss=loss)
     points = book.of_kind("val")
-    diagnosis = phases.diagnose([p["step"] for p in points], [math.nan if p["val_loss"] is None else p["val_loss"] for p in points])
-    improving = not diagnosis.saturated and diagnosis.regimes[-1] in ("adaptive", "stable")   # the minimum so far is no minimum yet
+    diagnosis = phases.diagnose([p["step"] for p in points], [p["val_loss"] for p in points])
+    # the minimum so far is no minimum yet
+    improving = not diagnosis.saturated and diagnosis.regimes[-1] in ("adaptive", "stable")
     text = f"step {step:5d}  val loss {loss:.4f}  {'adaptive, still improving' if improving else diagnosis.regimes[-1]}"
     if problems:
-        summary, records, _ = evaluate.evaluate(model, tokenizer, problems, 1, 0.7, cfg.max_new, run.seed_of(cfg.seed, "eval"))
+        seed = run.seed_of(cfg.seed, "eval")
+        summary, records = evaluate.evaluate(model, tokenizer, problems, 1, 0.7, cfg.max_new, seed)
         book.log(step, "eval", **totals, **summary)
         book.log_samples(step, records[:20])
         text += f"  pass@1 {summary['pass1']:.1f} (se {summary['pass1_se']:.1f})"
@@ -185,15 +179,17 @@ def main(cfg: Config) -> bool:
     if not cfg.init:
         cfg = make_built_in(cfg)
     if cfg.from_scratch:
-        model, tokenizer = model_file.init_model(model_file.read_config(cfg.init), cfg.seed).to(device), data.Tokenizer(cfg.init)
+        model = model_file.init_model(model_file.read_config(cfg.init), cfg.seed).to(device)
+        tokenizer = data.Tokenizer(cfg.init)
     else:
         model, tokenizer, _ = evaluate.open_model(cfg.init, device)
     train, val, val_set = load_examples(cfg, tokenizer)
     problems = data.problems(cfg.problems, tokenizer, cfg.max_len)[0] if cfg.problems else []
     steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch))
     lengths = [len(r.prompt) + len(r.response) for r in train]
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters on {device}; {steps} steps x {cfg.batch} = "
-          f"{steps * cfg.batch / len(train):.1f} epochs; mean length {sum(lengths) / len(lengths):.0f} tokens, longest {max(lengths)}")
+    n_params, mean_length = sum(p.numel() for p in model.parameters()), sum(lengths) / len(lengths)
+    print(f"{n_params / 1e6:.2f}M parameters on {device}; {steps} steps x {cfg.batch} = "
+          f"{steps * cfg.batch / len(train):.1f} epochs; mean length {mean_length:.0f} tokens, longest {max(lengths)}")
     show_example(train[0], tokenizer)
     if cfg.dry_run:
         return False
@@ -206,7 +202,8 @@ def main(cfg: Config) -> bool:
         print(f"resuming {cfg.out} after step {start}", flush=True)
 
     def save(step):
-        return book.save(step, lambda folder: evaluate.save_model(model, tokenizer, folder), model, optimizers, **totals, seed=cfg.seed)
+        return book.save(step, lambda folder: evaluate.save_model(model, tokenizer, folder), model, optimizers,
+                         **totals, seed=cfg.seed)
 
     diagnosis = None
     for step in range(start, steps + 1):
@@ -218,7 +215,7 @@ def main(cfg: Config) -> bool:
             if cfg.until and diagnosis and phases.reached(diagnosis, cfg.until):
                 print(f"--until {cfg.until}: reached at step {step}")
                 break
-        elif cfg.save_every and step % cfg.save_every == 0 or stop:
+        elif stop or (cfg.save_every and step % cfg.save_every == 0):
             save(step)
         if step == steps or stop:
             break
@@ -232,12 +229,15 @@ def main(cfg: Config) -> bool:
         lr = run.lr_at(step, steps, cfg.lr, cfg.schedule, cfg.warmup)
         norm = run.update(model, optimizers, lr, cfg.clip)
         book.watch(norm, step + 1)
-        totals = {"tokens": totals["tokens"] + sum(sizes), "flops": totals["flops"] + 3 * model_file.forward_flops(model.config, sizes),
+        totals = {"tokens": totals["tokens"] + sum(sizes),
+                  "flops": totals["flops"] + 3 * model_file.forward_flops(model.config, sizes),
                   "flops_hw": totals["flops_hw"] + 3 * model_file.hardware_flops(model.config, sizes)}
-        row = book.log(step + 1, "train", **totals, loss=float(total_loss), grad_norm=norm, lr=lr, epoch=(step + 1) * cfg.batch / len(train))
+        row = book.log(step + 1, "train", **totals, loss=float(total_loss), grad_norm=norm, lr=lr,
+                       epoch=(step + 1) * cfg.batch / len(train))
         if (step + 1) % cfg.log_every == 0:
-            print(f"step {step + 1:5d}/{steps}  loss {row['loss']:.4f}  grad {norm:.2f}  lr {lr:.1e}  epoch {row['epoch']:.2f}  "
-                  f"{totals['tokens'] / max(1e-9, book.seconds):,.0f} tok/s  {book.eta(step + 1, steps)}", flush=True)
+            print(f"step {step + 1:5d}/{steps}  loss {row['loss']:.4f}  grad {norm:.2f}  lr {lr:.1e}  "
+                  f"epoch {row['epoch']:.2f}  {totals['tokens'] / max(1e-9, book.seconds):,.0f} tok/s  "
+                  f"{book.eta(step + 1, steps)}", flush=True)
     finish(cfg, book, stop)
     return not stop
 
@@ -245,11 +245,12 @@ def main(cfg: Config) -> bool:
 def finish(cfg: Config, book, stop: list) -> None:
     """Where the run stands, which checkpoint RL should start from, and the next command to type."""
     if stop:
-        print(f"stopped by {stop[0]}, saved. Go on with: torchrun sft.py --resume" + ("" if cfg.out == "runs/sft" else f" --out {cfg.out}"))
+        out = "" if cfg.out == "runs/sft" else f" --out {cfg.out}"
+        print(f"stopped by {stop[0]}, saved. Go on with: torchrun sft.py --resume{out}")
         return
     points = book.of_kind("val")
     saved = {int(f.name[5:]) for f in book.checkpoints.glob("step_*[0-9]")}
-    end = phases.diagnose([p["step"] for p in points], [math.nan if p["val_loss"] is None else p["val_loss"] for p in points], saved=saved)
+    end = phases.diagnose([p["step"] for p in points], [p["val_loss"] for p in points], saved=saved)
     print("regimes: " + "  ".join(f"{s} {r}" for s, r in zip(end.steps, end.regimes)))
     if end.recommended_step is not None:
         print(f"start RL from {book.path(end.recommended_step)}: {end.reason}\nnext: torchrun rl.py --init {cfg.out}")

@@ -137,7 +137,8 @@ def test_rl_gradients_do_not_depend_on_how_the_update_is_cut(small, task, tmp_pa
     for budget in (1, 200, 100_000):
         cfg = rl_config(task, tmp_path, algo=algo, micro_tokens=budget)
         _, entropy = rl.forward_rows(cfg, model, rows, torch.device("cpu"), entropy=True)
-        kept, batch, weights = rl.weigh(objective, rows, entropy, torch.device("cpu"))
+        index, batch, weights = rl.weigh(objective, rows, entropy, torch.device("cpu"))
+        kept = [rows[i] for i in index.tolist()]
         model.zero_grad()
         rl.train_on(cfg, objective, model, kept, batch, weights, torch.device("cpu"))
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
@@ -181,7 +182,7 @@ def test_the_best_of_n_estimates_are_unbiased():
 def test_evaluation_reports_points_with_a_standard_error_over_problems(small, task):
     model, tokenizer, _ = small
     problems, _ = data.problems(f"{task}/eval.jsonl", tokenizer, 64)
-    summary, records, groups = evaluate.evaluate(model, tokenizer, problems, 2, 1.0, 16)
+    summary, records = evaluate.evaluate(model, tokenizer, problems, 2, 1.0, 16)
     assert summary["problems"] == 20 and summary["n"] == 40 == len(records) and 0 <= summary["pass1"] <= 100
     assert {"problem", "response", "gold", "answer", "reason", "finished", "truncated"} <= set(records[0])
 
