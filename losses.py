@@ -56,7 +56,7 @@ class Objective:
     tis_low: float | None = None        # that weight at least this (icepop: 0 below it)
     tis_high: float | None = 2.0        # that weight at most this (icepop: 0 above it)
     kl_coef: float = 0.0                # penalty against the frozen reference
-    kl_type: str = "k3"                 # k1, k2, k3; only k2 has this KL's gradient: k1's is noise, k3's the reverse's
+    kl_type: str = "k3"                 # k1, k2 or k3; only k2's gradient is that of KL(policy | reference)
     kl_clamp: float | None = None       # k3 within +-this, its log-ratio within +-20, no gradient outside (verl 10)
     entropy_coef: float = 0.001         # entropy bonus: a token mean whatever agg is, expert tokens included
     agg: str = "token-mean"             # or seq-mean-token-mean, seq-mean-token-sum, group-token-mean, const
@@ -267,7 +267,7 @@ def log_ratio(objective: Objective, logp: Tensor, old_logp: Tensor, rollout: Ten
 
 def sampler_weight(objective: Objective, old_logp: Tensor, rollout_logp: Tensor, sampled: Tensor) -> Tensor:
     """(B,T) constant: bounded exp(old_logp - rollout_logp) on sampled (B,T) bool, else 1; by sequence their product."""
-    d = torch.where(sampled, (old_logp - rollout_logp).detach(), 0.0)
+    d = torch.where(sampled, old_logp - rollout_logp, 0.0)
     weight = torch.exp(d.sum(1, keepdim=True).expand_as(d) if objective.tis == "sequence" else d)
     bounded = weight.clamp(objective.tis_low or 0.0, math.inf if objective.tis_high is None else objective.tis_high)
     if objective.tis == "icepop":

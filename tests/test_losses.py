@@ -375,6 +375,14 @@ def test_every_method_under_every_option_agrees_with_loops_over_tokens(algo):
 
 
 @pytest.mark.parametrize("algo", METHODS)
+def test_float32_stays_close_to_float64_under_every_option(algo):
+    for seed, options in enumerate([{}] + OPTIONS + SPECIAL.get(algo, [])):
+        case = make_case(algo, seed, **options)
+        for single, double in zip(run_case(case, torch.float32), run_case(case, torch.float64)):
+            assert single is double is None or torch.allclose(single.double(), double, rtol=2e-5, atol=2e-6), options
+
+
+@pytest.mark.parametrize("algo", METHODS)
 def test_one_update_per_round_agrees_with_loops_over_tokens(algo):
     case = make_case(algo, 100, **({"is_mode": "tis", "is_high": 1.1} if algo != "gspo" else {}))
     case["inputs"]["old_logp"] = None
@@ -527,6 +535,26 @@ def test_luffy_weighs_an_expert_token_most_where_its_probability_is_gamma():
     rows = Rows(torch.ones(1, 5, dtype=torch.bool), advantage, is_expert=torch.tensor([True]))
     losses.token_loss(OBJECTIVES["luffy"], logp, rows)[0].sum().backward()
     assert torch.allclose(logp.grad, -0.875 * 0.1 * p / (p + 0.1) ** 2) and logp.grad.argmin() == 2
+
+
+@pytest.mark.parametrize("algo, policy_too", [("luffy", True), ("srft", True), ("upt", False)])
+def test_an_expert_row_has_an_advantage_term_only_in_the_methods_that_give_it_one(algo, policy_too):
+    logp = torch.tensor([[-0.5, -2.0], [-0.3, -1.0]])
+    rows = Rows(torch.ones(2, 2, dtype=torch.bool), torch.tensor([1.0, -1.0]), is_expert=torch.tensor([True, False]),
+                is_success=torch.tensor([True, False]), mean_entropy=torch.ones(2))
+    policy, imitation = losses.token_loss(OBJECTIVES[algo], logp, rows)
+    assert bool((policy[0] != 0).all()) == bool((policy[0] != 0).any()) == policy_too
+    assert (policy[1] != 0).all() and (imitation[1] == 0).all()
+    assert bool((imitation[0] > 0).all()) == (algo != "luffy")
+
+
+@pytest.mark.parametrize("prefix_clip, slope", [(True, 0.0), (False, -1.5)])
+def test_prefix_clip_decides_whether_a_far_demonstration_token_still_teaches(prefix_clip, slope):
+    logp = torch.tensor([[math.log(0.3), math.log(0.3)]], requires_grad=True)
+    rows = Rows(torch.ones(1, 2, dtype=torch.bool), torch.tensor([1.0]), torch.full((1, 2), math.log(0.2)),
+                is_prefix=torch.tensor([[True, False]]))
+    losses.token_loss(replace(OBJECTIVES["prefix_rft"], prefix_clip=prefix_clip), logp, rows)[0].sum().backward()
+    assert logp.grad[0].tolist() == pytest.approx([slope, 0.0])      # the second token, its own, is clipped at 1.2 always
 
 
 # --------------------------------------------------------------------------------------------- rules, one at a time
