@@ -204,7 +204,9 @@ def _pair(row: dict) -> tuple[str | list[dict], str] | None:
         return messages[:-1], messages[-1]["content"]
     prompt, response = _find(row, PROMPT), _find(row, RESPONSE)
     if response is None and "thinking" in row and "final" in row:  # R1 style, in two columns
-        response = f"<think>\n{row['thinking']}\n</think>\n\n{row['final']}"
+        final = str(row["final"])
+        final = final if "\\boxed" in final else f"\\boxed{{{final}}}"
+        response = f"<think>\n{row['thinking']}\n</think>\n\n{final}"
     if response is None:
         response = row.get("answer")
     if isinstance(response, list):  # TRL: a list of messages

@@ -280,14 +280,18 @@ def write_json(path: Path, value) -> None:
 
 def read_jsonl(path: Path, broken_tail: bool = False) -> list[dict]:
     """Rows of a JSONL file. broken_tail: a last line cut short by a kill is passed over instead of refused."""
-    rows, lines = [], Path(path).read_text().splitlines()
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # not splitlines(): U+2028 may stand in a string
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    rows, last = [], max((n for n, line in enumerate(lines, 1) if line.strip()), default=0)
     for n, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            if broken_tail and n == len(lines):
+            if broken_tail and n == last:
                 break
             raise ValueError(f"{path}:{n}: not JSON ({error.msg} at column {error.colno}); "
                              "each line must be one JSON object") from None

@@ -73,6 +73,11 @@ def test_bad_files_are_named_with_line_and_remedy(small, tmp_path, content, mess
         data.sft_examples(str(tmp_path / "a.jsonl"), small[1], 20)
 
 
+def test_a_unicode_line_separator_inside_a_string_does_not_end_the_row(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"a": "1\u20282"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert data.read_rows(tmp_path / "a.jsonl") == [{"a": "1\u20282"}]
+
+
 def test_a_problem_without_gold_is_refused_with_its_columns(small, tmp_path):
     with pytest.raises(ValueError, match=r'a.jsonl:1: no "answer".*found: \[\'prompt\'\]'):
         data.problems(write(tmp_path / "a.jsonl", {"prompt": "x"}), small[1], 20)
