@@ -41,7 +41,7 @@ FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan exp ln log".split(
 LETTERS = set("alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi varphi chi "
               "psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega hbar ell infty emptyset".split())
 UNITS = table(
-    "% percent; $ dollar dollars usd bucks; cent cents; euro euros; deg degree degrees; rad radian radians; mph; / per; "
+    "% percent; $ dollar dollars usd bucks; cent cents; euro euros; deg degree degrees; rad radian radians; / per; "
     "mm; cm centimeter centimeters; m meter meters metres; km kilometer kilometers; in inch inches; ft foot feet; yd yard "
     "yards; mi mile miles; g gm gram grams; kg kilogram kilograms; lb lbs pound pounds; oz ounce ounces; l liter liters; "
     "ml; s sec second seconds; min minute minutes; h hr hrs hour hours; day days; week weeks; month months; year years; "
@@ -83,7 +83,7 @@ def words(match: re.Match) -> str:
     for word in re.findall(r"[A-Za-z][A-Za-z./'-]*[A-Za-z/]|[^\s.]", body):
         if word.lower() in ("and", "or"):
             out.append(",")
-        elif "\\" + word in SPELLING or word in FUNCTIONS:
+        elif word in FUNCTIONS or kind == "operatorname" and "\\" + word in SPELLING:
             out.append("\\" + word)
         elif not word[0].isalpha() or len(word) == 1 and (kind.startswith("math") or word not in UNITS):
             out.append(word)  # \mathrm{e} is a number, \text{m} after one a unit
@@ -120,7 +120,7 @@ def tokenize(text: str, thousands: bool = True) -> list[str]:
     if "\\" in text or "10" in text:
         text = REWRITE.sub(lambda match: REWRITES[match.lastgroup][1], text)
     tokens: list[str] = []
-    for raw in TOKENS[thousands and "(" not in text and "[" not in text].findall(text):
+    for raw in TOKENS[thousands and not any(mark in text for mark in ("(", "[", "\\{"))].findall(text):
         token = SPELLING.get(raw, raw)
         if token.lstrip().isalpha() and raw != "\\in":
             tokens += letters(token, tokens[-1] if tokens else "")
@@ -136,7 +136,7 @@ def tokenize(text: str, thousands: bool = True) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- parser
 POWERS = {",": 1, "<": 2, ">": 2, "<=": 2, ">=": 2, "=": 2, "!=": 2, "in": 2, "≈": 2, ":": 3, "∪": 3, '"': 4, "+": 5,
           "-": 5, "±": 5, "∓": 5, "*": 6, "/": 6, "^": 9, "!": 10, "°": 10}
-SIGN, ARGUMENT, JOINED = 5.5, 6.2, 6.5  # -2x is -(2x); sin 5x/2 stops at the slash; 2x binds tighter than 2*x
+SIGN, ARGUMENT, JOINED = 5.5, 6.2, 6.5  # -2x is -(2x); sin 5x/2 stops at the slash; 2x is a product of 2 and x
 CLOSERS = {"(": ")]", "[": ")]", "\\{": ["\\}"], "{": "}", "|": "|", "\\lfloor": ["\\rfloor"], "\\lceil": ["\\rceil"]}
 ENDS = {"\\}", "\\\\", "\\end", "\\rfloor", "\\rceil"}
 NOT_FACTORS = {"text", "unit", "list", "set", "rel", "tuple", "matrix"}
@@ -199,7 +199,7 @@ class Parser:
             return ("^", left, ("neg", exponent) if sign == "-" else exponent)
         if token == "," and self.next == ",":  # a, and b
             self.take()
-        right = self.parse(power)
+        right = self.parse(JOINED if power == POWERS["*"] else power)
         if power == POWERS["="]:
             ops, sides = left[1:] if left[0] == "rel" else ((), (left,))
             return ("rel", (*ops, token), (*sides, right))
@@ -395,9 +395,9 @@ def cos_sin(x: Decimal) -> tuple[Decimal, Decimal]:
 
 @lru_cache(64)
 def pi_at(precision: int) -> Decimal:
-    x = Decimal(math.pi)
-    for _ in range(5):  # x + sin x triples the right digits: 16 -> 3888
-        x += cos_sin(x)[1]
+    x, right = Decimal(math.pi), 15
+    while right < precision:  # x + sin x triples the right digits
+        x, right = x + cos_sin(x)[1], 3 * right
     return x
 
 
@@ -413,10 +413,10 @@ def ln(z) -> Approx:
     if not z.im and z.re > 0:
         return Approx(z.re.ln())
     size = abs(z).re
-    angle = Decimal(math.atan2(z.im / size, z.re / size))
-    for _ in range(5):  # Newton triples the right digits of the angle too
+    angle, right = Decimal(math.atan2(z.im / size, z.re / size)), 15
+    while right < getcontext().prec:  # and so does Newton's step for the angle
         cos, sin = cos_sin(angle)
-        angle += (z.im * cos - z.re * sin) / size
+        angle, right = angle + (z.im * cos - z.re * sin) / size, 3 * right
     return Approx(size.ln(), angle)
 
 
@@ -427,14 +427,17 @@ def power(a, b):
             raise Unread("power too large")
         return a ** int(b)
     a = lift(a)
-    if not isinstance(b, Fraction) or not (a.re or a.im):
-        return exp(b * ln(a)) if a.re or a.im else Fraction(0) if b > 0 else 1 / Fraction(0)
-    if b.denominator == 1 and abs(b) <= 64:
-        return reduce(mul, [a] * int(b)) if b > 0 else 1 / power(a, -b) if b else Fraction(1)
-    if b == HALF and not a.im:
-        return Approx(a.re.sqrt()) if a.re > 0 else Approx(Decimal(0), (-a.re).sqrt())
-    if b.denominator % 2 and not a.im and a.re < 0:
-        return power(-a, b) * (-1) ** (b.numerator % 2)
+    if not a.re and not a.im:
+        if lift(b).re <= 0:
+            raise Unread("zero to a negative power")
+        return Fraction(0)
+    if isinstance(b, Fraction):
+        if b.denominator == 1 and 0 < abs(b) <= 64:
+            return reduce(mul, [a] * int(b)) if b > 0 else 1 / power(a, -b)
+        if b == HALF and not a.im:
+            return Approx(a.re.sqrt()) if a.re > 0 else Approx(Decimal(0), (-a.re).sqrt())
+        if b.denominator % 2 and not a.im and a.re < 0:
+            return power(-a, b) * (-1) ** (b.numerator % 2)
     return exp(b * ln(a))
 
 
@@ -481,7 +484,7 @@ def sample(name: str, point: int) -> Fraction:
 def evaluate(node: tuple, point: int, meter):
     """Tree -> Fraction or Approx at a seeded point; ArithmeticError where there is no value within the bounds.
 
-    meter: has pay(value) -> value and spend(units), which raise when too much was spent, and natural: is \\log ln?
+    meter: has pay(value, hard), which returns the value or raises when too much was spent, and natural: is \\log ln?
     """
     head = node[0]
     if head in ("num", "base"):
@@ -497,10 +500,10 @@ def evaluate(node: tuple, point: int, meter):
         return reduce(lambda total, value: meter.pay((add if head == "+" else mul)(total, value)), values)
     if head in ("fn", "call"):
         value = evaluate(node[2], point, meter)
-        meter.spend(getcontext().prec)
         if head == "fn":
-            return meter.pay(function("ln" if meter.natural and node[1] == "log" else node[1], value))
+            return meter.pay(function("ln" if meter.natural and node[1] == "log" else node[1], value), hard=True)
         return sample(f"{node[1]} {value if isinstance(value, Fraction) else round(value.re, 20)}", point)
     if head not in OPERATIONS:
         raise Unread("no number")
-    return meter.pay(OPERATIONS[head](*[evaluate(child, point, meter) for child in node[1:]]))
+    value = OPERATIONS[head](*[evaluate(child, point, meter) for child in node[1:]])
+    return meter.pay(value, hard=head in ("^", "root"))

@@ -9,9 +9,9 @@ r"""The reward: is the answer in a response equal to the gold answer? Exact wher
 2) mathexpr.py reads an answer into a tree; what it cannot read (sums, integrals, ellipses, set builders, sentences) is
    compared as text, token by token.
 3) A comma, "and", "or", \{ \}, \cup and \pm make a list in any order; ( ) and [ ] keep order and brackets.
-4) Fractions are compared exactly. Other values are computed with P and with 2P digits, P = 60 + 2 x (digits written), and
-   are equal when they differ by less than err = 10 x (drift from P to 2P) + 10^(3-P) x (largest intermediate value), where
-   err must be below 1e-25: a decimal of n digits comes no nearer than about 10^-2n to a surd.
+4) Fractions are compared exactly. Other values are computed with P and with P + 40 digits, P = 60 + 2 x (digits of the
+   longest number written), and are equal when they differ by at most err = 10 x (drift from P to P + 40) + 10^(3-P) x
+   (largest intermediate value) < 1e-25: a decimal of n digits comes no nearer to a square root than about 10^-2n.
 5) With variables, trees must agree so at 4 seeded points (fractions, integers, negatives); equations and inequalities may
    differ by a constant factor, positive for inequalities; x > 4 is the interval, x = 5 and 2 + 3 = 5 are 5.
 6) Units may be left out, not exchanged; a percent sign is a unit (50% is 50, not 0.5); a base may not be left out.
@@ -38,8 +38,9 @@ from mathexpr import MAX_BITS, UNITS, Approx, Parser, Unread, evaluate, lift, to
 
 MAX_BOXES, MAX_BRACES, PLAIN_TAIL = 8, 10_000, 4000  # boxes tried; braces in one; characters searched for "answer is"
 MAX_ITEMS = 24  # longer lists are sorted by their spelling first: matching in any order is quadratic
-POINTS, ENOUGH, MAX_PRECISION = 12, 4, 600  # points tried, points that must agree; digits of an approximate value
-MAX_WORK = 60_000  # units that one comparison may spend, each about 0.2 us
+POINTS, ENOUGH, MAX_PRECISION = 12, 4, 200  # points tried, points that must agree; digits of an approximate value
+EXTRA = 40  # digits of the second evaluation beyond the first
+MAX_WORK = 120_000  # units that one comparison may spend, each about 0.2 us
 LENIENT = 1e-4  # relative error
 
 
@@ -150,13 +151,13 @@ def read(text: str, thousands: bool = True) -> Reading:
 
 # ----------------------------------------------------------------------------------------------------------- equality
 def survey(node: tuple, names: set[str]) -> int:
-    """Collects the variables of a tree, "i" and "log"; returns the number of digits written in it."""
+    """Collects the variables of a tree, "i" and "log"; returns the digits of its longest number."""
     head = node[0]
     if head == "num":
         return (node[1].numerator.bit_length() + node[1].denominator.bit_length()) // 3
     if head in ("sym", "text", "i", "call") or head == "fn" and node[1] == "log":
         names.add(head if head in ("i", "call") else node[1])
-    return sum(survey(child, names) for child in node[1:] if isinstance(child, tuple))
+    return max((survey(child, names) for child in node[1:] if isinstance(child, tuple)), default=0)
 
 
 @lru_cache(64)
@@ -183,7 +184,7 @@ def unit_of(node: tuple) -> tuple[str, tuple]:
         return "", node
     names = [UNITS.get(word.rstrip("."), "") for word in node[1].split()]
     inner, value = unit_of(node[2])
-    return (" ".join(sorted(names)) if all(names) else "") or inner, value
+    return " ".join(sorted({*names, *inner.split()})) if all(names) else inner, value
 
 
 def named(side: tuple) -> bool:
@@ -205,19 +206,17 @@ class Comparison:
     def __init__(self, rtol: float = 0):
         self.rtol, self.tolerated, self.work, self.peak, self.natural = rtol, False, 0, Decimal(0), False
 
-    def spend(self, units: int) -> None:
-        self.work += units
-        if self.work > MAX_WORK:
-            raise Unread("too much work")
-
-    def pay(self, value: Fraction | Approx) -> Fraction | Approx:
-        """Pay for a value by its size."""
+    def pay(self, value: Fraction | Approx, hard: bool = False) -> Fraction | Approx:
+        """Count the cost of a value. hard: it took a series, whose cost grows with the square of the precision."""
         if isinstance(value, Fraction):
             bits = max(value.numerator.bit_length(), value.denominator.bit_length())
-            self.spend(1 + bits // 64 if bits <= MAX_BITS else MAX_WORK)
+            self.work += 1 + bits // 64 if bits <= MAX_BITS else MAX_WORK
         else:
-            self.spend(2 + getcontext().prec // 16)
+            digits = getcontext().prec
+            self.work += 2 + digits // 16 + hard * digits**2 // (8 if value.im else 32)
             self.peak = max(self.peak, abs(value.re), abs(value.im))
+        if self.work > MAX_WORK:
+            raise Unread("too much work")
         return value
 
     def same(self, a: tuple, b: tuple) -> bool:
@@ -233,7 +232,7 @@ class Comparison:
         if heads & {"list", "set"}:
             return self.same_items(members(a), members(b))
         (unit_a, a), (unit_b, b) = unit_of(a), unit_of(b)
-        if unit_a != unit_b and (unit_a and unit_b or "base" in unit_a + unit_b):
+        if unit_a != unit_b and (unit_a and unit_b and ("/" in unit_a) == ("/" in unit_b) or "base" in unit_a + unit_b):
             return False
         heads = {a[0], b[0]}
         if heads & {"tuple", "matrix", "ratio"}:
@@ -292,7 +291,7 @@ class Comparison:
     def equal(self, a: tuple, b: tuple) -> bool:
         """Do two trees have the same value wherever both are defined?"""
         names: set[str] = set()
-        digits = 60 + 2 * (survey(a, names) + survey(b, names))
+        digits = 60 + 2 * max(survey(a, names), survey(b, names))
         variables = names - {"i", "log"}
         for self.natural in (False, True)[:1 + ("log" in names)]:
             seen = 0
@@ -310,7 +309,8 @@ class Comparison:
         passes: list[tuple[Approx, Approx]] = []
         self.peak = Decimal(0)
         try:
-            for precision in (digits, 2 * digits):
+            decided = digits <= MAX_PRECISION  # else only exact values can be
+            for precision in (digits, digits + EXTRA) if decided else (60,):
                 with localcontext(context(precision)):
                     x, y = evaluate(a, point, self), evaluate(b, point, self)
                     if isinstance(x, Fraction) and isinstance(y, Fraction):
@@ -319,11 +319,11 @@ class Comparison:
                     passes.append((self.pay(lift(x)), self.pay(lift(y))))
                     x, y = passes[-1]
                     gap, size, slack = abs(x - y).re, max(abs(x).re, abs(y).re), self.peak.scaleb(-digits // 2)
-                    if digits > MAX_PRECISION:
+                    if not decided:
                         return None
                     if gap > slack and not self.tolerates(gap, size):  # 30 digits cannot have been lost
                         return False if complex_too or max(abs(x.im), abs(y.im)) <= slack else None
-            with localcontext(context(2 * digits)):
+            with localcontext(context(digits + EXTRA)):
                 err = 10 * sum(abs(late - early).re for early, late in zip(*passes)) + self.peak.scaleb(3 - digits)
                 return None if err > Decimal("1e-25") else gap <= err or self.tolerates(gap, size)
         except ArithmeticError:
@@ -349,7 +349,7 @@ def judge(gold: str, answer: str, rtol: float = 0) -> tuple[bool, bool]:
         if comparison.same(a.tree, b.tree):
             return True, not comparison.tolerated
         # 120,240 is a number or a list: where only one side can be a number, both are read as lists
-        if "list" not in (a.tree[0], b.tree[0]) or "," not in gold or "," not in answer:
+        if not {a.tree[0], b.tree[0]} & {"list", "set"} or "," not in gold or "," not in answer:
             break
     return False, False
 
