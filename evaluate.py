@@ -30,7 +30,7 @@ BUILT_IN = Path("runs/countdown")  # where sft.py puts the built-in problems
 @dataclass
 class Config:
     init: str = "runs/rl"       # model folder, checkpoint, run directory or hub name
-    data: str = ""              # problems: .jsonl or .parquet; empty = the built-in test set
+    data: str = ""              # problems: .jsonl, .parquet or a folder of countdown.py; empty = the built-in test
     out: str = ""               # one JSON line a sample goes here; empty = nowhere
     n: int = 4                  # samples a problem
     temperature: float = 0.7    # 0 = greedy
@@ -50,9 +50,20 @@ class Config:
             raise ValueError(f"--temperature 0 is greedy: {self.n} samples would be the same; use --n 1")
 
 
+def built_in(given: dict) -> Path | None:
+    """The folder of built-in problems that a command line means: the default one without --data, or --data FOLDER
+    where countdown.py wrote that folder (taken out of `given`, as a preset names the files in it)."""
+    folder = Path(given.get("data", BUILT_IN))
+    if "data" in given and not (folder / "countdown.json").exists():
+        return None
+    given.pop("data", None)
+    return folder
+
+
 def preset(given: dict) -> dict:
-    """The built-in test set's own limits, where no --data was given."""
-    return {} if "data" in given else {"data": str(BUILT_IN / "test.jsonl"), "max_new": 128}
+    """The built-in test set's own limits."""
+    folder = built_in(given)
+    return {"data": str(folder / "test.jsonl"), "max_new": 128} if folder else {}
 
 
 def open_model(init: str, device="cpu", dtype=torch.float32):
@@ -63,7 +74,11 @@ def open_model(init: str, device="cpu", dtype=torch.float32):
         print(f"{init} is a run: taking {folder.name}, {why}")
     elif not folder.exists():
         folder = download(init)
-    return model_file.load_model(folder, dtype, device), data.Tokenizer(folder), folder
+    tokenizer, size = data.Tokenizer(folder), model_file.read_config(folder).vocab_size
+    if tokenizer.vocab_size > size:
+        raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {size}; "
+                         "they are not of one model: copy the tokenizer that the model was trained with")
+    return model_file.load_model(folder, dtype, device), tokenizer, folder
 
 
 def pick_checkpoint(run_dir: Path) -> tuple[Path, str]:

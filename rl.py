@@ -93,10 +93,11 @@ class Config:
 
 
 def preset(given: dict) -> dict:
-    """What the built-in task uses instead of the defaults for real models, where no --data was given."""
-    if "data" in given:
+    """What the built-in task uses instead of the defaults for real models."""
+    folder, algo = evaluate.built_in(given), given.get("algo", "dapo")
+    if folder is None:
         return {}
-    folder, plain = evaluate.BUILT_IN, losses.OBJECTIVES[given.get("algo", "dapo")].demo == "none"
+    plain = losses.OBJECTIVES[algo].demo == "none"                                # the others need demonstrations
     return {"data": f"{folder}/{'rl' if plain else 'train'}.jsonl", "val": f"{folder}/eval.jsonl", "steps": 50,
             "prompts": 64, "update_prompts": 32, "gen_prompts": 64, "temperature": 1.0, "max_new": 128,
             "max_prompt": 64, "micro_tokens": 4096, "lr": 1e-4, "eval_every": 5, "eval_n": 2}
@@ -230,9 +231,11 @@ def weigh(objective, rows: list[Row], entropy, device) -> tuple[torch.Tensor, lo
     mask = torch.arange(R, device=device) < lengths[:, None]                      # (B, R)
     logp = column((r.logp + [0.0] * (R - len(r.logp)) for r in rows))             # (B, R) the sampler's
     is_prefix = losses.prefix_tokens(mask, column((r.n_prefix for r in rows), torch.long))
+    if objective.mask_truncated:
+        mask = mask & finished[:, None]                                           # trains nothing, also not in the ranking
     stays, how = torch.ones_like(is_expert), dict(normalize_std=objective.normalize_std, singleton=objective.singleton)
     if objective.demo == "prefix":
-        keep = losses.most_uncertain(entropy, is_prefix, objective.drop_ratio)
+        keep = losses.most_uncertain(entropy, is_prefix & mask, objective.drop_ratio)
         split = objective.prefix_adv == "split"
         advantages = losses.prefix_advantages(rewards, groups, is_prefix, keep, split, **how)
     elif objective.demo == "gate":                                    # the expert has no say in the rollouts' baseline
@@ -240,8 +243,6 @@ def weigh(objective, rows: list[Row], entropy, device) -> tuple[torch.Tensor, lo
         advantages = losses.group_advantages(rewards, torch.where(is_expert, -1 - groups, groups), **how)
     else:
         advantages = losses.group_advantages(rewards, groups, **how)
-    if objective.mask_truncated:
-        mask = mask & finished[:, None]
     index = stays.nonzero()[:, 0]
     batch = losses.take(losses.Rows(mask, advantages, rollout_logp=logp, is_expert=is_expert, is_prefix=is_prefix,
                                     is_success=correct > 0.5), index)
@@ -283,7 +284,7 @@ def train_on(cfg, objective, model, rows: list[Row], batch: losses.Rows, weights
         loss.backward()
         own = mine.mask & ~mine.is_expert[:, None] & ~mine.is_prefix          # sampled by the policy
         logp, entropy = logp.detach(), entropy.detach()
-        log_ratio = (logp - (logp if mine.old_logp is None else mine.old_logp))[own]
+        log_ratio = losses.log_ratio(objective, logp, mine.old_logp, own)[own]
         ratio = log_ratio.exp()
         numbers = (loss.detach(), own.sum(), entropy[own].sum(), ((ratio > high) | (ratio < low)).sum(),
                    (ratio - 1 - log_ratio).sum(), (logp - mine.rollout_logp)[own].abs().sum())

@@ -53,7 +53,8 @@ def parse(Config, argv: list[str] | None = None, preset=None, options=None):
         _add_flags(parser.add_argument_group("options of the objective (losses.py; the default is --algo's)"), options)
     given = vars(parser.parse_args(argv))
     extra = {f.name: given.pop(f.name) for f in dataclasses.fields(options) if f.name in given} if options else {}
-    values = {**(preset(given) if preset else {}), **given}
+    values = preset(given) if preset else {}  # may take a flag out of `given` that it has understood
+    values |= given
     return Config(**values, options=extra) if options else Config(**values)
 
 

@@ -40,7 +40,7 @@ TINY = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_si
 @dataclass
 class Config:
     init: str = ""                  # model folder, checkpoint, run directory or hub name; empty = the built-in base
-    data: str = ""                  # trajectories: .jsonl or .parquet; empty = the built-in ones
+    data: str = ""                  # trajectories: .jsonl, .parquet or a folder of countdown.py; empty = built-in
     val: str = ""                   # validation trajectories; empty = 199 rows (10% if under 1,990) held out of --data
     problems: str = ""              # problems to sample answers for at each validation; empty = none
     out: str = "runs/sft"           # run directory
@@ -75,18 +75,18 @@ class Config:
 
 
 def preset(given: dict) -> dict:
-    """What the built-in task uses instead of the defaults for real models, where no --data was given."""
-    if "data" in given:
+    """What the built-in task uses instead of the defaults for real models."""
+    folder = evaluate.built_in(given)
+    if folder is None:
         return {}
-    folder = evaluate.BUILT_IN
     return {"data": f"{folder}/train.jsonl", "val": f"{folder}/val.jsonl", "problems": f"{folder}/eval.jsonl",
-            "steps": 1500, "batch": 32, "micro_tokens": 2048, "max_len": 256, "max_new": 128, "optimizer": "muon",
+            "steps": 1000, "batch": 32, "micro_tokens": 2048, "max_len": 256, "max_new": 128, "optimizer": "muon",
             "lr": 2e-3, "schedule": "constant", "warmup": 0.0, "eval_every": 100, "log_every": 25}
 
 
 def base_config(cfg: Config) -> Config:
     """The run that makes the tiny base model: plain text, random start."""
-    folder = evaluate.BUILT_IN
+    folder, cfg = evaluate.BUILT_IN, Config(**preset({}))
     return replace(cfg, init=str(folder), data=f"{folder}/base.jsonl", val="", problems="", out=str(BASE),
                    from_scratch=True, steps=704, lr=3e-3, eval_every=352, keep=1, until="",
                    overwrite=False, resume=BASE.exists(), dry_run=False)
@@ -154,15 +154,13 @@ def validation_loss(model, rows, micro_tokens: int, device, bf16: bool = False) 
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
-def validate(cfg, book, step, model, tokenizer, val, problems, device, totals) -> phases.Diagnosis:
+def validate(cfg, book, step, model, tokenizer, val, problems, device, totals) -> None:
     """Validation loss, the regime it is in so far, and pass@1 on --problems; logged as a val and an eval line."""
     loss = validation_loss(model, val, cfg.micro_tokens, device, cfg.bf16)
     book.log(step, "val", **totals, val_loss=loss)
-    points = book.of_kind("val")
-    diagnosis = phases.diagnose([p["step"] for p in points], [p["val_loss"] for p in points])
-    # the minimum so far is no minimum yet
-    improving = not diagnosis.saturated and diagnosis.regimes[-1] in ("adaptive", "stable")
-    text = f"step {step:5d}  val loss {loss:.4f}  {'adaptive, still improving' if improving else diagnosis.regimes[-1]}"
+    found = diagnose(book)
+    improving = not found.saturated and found.regimes[-1] in ("adaptive", "stable")  # the minimum so far is none yet
+    text = f"step {step:5d}  val loss {loss:.4f}  {'adaptive, still improving' if improving else found.regimes[-1]}"
     if problems:
         seed = run.seed_of(cfg.seed, "eval")
         summary, records = evaluate.evaluate(model, tokenizer, problems, 1, 0.7, cfg.max_new, seed)
@@ -170,7 +168,13 @@ def validate(cfg, book, step, model, tokenizer, val, problems, device, totals) -
         book.log_samples(step, records[:20])
         text += f"  pass@1 {summary['pass1']:.1f} (se {summary['pass1_se']:.1f})"
     print(text, flush=True)
-    return diagnosis
+
+
+def diagnose(book) -> phases.Diagnosis:
+    """Regimes, saturation and recommended checkpoint of the validations so far."""
+    points = book.of_kind("val")
+    saved = {int(folder.name[5:]) for folder in book.checkpoints.glob("step_*[0-9]")}
+    return phases.diagnose([p["step"] for p in points], [p["val_loss"] for p in points], saved=saved)
 
 
 def main(cfg: Config) -> bool:
@@ -192,6 +196,8 @@ def main(cfg: Config) -> bool:
           f"{steps * cfg.batch / len(train):.1f} epochs; mean length {mean_length:.0f} tokens, longest {max(lengths)}")
     show_example(train[0], tokenizer)
     if cfg.dry_run:
+        print(f"tokenizing prompt and response as one text would change the ids of "
+              f"{data.joint_mismatch(cfg.data, tokenizer):.1f}% of the rows")
         return False
     optimizers = run.make_optimizers(model, cfg.optimizer, cfg.lr, weight_decay=cfg.weight_decay)
     book = run.Run(cfg, cfg.resume, cfg.overwrite, val_set=val_set, base=cfg.init)
@@ -205,14 +211,13 @@ def main(cfg: Config) -> bool:
         return book.save(step, lambda folder: evaluate.save_model(model, tokenizer, folder), model, optimizers,
                          **totals, seed=cfg.seed)
 
-    diagnosis = None
     for step in range(start, steps + 1):
         if step % cfg.eval_every == 0 or step == steps:
             save(step)
             if not any(row["step"] == step for row in book.of_kind("val")):
-                diagnosis = validate(cfg, book, step, model, tokenizer, val, problems, device, totals)
-                book.prune(cfg.keep, {diagnosis.recommended_step})
-            if cfg.until and diagnosis and phases.reached(diagnosis, cfg.until):
+                validate(cfg, book, step, model, tokenizer, val, problems, device, totals)
+                book.prune(cfg.keep, {diagnose(book).recommended_step})
+            if cfg.until and phases.reached(diagnose(book), cfg.until):
                 print(f"--until {cfg.until}: reached at step {step}")
                 break
         elif stop or (cfg.save_every and step % cfg.save_every == 0):
@@ -248,9 +253,7 @@ def finish(cfg: Config, book, stop: list) -> None:
         out = "" if cfg.out == "runs/sft" else f" --out {cfg.out}"
         print(f"stopped by {stop[0]}, saved. Go on with: torchrun sft.py --resume{out}")
         return
-    points = book.of_kind("val")
-    saved = {int(f.name[5:]) for f in book.checkpoints.glob("step_*[0-9]")}
-    end = phases.diagnose([p["step"] for p in points], [p["val_loss"] for p in points], saved=saved)
+    end = diagnose(book)
     print("regimes: " + "  ".join(f"{s} {r}" for s, r in zip(end.steps, end.regimes)))
     if end.recommended_step is not None:
         print(f"start RL from {book.path(end.recommended_step)}: {end.reason}\nnext: torchrun rl.py --init {cfg.out}")
