@@ -110,8 +110,7 @@ def tokenize(text: str, thousands: bool = True) -> list[str]:
     """LaTeX or plain text -> tokens in one spelling. thousands: 1,234 outside brackets is one number."""
     if len(text) > MAX_CHARS:
         raise Unread("too long")
-    if not text.isascii():
-        text = text.translate(UNICODE)
+    text = " ".join((text if text.isascii() else text.translate(UNICODE)).split())  # long runs of spaces slow patterns down
     if "\\" in text:
         for _ in range(4):  # \text{\textbf{}} a few levels deep
             text, found = TEXT.subn(words, text)
