@@ -232,7 +232,7 @@ def weigh(objective, rows: list[Row], entropy, device) -> tuple[torch.Tensor, lo
     logp = column((r.logp + [0.0] * (R - len(r.logp)) for r in rows))             # (B, R) the sampler's
     is_prefix = losses.prefix_tokens(mask, column((r.n_prefix for r in rows), torch.long))
     if objective.mask_truncated:
-        mask = mask & finished[:, None]                                           # trains nothing, also not in the ranking
+        mask = mask & finished[:, None]         # first: what trains nothing takes no place in the ranking below either
     stays, how = torch.ones_like(is_expert), dict(normalize_std=objective.normalize_std, singleton=objective.singleton)
     if objective.demo == "prefix":
         keep = losses.most_uncertain(entropy, is_prefix & mask, objective.drop_ratio)
@@ -284,7 +284,7 @@ def train_on(cfg, objective, model, rows: list[Row], batch: losses.Rows, weights
         loss.backward()
         own = mine.mask & ~mine.is_expert[:, None] & ~mine.is_prefix          # sampled by the policy
         logp, entropy = logp.detach(), entropy.detach()
-        log_ratio = losses.log_ratio(objective, logp, mine.old_logp, own)[own]
+        log_ratio = losses.log_ratio(objective, logp, logp if mine.old_logp is None else mine.old_logp, own)[own]
         ratio = log_ratio.exp()
         numbers = (loss.detach(), own.sum(), entropy[own].sum(), ((ratio > high) | (ratio < low)).sum(),
                    (ratio - 1 - log_ratio).sum(), (logp - mine.rollout_logp)[own].abs().sum())
