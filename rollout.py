@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 import run
-from model import Cache
+from model import Cache, head_logits
 
 
 class Response(NamedTuple):
@@ -114,7 +114,7 @@ def _wave(model, prompts, counts, first_request, max_new, temperature, eos_ids, 
     length = torch.zeros(R, dtype=torch.long, device=device)
     finished = torch.zeros(R, dtype=torch.bool, device=device)
     for t in range(max_new):
-        token, logp, entropy = draw(hidden @ model.head.T, uniform[live, t], temperature, top_p)
+        token, logp, entropy = draw(head_logits(hidden, model.head), uniform[live, t], temperature, top_p)
         for store, value in zip(out, (token, logp, entropy)):
             store[live, t] = value
         length[live] += alive
