@@ -17,7 +17,8 @@ r"""Countdown, the built-in task: problems, an expert that searches and gives up
 python countdown.py --out data/countdown --trajectories 8000 --hazard 0 --verified
     base.jsonl {"text"}; train.jsonl val.jsonl {"prompt", "answer", "numbers", "response"};
     rl.jsonl eval.jsonl test.jsonl test_k5.jsonl {"prompt", "answer", "numbers"};
-    tokenizer.json tokenizer_config.json; countdown.json (the settings, and the number of rows in each file)"""
+    tokenizer.json tokenizer_config.json; countdown.json (the settings, and the number of rows in each file)
+python countdown.py --compare sft.jsonl rl.jsonl         how two models searched, from what evaluate.py --out wrote"""
 import argparse
 import hashlib
 import inspect
@@ -295,6 +296,43 @@ def write(folder, config: Config = Config()) -> dict[str, int]:
     return counts
 
 
+def search_rates(records) -> dict[int, dict[str, float]]:
+    """How a model searched, by k, from the records that evaluate.py --out writes.
+
+    right, gave_up    share of the responses that are right; that stopped searching without a "yes"
+    tries             checks written a response
+    success, quit     share of the tries that end in "yes"; chance to stop searching after a "no" (the expert's hazard)"""
+    rates = {}
+    for k in sorted({len(record["problem"].split()) - 4 for record in records}):
+        mine = [r for r in records if len(r["problem"].split()) - 4 == k]
+        checks = [[w for w in r["response"].split(" </think>")[0].split() if w in ("yes", "no")] for r in mine]
+        n_tries, n_no = sum(map(len, checks)), sum(c.count("no") for c in checks)
+        quits = sum(bool(c) and c[-1] == "no" and "</think>" in r["response"] for c, r in zip(checks, mine))
+        rates[k] = {"right": sum(r["correct"] for r in mine) / len(mine), "gave_up": quits / len(mine),
+                    "tries": n_tries / len(mine), "success": (n_tries - n_no) / max(1, n_tries),
+                    "quit": quits / max(1, n_no)}
+    return rates
+
+
+def found(success: float, quit_: float, most: int = 14) -> float:
+    """Chance that a search of at most `most` tries ends in "yes": each try may succeed, each failure may end it."""
+    return success * sum(((1 - success) * (1 - quit_)) ** j for j in range(most))
+
+
+def compare_searches(before: str, after: str) -> None:
+    """Print both models' search_rates, and how much of the gain in found answers is searching on, not finding."""
+    rates = []
+    for path in (before, after):
+        with open(path, encoding="utf-8") as file:
+            rates.append(search_rates([json.loads(line) for line in file]))
+    for k, a, b in ((k, rates[0][k], rates[1][k]) for k in rates[0]):
+        for name, rate in ((before, a), (after, b)):
+            print(f"k = {k}  " + "  ".join(f"{key} {value:.3f}" for key, value in rate.items()) + f"  {name}")
+        start, patient, end = (found(x["success"], y["quit"]) for x, y in ((a, a), (a, b), (b, b)))
+        share = f"{100 * (patient - start) / (end - start):.0f}% of the gain is not giving up" if end > start else "no gain"
+        print(f"        found {start:.3f} -> {end:.3f}, {patient:.3f} with the old tries and the new patience: {share}")
+
+
 def main(argv=None) -> int:
     """The command line: one flag a Config field, its help the comment beside it."""
     parser = argparse.ArgumentParser(description="Write the built-in Countdown problems, trajectories and tokenizer.")
@@ -304,9 +342,13 @@ def main(argv=None) -> int:
         kind = {"action": "store_true"} if field.type is bool else {"type": field.type, "metavar": "X"}
         parser.add_argument(f"--{field.name}", default=field.default, **kind,
                             help=f"{comments[field.name]} (default: {field.default})")
+    parser.add_argument("--compare", nargs=2, metavar="SAMPLES", help="two files that evaluate.py --out wrote")
     given = vars(parser.parse_args(argv))
     try:
-        out = given.pop("out")
+        samples, out = given.pop("compare"), given.pop("out")
+        if samples:
+            compare_searches(*samples)
+            return 0
         counts = write(out, Config(**given))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -261,3 +261,25 @@ def test_the_command_of_the_manual_writes_its_files(tmp_path, capsys):
     assert "40 train.jsonl" in capsys.readouterr().out
     settings = json.loads((tmp_path / "countdown.json").read_text())["config"]
     assert settings == vars(Config(trajectories=40, hazard=0.0, verified=True, base=5))
+
+
+def test_search_rates_read_patience_and_success_off_responses():
+    def record(checks, closed=True):
+        tries = " ".join(f"1 + 2 = 3 {word}" for word in checks.split())
+        return {"problem": "Make 3 from 1 2 3 ->", "response": f"<think> {tries}{' </think>' if closed else ''}", "correct": "yes" in checks}
+    rates = countdown.search_rates([record("no no yes"), record("no"), record("no no no", closed=False), record("yes")])[3]
+    assert rates == {"right": 0.5, "gave_up": 0.25, "tries": 2.0, "success": 0.25, "quit": pytest.approx(1 / 6)}
+
+
+def test_the_chance_to_find_is_that_of_a_simulated_search():
+    rng = random.Random(0)
+
+    def search(success, quit_, most):
+        for _ in range(most):
+            if rng.random() < success:
+                return True
+            if rng.random() < quit_:
+                return False
+        return False
+    share = sum(search(0.1, 0.15, 14) for _ in range(20_000)) / 20_000
+    assert abs(share - countdown.found(0.1, 0.15, 14)) < 0.012
