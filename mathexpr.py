@@ -3,12 +3,12 @@ r"""Mathematical text -> tree -> number: the reading half of verify.py. Standard
     Parser(tokenize(r"\frac{1}{2}x^2")).parse() -> ("*", ("/", ("num", 1), ("num", 2)), ("^", ("sym", "x"), ("num", 2)))
     evaluate(tree, point, meter) -> Fraction, or Approx where a root, a function or i is in the way
 
-A tree is a tuple, head and children. Heads with a value: num sym text i e pi base | + * / neg ^ root fn call ! ° binom |
+A tree is a tuple, head and children. Heads with a value: num sym text i e pi base + * / neg ^ root fn call ! ° binom |
 \lfloor \lceil at; structures, which verify.py compares: list set tuple matrix ratio rel unit ±.
-1) Values are exact fractions as long as the operations allow, then complex decimals in the current precision; odd roots of
-   negative numbers are real, all else is the principal value; \log has base 10 unless the meter says natural.
+1) Values are exact fractions as long as the operations allow, then complex decimals in the current precision; odd roots
+   of negative numbers are real, all else is the principal value; \log has base 10 unless the meter says natural.
 2) 1/2x is (1/2)x; \sin 5x/2 is (\sin 5x)/2; a number before a proper fraction is a mixed number (2\frac13, 2 1/3).
-3) A letter is a variable, except e and i; a run of up to three is their product, a longer one or \text{} is a word; f(x),
+3) A letter is a variable, except e and i; a run of up to three is a product, a longer one or \text{} is a word; f(x),
    g(2), I(0) are values of an unknown function. Anything else raises Unread, and verify.py compares text.
 4) Work is bounded before it is done: characters, tokens, depth, digits, bits; and every value is paid for (meter.pay).
 """
@@ -28,7 +28,7 @@ MAX_DIGITS, MAX_BITS = 2500, 8192  # of a number as written; of an exact value (
 
 
 class Unread(ArithmeticError):
-    """The text has no value that this file can compute, or may compute within its bounds."""
+    """The text has no value that this file can compute within its bounds."""
 
 
 # ----------------------------------------------------------------------------------------------------------- spelling
@@ -38,17 +38,17 @@ def table(text: str) -> dict[str, str]:
 
 
 FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan exp ln log".split())
-LETTERS = set("alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi varphi chi "
-              "psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega hbar ell infty emptyset".split())
+LETTERS = set("alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi varphi "
+              "chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega hbar ell pi infty emptyset".split())
 UNITS = table(
-    "% percent; $ dollar dollars usd bucks; cent cents; euro euros; deg degree degrees; rad radian radians; / per; "
-    "mm; cm centimeter centimeters; m meter meters metres; km kilometer kilometers; in inch inches; ft foot feet; yd yard "
-    "yards; mi mile miles; g gm gram grams; kg kilogram kilograms; lb lbs pound pounds; oz ounce ounces; l liter liters; "
-    "ml; s sec second seconds; min minute minutes; h hr hrs hour hours; day days; week weeks; month months; year years; "
+    "% percent; $ dollar dollars usd bucks; cent cents; euro euros; deg degree degrees; rad radian radians; / per; mm; "
+    "cm centimeter centimeters; m meter meters metres; km kilometer kilometers; in inch inches; ft foot feet; yd yards; "
+    "mi mile miles; g gm gram grams; kg kilogram kilograms; lb lbs pound pounds; oz ounce ounces; l liter liters; ml; "
+    "s sec second seconds; min minute minutes; h hr hrs hour hours; day days; week weeks; month months; year years; "
     "gal gallon gallons; acre acres; 2 square sq; 3 cubic")
 NUMERALS = dict(zip("zero one two three four five six seven eight nine ten eleven twelve".split(), range(13)))
-NOT_UNITS = {*NUMERALS, *"hundred thousand million billion trillion dozen half halves third thirds quarter quarters plus "
-             "minus times over squared cubed factorial not mod negative".split()}  # they change the value before them
+NOT_UNITS = {*NUMERALS, *"hundred thousand million billion trillion dozen half halves third thirds quarter quarters "
+             "plus minus times over squared cubed factorial not mod negative".split()}  # they change the value before
 SPELLING = dict.fromkeys(r"$ ~ \( \) \[ \] \, \; \: \! \left \right \big \Big \bigl \bigr \quad \qquad".split(), "") | {
     "\\ ": "", "\\%": '"%"', "%": '"%"', "\\$": "$$", ";": ","} | table(
     r"\frac \dfrac \tfrac \cfrac; \binom \dbinom \tbinom; * \cdot \times; / \div; <= \le \leq \leqslant; < \lt; > \gt; "
@@ -56,9 +56,9 @@ SPELLING = dict.fromkeys(r"$ ~ \( \) \[ \] \, \; \: \! \left \right \big \Big \b
     r") \rangle; : \colon; \{ \lbrace; \} \rbrace; ° \degree; \emptyset \varnothing; \arcsin \asin; \arccos \acos; "
     r"\arctan \atan")
 UNICODE = {ord(c): f" {t} " if t[0] == "\\" else t for c, t in zip(
-    "π√∞∈θαβ½¼∅×·⋅÷−–≤≥≠²³％，（）…\u00a0\u2009",
-    r"\pi \sqrt \infty \in \theta \alpha \beta \frac{1}{2} \frac{1}{4} \emptyset * * * / - - <= >= != ^2 ^3 % , ( ) ..."
-    .split() + [" ", "\\,"])}
+    "π√∞∈θαβ½¼∅×·⋅÷−–≤≥≠²³％，（）…\u2009",
+    (r"\pi \sqrt \infty \in \theta \alpha \beta \frac{1}{2} \frac{1}{4} \emptyset "
+     r"* * * / - - <= >= != ^2 ^3 % , ( ) ... \,").split())}
 TEXT = re.compile(r"\\(text(?:bf|it|rm|tt|normal)?|[mh]box|math(?:rm|bf|it|sf)|operatorname|boldsymbol)\s*\{([^{}]*)\}")
 REWRITES = {
     "begin": (r"\\begin\s*\{[pbB]?(?:small)?matrix\*?\}|\\begin\s*\{array\}\s*(?:\{[^{}]*\})?", r" \begin "),
@@ -66,7 +66,8 @@ REWRITES = {
     "degree": (r"\^\s*\{?\s*\\circ\s*\}?", "°"), "hidden": (r"\\[hv]?phantom\s*(?:\{[^{}]*\}|.)", ""),
     "reals": (r"\\mathbb\s*\{?R\}?", r"(-\infty,\infty)"), "times": (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", "*")}
 REWRITE = re.compile("|".join(f"(?P<{name}>{pattern})" for name, (pattern, _) in REWRITES.items()))
-BASE = r"(?:\(\s*\d+\s*\)|\d+)\s*_\s*(?:\{\s*\d+\s*\}|\d+)|\(?[A-F]*\d[0-9A-F]*\)?\s*_\s*\{?1[1-6]\}?"  # 52_8, 152A_{11}
+# 52_8, (52)_{8}, 152A_{11}
+BASE = r"(?:\(\s*\d+\s*\)|\d+)\s*_\s*(?:\{\s*\d+\s*\}|\d+)|\(?[A-F]*\d[0-9A-F]*\)?\s*_\s*\{?1[1-6]\}?"
 GROUPS = r"(?<![\d.])\d{1,3}(?:(?:\{,\}|,\s*\\!\s*|\\[,;: !]|~%s)\d{3})+(?!\d)(?:\.\d+)?"  # 1{,}000  1,\!000  1\,000
 # the first pattern is for text with brackets, where 1,234 is two items; in the second it is one number
 TOKENS = [re.compile("|".join((
@@ -98,7 +99,7 @@ def letters(run: str, before: str) -> list[str]:
     lower, apart = word.lower(), run[0].isspace() or before[-1:] not in set(")}]0123456789")
     if lower in ("and", "or"):
         return [","]
-    if word in FUNCTIONS or word in LETTERS or word in ("pi", "sqrt", "infinity", "inf"):
+    if word in FUNCTIONS or word in LETTERS or word in ("sqrt", "infinity", "inf"):
         return ["\\infty" if word[:3] == "inf" else "\\" + word]
     known = len(word) > 3 or len(word) > 1 and (lower in UNITS or lower in NUMERALS)
     if apart and known or word in ("cm", "mm", "km", "kg"):
@@ -110,14 +111,14 @@ def tokenize(text: str, thousands: bool = True) -> list[str]:
     """LaTeX or plain text -> tokens in one spelling. thousands: 1,234 outside brackets is one number."""
     if len(text) > MAX_CHARS:
         raise Unread("too long")
-    text = " ".join((text if text.isascii() else text.translate(UNICODE)).split())  # long runs of spaces slow patterns down
+    text = text if text.isascii() else text.translate(UNICODE)
+    text = " ".join(text.split())  # a long run of spaces would slow the patterns down
     if "\\" in text:
         for _ in range(4):  # \text{\textbf{}} a few levels deep
             text, found = TEXT.subn(words, text)
             if not found:
                 break
-    if "\\" in text or "10" in text:
-        text = REWRITE.sub(lambda match: REWRITES[match.lastgroup][1], text)
+    text = REWRITE.sub(lambda match: REWRITES[match.lastgroup][1], text)
     tokens: list[str] = []
     for raw in TOKENS[thousands and not any(mark in text for mark in ("(", "[", "\\{"))].findall(text):
         token = SPELLING.get(raw, raw)
@@ -138,7 +139,6 @@ POWERS = {",": 1, "<": 2, ">": 2, "<=": 2, ">=": 2, "=": 2, "!=": 2, "in": 2, "�
 SIGN, ARGUMENT, JOINED = 5.5, 6.2, 6.5  # -2x is -(2x); sin 5x/2 stops at the slash; 2x is a product of 2 and x
 CLOSERS = {"(": ")]", "[": ")]", "\\{": ["\\}"], "{": "}", "|": "|", "\\lfloor": ["\\rfloor"], "\\lceil": ["\\rceil"]}
 ENDS = {"\\}", "\\\\", "\\end", "\\rfloor", "\\rceil"}
-NOT_FACTORS = {"text", "unit", "list", "set", "rel", "tuple", "matrix"}
 
 
 def number(token: str) -> tuple:
@@ -211,10 +211,10 @@ class Parser:
 
     def joined(self, left: tuple) -> tuple:
         """Side by side: a mixed number or a product. Two numbers, or words and mathematics, have no value."""
+        if left[0] in ("text", "unit", "list", "set", "rel", "tuple", "matrix"):
+            raise Unread("words beside mathematics")
         before, token = self.tokens[self.at - 1], self.next
         bare = left[0] == "num" and before.isdigit()
-        if left[0] in NOT_FACTORS:
-            raise Unread("words beside mathematics")
         if before[-1].isdigit() and token[0] in "0123456789.":
             slash, below = self.tokens[self.at + 1:self.at + 3]
             if not (bare and slash == "/" and below.isdigit()):
@@ -259,8 +259,6 @@ class Parser:
             return right if token in "+≈" else ("neg", right) if token == "-" else (token, ("num", Fraction(0)), right)
         if token == "$$":
             return ("unit", "$", self.parse(SIGN))
-        if token == "\\pi":
-            return ("pi",)
         if token in ("\\frac", "\\binom"):
             return ("/" if name == "frac" else name, self.argument(), self.argument())
         if token == "\\sqrt":
@@ -283,10 +281,10 @@ class Parser:
             name += self.take() + self.take()
             while name.count("{") > name.count("}"):
                 name += self.take()
-        if name in ("e", "i"):
-            return (name,)
+        if name in ("e", "i", "\\pi"):
+            return (name.lstrip("\\"),)
         after, closer = self.tokens[self.at + 1:self.at + 3]
-        if self.next == "(" and name[0].isalpha() and (name in set("fghFG") or after[:1].isdigit() and closer == ")"):
+        if self.next == "(" and name[0].isalpha() and (name in "fghFG" or after[:1].isdigit() and closer == ")"):
             return ("call", name, self.prefix())
         return ("sym", name.replace("{", "").replace("}", ""))
 
@@ -301,6 +299,8 @@ class Parser:
         inner = self.prefix() if self.next in ("(", "{", "[") else self.parse(ARGUMENT, argument=True)
         if exponent == ("neg", ("num", Fraction(1))):
             name, exponent = "arc" + name, None
+        if name not in FUNCTIONS:
+            raise Unread("unknown function")
         value = ("fn", name, inner) if base is None else ("/", ("fn", "ln", inner), ("fn", "ln", base))
         return ("^", value, exponent) if exponent else value
 
@@ -309,11 +309,10 @@ class Parser:
         closer = self.take(*CLOSERS[opener])
         if opener == "\\{":
             return ("set", *(inner[1:] if inner[0] == "list" else (inner,)))
-        if opener in "([":
-            if inner[0] == "list":
-                return ("tuple", opener + closer, *inner[1:])
-            if opener + closer not in ("()", "[]"):
-                raise Unread("brackets do not match")
+        if opener in "([" and inner[0] == "list":
+            return ("tuple", opener + closer, *inner[1:])
+        if opener in "([" and opener + closer not in ("()", "[]"):
+            raise Unread("brackets do not match")
         return inner if opener in "([{" else (opener, inner)
 
     def matrix(self) -> tuple:
@@ -426,10 +425,8 @@ def power(a, b):
             raise Unread("power too large")
         return a ** int(b)
     a = lift(a)
-    if not a.re and not a.im:
-        if lift(b).re <= 0:
-            raise Unread("zero to a negative power")
-        return Fraction(0)
+    if not (a.re or a.im):
+        return Fraction(0) ** (1 if lift(b).re > 0 else -1)
     if isinstance(b, Fraction):
         if b.denominator == 1 and 0 < abs(b) <= 64:
             return reduce(mul, [a] * int(b)) if b > 0 else 1 / power(a, -b)
@@ -454,9 +451,8 @@ def function(name: str, z):
     cos, sin = (up + down) / 2, (up - down) / (2 * I)
     if not z.im:  # exactly real
         cos, sin = Approx(cos.re), Approx(sin.re)
-    one = Fraction(1)
-    return truediv(*{"sin": (sin, one), "cos": (cos, one), "tan": (sin, cos), "cot": (cos, sin), "sec": (one, cos),
-                     "csc": (one, sin)}[name])
+    return {"sin": lambda: sin, "cos": lambda: cos, "tan": lambda: sin / cos, "cot": lambda: cos / sin,
+            "sec": lambda: 1 / cos, "csc": lambda: 1 / sin}[name]()
 
 
 def integer(value) -> int:
@@ -481,10 +477,7 @@ def sample(name: str, point: int) -> Fraction:
 
 
 def evaluate(node: tuple, point: int, meter):
-    """Tree -> Fraction or Approx at a seeded point; ArithmeticError where there is no value within the bounds.
-
-    meter: has pay(value, hard), which returns the value or raises when too much was spent, and natural: is \\log ln?
-    """
+    """Tree -> Fraction or Approx at a seeded point, or ArithmeticError. meter: the Comparison that counts the work."""
     head = node[0]
     if head in ("num", "base"):
         return node[-1]

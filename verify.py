@@ -1,24 +1,25 @@
-r"""The reward: is the answer in a response equal to the gold answer? Exact where mathematics allows, bounded for any input.
+r"""The reward: is the answer in a response equal to the gold answer? Exact where possible, bounded for any input.
 
     verify(response, gold, numbers=None) -> Verdict(correct, lenient, extracted, reason)
     python verify.py GOLD RESPONSE
     python verify.py --in scored.jsonl --out verdicts.jsonl     rows {"response" or "prediction", "gold"[, "numbers"]}
 
-1) Only the text after the last </think> counts, and of it the last closed \boxed{} or \fbox{}; without a box "answer is ...",
-   <answer> and "#### 42". A <think> still open after that earns nothing.
+1) Only the text after the last </think> counts, and of it the last closed \boxed{} or \fbox{}; without a box, what
+   follows "answer is", <answer> or ####. A <think> still open after that earns nothing.
 2) mathexpr.py reads an answer into a tree; what it cannot read (sums, integrals, ellipses, set builders, sentences) is
    compared as text, token by token.
 3) A comma, "and", "or", \{ \}, \cup and \pm make a list in any order; ( ) and [ ] keep order and brackets.
 4) Fractions are compared exactly. Other values are computed with P and with P + 40 digits, P = 60 + 2 x (digits of the
    longest number written), and are equal when they differ by at most err = 10 x (drift from P to P + 40) + 10^(3-P) x
    (largest intermediate value) < 1e-25: a decimal of n digits comes no nearer to a square root than about 10^-2n.
-5) With variables, trees must agree so at 4 seeded points (fractions, integers, negatives); equations and inequalities may
-   differ by a constant factor, positive for inequalities; x > 4 is the interval, x = 5 and 2 + 3 = 5 are 5.
+5) With variables, trees must agree so at 4 seeded points (fractions, integers, negatives); equations and inequalities
+   may differ by a constant factor, positive for inequalities; x > 4 is the interval, x = 5 and 2 + 3 = 5 are 5.
 6) Units may be left out, not exchanged; a percent sign is a unit (50% is 50, not 0.5); a base may not be left out.
-7) strict (`correct`), the training reward, has no tolerance and no string similarity. lenient adds 1e-4 relative error where
-   a side is no integer, capitals, an answer anywhere (last number, inside <think>): for evaluation only.
+7) strict (`correct`), the training reward, has no tolerance, no string similarity; lenient, for evaluation only, adds
+   1e-4 relative error where a side is no integer, any capitals, an answer anywhere (last number, inside <think>).
 8) Countdown (numbers given): the box holds + - * / and each given number exactly once, and equals gold.
-No eval, signal, thread or sympy; safe in threads and forked workers. differs: the paper's reward accepts 60% similarity.
+No eval, signal, thread or sympy; safe in threads and forked workers.
+# differs: the paper's released reward accepts any answer that is 60% similar to the gold one as a string.
 """
 from __future__ import annotations
 
@@ -41,12 +42,12 @@ MAX_BOXES, MAX_BRACES, PLAIN_TAIL = 8, 10_000, 4000  # boxes tried; braces in on
 MAX_ITEMS = 24  # longer lists are sorted by their spelling first: matching in any order is quadratic
 POINTS, ENOUGH, MAX_PRECISION = 12, 4, 200  # points tried, points that must agree; digits of an approximate value
 EXTRA = 40  # digits of the second evaluation beyond the first
-MAX_WORK = 120_000  # units that one comparison may spend, each about 0.2 us
+MAX_WORK = 100_000  # units that one comparison may spend, each about 0.2 us
 LENIENT = 1e-4  # relative error
 
 
 class Verdict(NamedTuple):
-    """correct: the training reward. lenient: for evaluation. extracted: the answer as written. reason: a short fixed phrase."""
+    """correct: the training reward. lenient: for evaluation. extracted: the answer as written. reason: fixed words."""
     correct: bool
     lenient: bool
     extracted: str | None
@@ -89,7 +90,8 @@ def phrased(text: str) -> str | None:
         return None
     tail = tail[ends[-1]:]
     maths = MATHS.match(tail)
-    return (maths[1] or maths[2] or maths[0] if maths else re.split(r"\.(?:\s|$)|\n|</answer>", tail)[0]).strip() or None
+    answer = maths[1] or maths[2] or maths[0] if maths else re.split(r"\.(?:\s|$)|\n|</answer>", tail)[0]
+    return answer.strip() or None
 
 
 def extract_answer(response: str, only_boxed: bool = False) -> tuple[str | None, str]:
@@ -208,7 +210,7 @@ def upward(ops: tuple, sides: tuple) -> tuple[tuple, tuple]:
 
 
 class Comparison:
-    """One comparison of trees: its tolerance and whether it was needed, the work spent, the largest approximate value met."""
+    """One comparison: its tolerance and whether it was needed, the work done, the largest approximate value met."""
 
     def __init__(self, rtol: float = 0):
         self.rtol, self.tolerated, self.work, self.peak, self.natural = rtol, False, 0, Decimal(0), False
@@ -281,7 +283,7 @@ class Comparison:
         return (positive or ops[0] in ("=", "!=")) and self.equal(("*", f, ("at", 0, g)), ("*", g, ("at", 0, f)))
 
     def assigned(self, ops: tuple, sides: tuple) -> tuple | None:
-        """x = 5, 2 + 3 = 5 -> 5; x in S -> S; 2/3 ~ 0.67 -> 2/3; x > 4 -> (4, oo). None where a relation has no value."""
+        """x = 5, 2 + 3 = 5 -> 5; x in S -> S; 2/3 ~ 0.67 -> 2/3; x > 4 -> (4, oo). None where there is no value."""
         if ops == ("in",):
             return sides[1]
         if ops == ("≈",):
@@ -294,8 +296,10 @@ class Comparison:
             return ("set", ("tuple", "()", ("neg", infinity), sides[1]), ("tuple", "()", sides[1], infinity))
         if not set(ops) <= {"<", "<="}:
             return None
-        if len(ops) == 1:
-            (ops, sides) = ((*ops, "<"), (*sides, infinity)) if sides[1][0] == "sym" else (("<", *ops), (("neg", infinity), *sides))
+        if len(ops) == 1 and sides[1][0] == "sym":
+            ops, sides = (*ops, "<"), (*sides, infinity)
+        elif len(ops) == 1:
+            ops, sides = ("<", *ops), (("neg", infinity), *sides)
         brackets = "(["[ops[0] == "<="] + ")]"[ops[1] == "<="]
         return ("tuple", brackets, sides[0], sides[2]) if len(sides) == 3 and sides[1][0] == "sym" else None
 

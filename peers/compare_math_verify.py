@@ -1,0 +1,86 @@
+"""verify.py beside Math-Verify on the same labelled cases, in one process: accuracy, wrong verdicts, CPU time.
+
+    python -m venv venv-mv && venv-mv/bin/pip install math-verify        (its own environment: it pins sympy and antlr4)
+    venv-mv/bin/python peers/compare_math_verify.py cases.jsonl [--every 4]
+
+Rows: {"gold", "response", "expected": true or false}. Math-Verify gets \\boxed{gold} and the text after </think>, the same
+text that verify.py looks at; so it is not charged for answers inside <think>. The two take turns at going first, row by
+row. Time is process CPU time of one whole call (extraction, reading, comparing), each row once; verify.py keeps its cache
+of gold answers, as it does in training, and computes its lenient verdict too. Without math-verify: says so and exits 0.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from verify import verify  # noqa: E402  after the project's folder is on the path
+
+
+def ours(response: str, gold: str) -> bool:
+    return verify(response, gold).correct
+
+
+def theirs(response: str, gold: str) -> bool:
+    from math_verify import parse
+    from math_verify import verify as math_verify
+    return bool(math_verify(parse(f"\\boxed{{{gold}}}"), parse(response.rpartition("</think>")[2])))
+
+
+def measure(rows: list[dict]) -> dict[str, list[tuple[bool, bool, float]]]:
+    """Rows -> name -> (expected, verdict, CPU ms) of every row."""
+    judges = {"verify.py": ours, "Math-Verify": theirs}
+    found: dict[str, list[tuple[bool, bool, float]]] = {name: [] for name in judges}
+    for judge in judges.values():  # imports and first-call tables are nobody's p99
+        judge("so \\boxed{\\frac{1}{2}}", "0.5")
+    for n, row in enumerate(rows):
+        for name in sorted(judges, reverse=n % 2 == 1):
+            start = time.process_time_ns()
+            verdict = judges[name](row["response"], row["gold"])
+            found[name].append((row["expected"], verdict, (time.process_time_ns() - start) / 1e6))
+        if n % 1000 == 999:
+            print(f"  {n + 1:,} of {len(rows):,} rows", file=sys.stderr)
+    return found
+
+
+def report(found: dict[str, list[tuple[bool, bool, float]]]) -> str:
+    lines = ["| | accuracy | wrongly accepted | of negatives | missed | median | mean | p99 | p99.9 | max CPU ms |", "| --- " * 10 + "|"]
+    for name, results in found.items():
+        accepted = sum(verdict and not expected for expected, verdict, _ in results)
+        missed = sum(expected and not verdict for expected, verdict, _ in results)
+        negatives = sum(not expected for expected, _, _ in results)
+        times = sorted(ms for _, _, ms in results)
+        n = len(times)
+        spread = [times[n // 2], sum(times) / n, times[int(n * 0.99)], times[int(n * 0.999)], times[-1]]
+        lines.append(f"| {name} | {1 - (accepted + missed) / n:.2%} | {accepted} | {accepted / max(negatives, 1):.2%} | {missed} | "
+                     + " | ".join(f"{ms:.3g}" for ms in spread) + " |")
+    medians = [sorted(ms for _, _, ms in results)[len(results) // 2] for results in found.values()]
+    return "\n".join([*lines, f"{len(results):,} rows; Math-Verify's median is {medians[1] / medians[0]:.0f} times ours"])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="verify.py beside Math-Verify")
+    parser.add_argument("cases", help='JSONL rows {"gold", "response", "expected"}')
+    parser.add_argument("--every", type=int, default=1, help="take every n-th row")
+    args = parser.parse_args(argv)
+    try:
+        import math_verify  # noqa: F401
+    except ImportError:
+        print("math-verify is not installed here: nothing to compare (see the top of this file)")
+        return 0
+    try:
+        with open(args.cases, encoding="utf-8") as lines:
+            rows = [json.loads(line) for line in lines][::args.every]
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(report(measure(rows)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
