@@ -301,7 +301,7 @@ def search_rates(records) -> dict[int, dict[str, float]]:
 
     right, gave_up    share of the responses that are right; that stopped searching without a "yes"
     tries             checks written a response
-    success, quit     share of the tries that end in "yes"; chance to stop searching after a "no" (the expert's hazard)"""
+    success, quit     share of the tries that end in "yes"; chance to stop after a "no" (the expert's hazard)"""
     rates = {}
     for k in sorted({len(record["problem"].split()) - 4 for record in records}):
         mine = [r for r in records if len(r["problem"].split()) - 4 == k]
@@ -329,7 +329,7 @@ def compare_searches(before: str, after: str) -> None:
         for name, rate in ((before, a), (after, b)):
             print(f"k = {k}  " + "  ".join(f"{key} {value:.3f}" for key, value in rate.items()) + f"  {name}")
         start, patient, end = (found(x["success"], y["quit"]) for x, y in ((a, a), (a, b), (b, b)))
-        share = f"{100 * (patient - start) / (end - start):.0f}% of the gain is not giving up" if end > start else "no gain"
+        share = f"{100 * (patient - start) / (end - start):.0f}% of the gain is patience" if end > start else "no gain"
         print(f"        found {start:.3f} -> {end:.3f}, {patient:.3f} with the old tries and the new patience: {share}")
 
 

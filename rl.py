@@ -73,6 +73,7 @@ class Config:
     eval_every: int = 20        # steps between evaluations; each is saved
     eval_n: int = 4             # samples a problem at an evaluation
     eval_temperature: float = 0.7  # of evaluation
+    max_flops: float = 0.0      # stop once the run has used so much compute (the paper's count); 0 = never
     until_share: float = 0.0    # stop once this share of the gain is surely reached (lower end of 90%); 0 = never
     keep: int = 0               # checkpoints to keep; 0 = all. The newest and the best one always stay
     bf16: bool = False          # compute in bfloat16 under autocast; weights stay fp32
@@ -387,14 +388,15 @@ def main(cfg: Config) -> None:
         print(f"resuming {cfg.out} after step {start}, at prompt {cursor}", flush=True)
     enough = False
     for step in range(start, cfg.steps + 1):
-        due = step % cfg.eval_every == 0 or step == cfg.steps
+        last = step == cfg.steps or 0 < cfg.max_flops <= totals["flops"]
+        due = step % cfg.eval_every == 0 or last
         if due or stop or (cfg.save_every and step % cfg.save_every == 0):
             book.save(step, lambda to: evaluate.save_model(model, tokenizer, to), model, optimizers, **totals,
                       cursor=cursor, seed=cfg.seed)
         if due and not any(row["step"] == step for row in book.of_kind("eval")):
             enough = evaluate_now(cfg, book, step, model, tokenizer, val, totals)
             book.prune(cfg.keep, {max(book.of_kind("eval"), key=lambda row: row["pass1"])["step"]})
-        if step == cfg.steps or stop or enough:
+        if last or stop or enough:
             break
         began = time.monotonic()
         groups, cursor, stats, records, generated = collect(cfg, objective, model, tokenizer, pool, cursor, step)
