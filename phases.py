@@ -18,7 +18,7 @@ Choices where the paper leaves something open:
  6) Rows may come in any order. Of two rows of one step the later counts (a resumed run writes a step again).
 All of it works on the prefix of a run: sft.py calls diagnose() after each validation and stops by reached().
 
-    python phases.py runs/sft [--json] [--plot regimes.png]     metrics.jsonl, lines of kind val; checkpoints/step_N
+    python phases.py runs/sft [--json]                          metrics.jsonl, lines of kind val; checkpoints/step_N
     python phases.py --csv curve.csv                            columns val_loss and step or flops (or both)
     python phases.py --compare runs/a runs/b [--ceilings 77.3 79.7]     or --ceilings FILE.csv, columns run and a_post
 Shapes: N evaluations of one run. Losses in nats a token, compute in FLOPs since the start of SFT."""
@@ -37,7 +37,7 @@ from typing import NamedTuple
 import numpy as np
 
 DELTA, DELTA2 = 0.02, 0.1       # eq. (5): the upper edges of Stable and of Mild, relative to L_min
-PATIENCE = 3                    # validations in a row before a stop: with 2, noise alone stopped flat curves 4 times as often
+PATIENCE = 3                    # validations in a row before a stop: with 2, noise stopped flat curves 4 times as often
 REGIMES = ("adaptive", "stable", "mild", "severe")
 
 
@@ -293,34 +293,6 @@ def read_ceilings(words, runs) -> dict:
     return dict(zip(map(str, runs), values))
 
 
-def plot(found: Diagnosis, path) -> None:
-    """The validation loss over the regimes it passes through, as a PNG (or what the file's suffix says)."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib, or leave --plot out") from None
-    matplotlib.use("Agg")           # no display needed
-    from matplotlib import pyplot
-    colours = {"adaptive": "#9ecae1", "stable": "#a1d99b", "mild": "#fee391", "severe": "#fc9272"}
-    steps = np.array(found.steps, float)
-    edges = np.concatenate([steps[:1], (steps[1:] + steps[:-1]) / 2, steps[-1:]])      # a regime ends half way
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for name in REGIMES:
-        at = [i for i, r in enumerate(found.regimes) if r == name]
-        if at:
-            axes.axvspan(edges[at[0]], edges[at[-1] + 1], color=colours[name], alpha=0.6, lw=0, label=name)
-    axes.plot(steps, found.losses, "o-", color="#333333", ms=4, lw=1)
-    if found.recommended_step is not None:
-        best = found.steps.index(found.recommended_step)
-        axes.plot(steps[best], found.losses[best], "*", color="#08306b", ms=14, label=f"start RL: step {steps[best]:g}")
-    axes.set(xlabel="SFT step", ylabel="validation loss (nats a token)",
-             title="saturated" if found.saturated else "still improving")
-    axes.legend(frameon=False, fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
 def _report(found: Diagnosis) -> str:
     """The text table: a row a validation, then the recommendation."""
     lines = [f"{'step':>10} {'EFLOP':>10} {'val loss':>9}  regime"]
@@ -355,7 +327,6 @@ def main(argv=None) -> int:
     parser.add_argument("--delta", type=float, default=DELTA, help="upper edge of Stable, over L_min (default 0.02)")
     parser.add_argument("--delta2", type=float, default=DELTA2, help="upper edge of Mild, over L_min (default 0.1)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the regimes along the loss (needs matplotlib)")
     args = parser.parse_args(argv)
     try:
         if bool(args.run) + bool(args.csv) + bool(args.compare) > 1:
@@ -369,8 +340,6 @@ def main(argv=None) -> int:
         curve = read_csv(args.csv) if args.csv else read_run(args.run or "runs/sft")
         found = diagnose(curve.steps, curve.losses, curve.flops, curve.saved, args.delta, args.delta2)
         print(json.dumps(found.as_json()) if args.json else _report(found))
-        if args.plot:
-            plot(found, args.plot)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
