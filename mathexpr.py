@@ -65,7 +65,7 @@ REWRITES = {
     "end": (r"\\end\s*\{(?:[pbB]?(?:small)?matrix\*?|array)\}", r" \end "), "gap": (r"\\\\\[\w+\]", r" \\ "),
     "degree": (r"\^\s*\{?\s*\\circ\s*\}?", "°"), "hidden": (r"\\[hv]?phantom\s*(?:\{[^{}]*\}|.)", ""),
     "reals": (r"\\mathbb\s*\{?R\}?", r"(-\infty,\infty)"), "times": (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", "*")}
-REWRITE = re.compile("|".join(f"(?P<{name}>{pattern})" for name, (pattern, _) in REWRITES.items()))
+REWRITE = re.compile(r"(?=[\\^xX ])(?:%s)" % "|".join(f"(?P<{name}>{pattern})" for name, (pattern, _) in REWRITES.items()))
 # 52_8, (52)_{8}, 152A_{11}
 BASE = r"(?:\(\s*\d+\s*\)|\d+)\s*_\s*(?:\{\s*\d+\s*\}|\d+)|\(?[A-F]*\d[0-9A-F]*\)?\s*_\s*\{?1[1-6]\}?"
 GROUPS = r"(?<![\d.])\d{1,3}(?:(?:\{,\}|,\s*\\!\s*|\\[,;: !]|~%s)\d{3})+(?!\d)(?:\.\d+)?"  # 1{,}000  1,\!000  1\,000
@@ -146,9 +146,9 @@ def number(token: str) -> tuple:
     mantissa, _, exponent = token.lower().partition("e")
     if len(token) > MAX_DIGITS or len(exponent) > 5 or abs(int(exponent or 0)) > MAX_BITS // 4:
         raise Unread("too large")
-    if token.isdigit():
-        return ("num", Fraction(int(token)))
-    return ("num", Fraction(re.sub(r"[^\d.]", "", mantissa)) * Fraction(10) ** int(exponent or 0))
+    whole, _, decimals = re.sub(r"[^\d.]", "", mantissa).partition(".")
+    value = Fraction(int(whole + decimals), 10 ** len(decimals))
+    return ("num", value * Fraction(10) ** int(exponent) if exponent else value)
 
 
 class Parser:
@@ -162,7 +162,7 @@ class Parser:
         return self.tokens[self.at]
 
     def take(self, *expected: str) -> str:
-        token = self.next
+        token = self.tokens[self.at]
         if not token or expected and token not in expected:
             raise Unread("unexpected token")
         self.at += 1
@@ -173,9 +173,9 @@ class Parser:
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise Unread("too deep")
-        left = self.prefix()
-        while token := self.next:
-            power = POWERS.get('"' if token[0] == '"' else token)
+        left = self.prefix(self.take())
+        while token := self.tokens[self.at]:
+            power = POWERS.get(token if token[0] != '"' else '"')
             if power is None:
                 starts = token[0].isalnum() or token[0] in "([{." or token[0] == "\\" and token not in ENDS
                 power = JOINED if starts and not (argument and token[1:] in FUNCTIONS) else 0
@@ -239,31 +239,30 @@ class Parser:
         name, value = (left[1] + " ", left[2]) if left[0] == "unit" else ("", left)
         return ("unit", name + word, value)
 
-    def prefix(self) -> tuple:
-        token = self.take()
+    def prefix(self, token: str) -> tuple:
         kind, name = token[0], token[1:]
         if "_" in name:
             return self.based(token)
         if kind.isdigit() or kind == "." and name:
             return number(token)
+        if token in CLOSERS:
+            return self.bracket(token)
+        if token in ("\\frac", "\\binom"):
+            return ("/" if name == "frac" else name, self.argument(), self.argument())
         if kind.isalpha() or name in LETTERS:
             return self.symbol(token)
         if kind == '"':
             return self.text(token[1:-1])
         if name in FUNCTIONS:
             return self.function(name)
-        if token in CLOSERS:
-            return self.bracket(token)
         if token in ("-", "+", "±", "∓", "≈"):
             right = self.parse(SIGN)
             return right if token in "+≈" else ("neg", right) if token == "-" else (token, ("num", Fraction(0)), right)
         if token == "$$":
             return ("unit", "$", self.parse(SIGN))
-        if token in ("\\frac", "\\binom"):
-            return ("/" if name == "frac" else name, self.argument(), self.argument())
         if token == "\\sqrt":
             index = self.bracket("[") if self.next == "[" and self.take() else ("num", Fraction(2))
-            return ("root", index, self.prefix())
+            return ("root", index, self.prefix(self.take()))
         if token == "\\begin":
             return self.matrix()
         raise Unread("unknown token")
@@ -274,7 +273,7 @@ class Parser:
         if token.isdigit() and len(token) > 1:
             self.tokens[self.at] = token[1:]
             return number(token[0])
-        return self.prefix()
+        return self.prefix(self.take())
 
     def symbol(self, name: str) -> tuple:
         if self.next == "_":
@@ -285,7 +284,7 @@ class Parser:
             return (name.lstrip("\\"),)
         after, closer = self.tokens[self.at + 1:self.at + 3]
         if self.next == "(" and name[0].isalpha() and (name in "fghFG" or after[:1].isdigit() and closer == ")"):
-            return ("call", name, self.prefix())
+            return ("call", name, self.prefix(self.take()))
         return ("sym", name.replace("{", "").replace("}", ""))
 
     def function(self, name: str) -> tuple:
@@ -293,10 +292,10 @@ class Parser:
         base = exponent = None
         while self.next in ("^", "_"):
             if self.take() == "^":
-                exponent = self.parse(POWERS["^"] - 1) if self.next == "-" else self.prefix()
+                exponent = self.parse(POWERS["^"] - 1) if self.next == "-" else self.prefix(self.take())
             else:
                 base = self.argument()
-        inner = self.prefix() if self.next in ("(", "{", "[") else self.parse(ARGUMENT, argument=True)
+        inner = self.prefix(self.take()) if self.next in ("(", "{", "[") else self.parse(ARGUMENT, argument=True)
         if exponent == ("neg", ("num", Fraction(1))):
             name, exponent = "arc" + name, None
         if name not in FUNCTIONS:
@@ -365,7 +364,7 @@ class Approx(NamedTuple):
         return self * Approx(other.re / square, -other.im / square)
 
     def __abs__(self):
-        return Approx((self.re * self.re + self.im * self.im).sqrt())
+        return Approx((self.re * self.re + self.im * self.im).sqrt() if self.im else abs(self.re))
 
     __radd__, __rmul__ = __add__, __mul__
     __sub__ = lambda self, other: self + -lift(other)

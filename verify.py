@@ -33,7 +33,7 @@ from collections import Counter
 from collections.abc import Iterator
 from decimal import Context, Decimal, DivisionByZero, InvalidOperation, Overflow, getcontext, localcontext
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from mathexpr import MAX_BITS, UNITS, Approx, Parser, Unread, evaluate, lift, tokenize
@@ -43,7 +43,7 @@ MAX_ITEMS = 24  # longer lists are sorted by their spelling first: matching in a
 POINTS, ENOUGH, MAX_PRECISION = 12, 4, 200  # points tried, points that must agree; digits of an approximate value
 EXTRA = 40  # digits of the second evaluation beyond the first
 MAX_WORK = 100_000  # units that one comparison may spend, each about 0.2 us
-LENIENT = 1e-4  # relative error
+LENIENT = 10_000  # lenient equality is to one part in this many
 
 
 class Verdict(NamedTuple):
@@ -112,10 +112,12 @@ def extract_anywhere(response: str) -> str | None:
 
 
 # ----------------------------------------------------------------------------------------------------------- readings
-class Reading(NamedTuple):
-    """plain: the tokens joined, by which texts are compared. tree: None where the text is not understood."""
-    plain: str
-    tree: tuple | None
+def fraction(tree: tuple) -> Fraction | None:
+    """The value of an integer, a decimal or a fraction, which is all that most answers need."""
+    sign, tree = (-1, tree[1]) if tree[0] == "neg" else (1, tree)
+    if tree[0] == "/" and tree[1][0] == tree[2][0] == "num" and tree[2][1]:
+        return sign * tree[1][1] / tree[2][1]
+    return sign * tree[1] if tree[0] == "num" else None
 
 
 def signed(node, up: bool):
@@ -128,28 +130,36 @@ def signed(node, up: bool):
     return tuple(signed(child, up) for child in node)
 
 
-def read_now(text: str, thousands: bool) -> Reading:
-    try:
-        tokens = tokenize(text, thousands)
-    except Unread:
-        return Reading(text.strip(), None)
-    # words letter by letter, so that \text{VW} is VW; capitals matter in short ones only
-    plain = " ".join(" ".join(t[1:-1].casefold() if len(t) > 5 else t[1:-1]) if t[0] == '"' else t for t in tokens)
-    try:
-        tree = Parser(tokens).parse()
-    except (ArithmeticError, ValueError):
-        return Reading(plain, None)
-    if "±" in tokens or "∓" in tokens:
-        tree = ("set", *(v for item in members(tree) for v in dict.fromkeys((signed(item, True), signed(item, False)))))
-    return Reading(plain, tree)
+class Reading:
+    """An answer as tokens. plain: these joined, to compare texts. tree: made when needed, None where not understood."""
+
+    def __init__(self, text: str, thousands: bool):
+        try:
+            self.tokens = tokenize(text, thousands)
+        except Unread:
+            self.tokens = []
+        self.plain = " ".join(self.tokens) or text.strip()
+        if '"' in self.plain:  # words letter by letter, so that \text{VW} is VW; capitals matter in short ones only
+            letters = (t if t[0] != '"' else " ".join(t[1:-1].casefold() if len(t) > 5 else t[1:-1]) for t in self.tokens)
+            self.plain = " ".join(letters)
+
+    @cached_property
+    def tree(self) -> tuple | None:
+        try:
+            tree = Parser(self.tokens).parse()
+        except (ArithmeticError, ValueError):
+            return None
+        if "±" not in self.tokens and "∓" not in self.tokens:
+            return tree
+        return ("set", *(v for item in members(tree) for v in dict.fromkeys((signed(item, True), signed(item, False)))))
 
 
-read_short = lru_cache(2048)(read_now)  # a gold answer is read once for its whole group; long texts are not kept
+read_short = lru_cache(2048)(Reading)  # a gold answer is read once for its whole group; long texts are not kept
 
 
 def read(text: str, thousands: bool = True) -> Reading:
-    """Answer text -> Reading. thousands=False reads the commas of 1,234 as those of a list."""
-    return (read_short if len(text) <= 120 else read_now)(text, thousands)
+    """thousands=False reads the commas of 1,234 as those of a list."""
+    return (read_short if len(text) <= 120 else Reading)(text, thousands)
 
 
 # ----------------------------------------------------------------------------------------------------------- equality
@@ -158,9 +168,13 @@ def survey(node: tuple, names: set[str]) -> int:
     head = node[0]
     if head == "num":
         return (node[1].numerator.bit_length() + node[1].denominator.bit_length()) // 3
-    if head in ("sym", "text", "i", "call") or head == "fn" and node[1] == "log":
-        names.add(head if head in ("i", "call") else node[1])
-    return max((survey(child, names) for child in node[1:] if isinstance(child, tuple)), default=0)
+    if head in ("sym", "text", "i", "call", "fn"):
+        names.add(node[1] if head in ("sym", "text") or node[1:2] == ("log",) else head)
+    longest = 0
+    for child in node[1:]:
+        if isinstance(child, tuple):
+            longest = max(longest, survey(child, names))
+    return longest
 
 
 @lru_cache(64)
@@ -210,10 +224,10 @@ def upward(ops: tuple, sides: tuple) -> tuple[tuple, tuple]:
 
 
 class Comparison:
-    """One comparison: its tolerance and whether it was needed, the work done, the largest approximate value met."""
+    """One comparison, to one part in `parts`: whether that was needed, the work done, the largest approximate value."""
 
-    def __init__(self, rtol: float = 0):
-        self.rtol, self.tolerated, self.work, self.peak, self.natural = rtol, False, 0, Decimal(0), False
+    def __init__(self, parts: int = 0):
+        self.parts, self.tolerated, self.work, self.peak, self.natural = parts, False, 0, Decimal(0), False
 
     def pay(self, value: Fraction | Approx, hard: bool = False) -> Fraction | Approx:
         """Count the cost of a value. hard: it took a series, whose cost grows with the square of the precision."""
@@ -287,7 +301,7 @@ class Comparison:
         if ops == ("in",):
             return sides[1]
         if ops == ("≈",):
-            return sides[0] if Comparison(0.01).same(*sides) else None
+            return sides[0] if Comparison(100).same(*sides) else None
         if set(ops) == {"="}:
             rest = sides[1:] if named(sides[0]) else sides[:-1] if named(sides[-1]) else sides
             return rest[0] if all(self.same(rest[0], other) for other in rest[1:]) else None
@@ -305,9 +319,11 @@ class Comparison:
 
     def equal(self, a: tuple, b: tuple) -> bool:
         """Do two trees have the same value wherever both are defined?"""
+        if (x := fraction(a)) is not None and (y := fraction(b)) is not None:
+            return self.near(x, y)
         names: set[str] = set()
         digits = 60 + 2 * max(survey(a, names), survey(b, names))
-        variables = names - {"i", "log"}
+        variables = names - {"i", "fn", "log"}
         for self.natural in (False, True)[:1 + ("log" in names)]:
             seen = 0
             for point in range(POINTS if variables else 1):
@@ -329,8 +345,7 @@ class Comparison:
                 with localcontext(context(precision)):
                     x, y = evaluate(a, point, self), evaluate(b, point, self)
                     if isinstance(x, Fraction) and isinstance(y, Fraction):
-                        integers = x.denominator == y.denominator == 1
-                        return x == y or not integers and self.tolerates(abs(x - y), max(abs(x), abs(y)))
+                        return self.near(x, y)
                     passes.append((self.pay(lift(x)), self.pay(lift(y))))
                     x, y = passes[-1]
                     gap, size, slack = abs(x - y).re, max(abs(x).re, abs(y).re), self.peak.scaleb(-digits // 2)
@@ -344,15 +359,22 @@ class Comparison:
         except ArithmeticError:
             return None
 
-    def tolerates(self, gap: Fraction | Decimal, size: Fraction | Decimal) -> bool:
-        near = bool(self.rtol) and gap <= type(size)(self.rtol) * size
+    def near(self, x: Fraction, y: Fraction) -> bool:
+        p, q = x.numerator * y.denominator, y.numerator * x.denominator
+        integers = x.denominator == y.denominator == 1  # have no tolerance
+        return p == q or not integers and self.tolerates(abs(p - q), max(abs(p), abs(q)))
+
+    def tolerates(self, gap: int | Decimal, size: int | Decimal) -> bool:
+        near = self.parts > 0 and gap * self.parts <= size
         self.tolerated |= near
         return near
 
 
-def judge(gold: str, answer: str, rtol: float = 0) -> tuple[bool, bool]:
-    """(are two answers equal within rtol?, and without having used it?)"""
-    comparison = Comparison(rtol)
+def judge(gold: str, answer: str, parts: int = 0) -> tuple[bool, bool]:
+    """(are two answers equal to one part in `parts`, 0: exactly?; exactly?) A false second means that it was not tried."""
+    if gold == answer != "":
+        return True, True
+    comparison = Comparison(parts)
     for thousands in (True, False):
         a, b = read(gold, thousands), read(answer, thousands)
         if not a.plain or not b.plain:

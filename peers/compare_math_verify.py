@@ -4,13 +4,15 @@
     venv-mv/bin/python peers/compare_math_verify.py cases.jsonl [--every 4]
 
 Rows: {"gold", "response", "expected": true or false}. Math-Verify gets \\boxed{gold} and the text after </think>, the same
-text that verify.py looks at; so it is not charged for answers inside <think>. The two take turns at going first, row by
-row. Time is process CPU time of one whole call (extraction, reading, comparing), each row once; verify.py keeps its cache
-of gold answers, as it does in training, and computes its lenient verdict too. Without math-verify: says so and exits 0.
+text that verify.py looks at; so it is not charged for answers inside <think>. They take turns by blocks of 250 rows: a
+trainer runs one verifier, not one that starts with the caches full of the other's work. Time is process CPU time of one
+whole call (extraction, reading, comparing), each row once; verify.py keeps its cache of gold answers, as it does in
+training, and computes its lenient verdict too. Without math-verify: says so and exits 0.
 """
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -19,6 +21,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from verify import verify  # noqa: E402  after the project's folder is on the path
+
+
+BLOCK = 250  # rows
 
 
 def ours(response: str, gold: str) -> bool:
@@ -37,13 +42,14 @@ def measure(rows: list[dict]) -> dict[str, list[tuple[bool, bool, float]]]:
     found: dict[str, list[tuple[bool, bool, float]]] = {name: [] for name in judges}
     for judge in judges.values():  # imports and first-call tables are nobody's p99
         judge("so \\boxed{\\frac{1}{2}}", "0.5")
-    for n, row in enumerate(rows):
-        for name in sorted(judges, reverse=n % 2 == 1):
-            start = time.process_time_ns()
-            verdict = judges[name](row["response"], row["gold"])
-            found[name].append((row["expected"], verdict, (time.process_time_ns() - start) / 1e6))
-        if n % 1000 == 999:
-            print(f"  {n + 1:,} of {len(rows):,} rows", file=sys.stderr)
+    for first in range(0, len(rows), BLOCK):
+        for name, judge in judges.items():
+            gc.collect()  # each pays for its own garbage
+            for row in rows[first:first + BLOCK]:
+                start = time.process_time_ns()
+                verdict = judge(row["response"], row["gold"])
+                found[name].append((row["expected"], verdict, (time.process_time_ns() - start) / 1e6))
+        print(f"  {min(first + BLOCK, len(rows)):,} of {len(rows):,} rows", file=sys.stderr)
     return found
 
 
