@@ -37,7 +37,7 @@ from typing import NamedTuple
 import numpy as np
 
 DELTA, DELTA2 = 0.02, 0.1       # eq. (5): the upper edges of Stable and of Mild, relative to L_min
-PATIENCE = 3                    # validations in a row before a stop: with 2, noise stopped flat curves 4 times as often
+PATIENCE = 3                    # validations in a row before a stop; with 2, noise stops 2 to 3 times as many flat runs
 REGIMES = ("adaptive", "stable", "mild", "severe")
 
 
@@ -97,6 +97,7 @@ def diagnose(steps, losses, flops=None, saved=None, delta: float = DELTA, delta2
     if not len(steps) or len(steps) != len(losses) or len(steps) != len(flops):
         raise ValueError(f"diagnose: {len(steps)} steps, {len(losses)} losses, {len(flops)} flops; "
                          "needs at least one validation and equal lengths")
+    steps = np.asarray(steps).tolist()              # plain numbers, for JSON
     rows = {s: (float("nan") if v is None else float(v), f) for s, v, f in zip(steps, losses, flops)}
     order = sorted(rows)
     loss = _infinite_if_bad([rows[s][0] for s in order])        # (N,)
@@ -141,17 +142,20 @@ def reached(diagnosis: Diagnosis, regime: str) -> bool:
 
 
 def noise_of(x, loss) -> float:
-    """Standard deviation of one validation (nats) by the distance of points from the line through their neighbours.
+    """Standard deviation of one validation (nats), by how far points lie from the line through their neighbours.
 
-    x, loss (N,) finite, sorted by x. 0 unless the curve looks noisy where it matters: from 1.25 L_min on it turns at
-    least 4 times and at a third of its points or more. A valley turns once, a spike or a second minimum twice more."""
-    start = int(np.argmax(loss <= 1.25 * loss.min(initial=np.inf))) if len(loss) else 0
+    x, loss (N,) finite, sorted by x; only from 1.5 L_min on, where the bands are. 0 unless the curve turns 3 times or
+    more and these distances change sign 4 times and at every other point: a valley turns once, a spike or a second
+    minimum bends few points; of noise three in four change sign."""
+    start = int(np.argmax(loss <= 1.5 * loss.min(initial=np.inf))) if len(loss) else 0
     x, loss = x[start:], loss[start:]
-    n_turns = int((np.diff(loss)[1:] * np.diff(loss)[:-1] < 0).sum())
-    if n_turns < max(4, len(loss) / 3):
+    if len(loss) < 7:                               # 4 changes of sign need 5 distances
         return 0.0
     w = (x[1:-1] - x[:-2]) / (x[2:] - x[:-2])       # uneven steps: where between its neighbours a point lies
     gap = (loss[1:-1] - (1 - w) * loss[:-2] - w * loss[2:]) / np.sqrt(1 + w ** 2 + (1 - w) ** 2)
+    n_turns, n_changes = (int((v[1:] * v[:-1] < 0).sum()) for v in (np.diff(loss), gap))
+    if n_turns < 3 or n_changes < max(4, (len(gap) - 1) / 2):
+        return 0.0
     return float(1.4826 * np.median(np.abs(gap)))   # 1.4826 makes it a Gaussian's sigma; the median passes over spikes
 
 
