@@ -102,7 +102,7 @@ class Attention(nn.Module):
         n, S = H // Hkv, mask.shape[-1]
         q = q.view(B, T, Hkv, n, K).permute(0, 2, 3, 1, 4).reshape(B, Hkv, n * T, K)
         mask = mask if T == 1 else mask.repeat(1, 1, n, 1)
-        y = F.scaled_dot_product_attention(q, kv[0][:, :, :S], kv[1][:, :, :S], attn_mask=mask)
+        y = F.scaled_dot_product_attention(q, kv[0][:B, :, :S], kv[1][:B, :, :S], attn_mask=mask)
         return self.o_proj(y.view(B, Hkv, n, T, K).permute(0, 3, 1, 2, 4).reshape(B, T, H * K))
 
 
@@ -152,6 +152,13 @@ class Cache:
         """Make room for positions 0..slots-1 (at least `used`), in place. Returns the cache itself."""
         return self._rebuild(lambda old: old, self.rows, slots)
 
+    def put(self, rows: Tensor, source: "Cache", index: Tensor, slots: int) -> None:
+        """Row rows[i] takes over positions 0..slots-1 of the source's row index[i]; both (n,) long. The source may be
+        this cache, where no row is read after it was written."""
+        for mine, other in zip(self.k + self.v, source.k + source.v):
+            mine[:, :, :slots].index_copy_(0, rows, other[:, :, :slots].index_select(0, index))
+        self.used = max(self.used, slots)
+
     def _rebuild(self, choose, rows: int, slots: int) -> "Cache":
         for tensors in (self.k, self.v):
             for i, old in enumerate(tensors):   # tensor by tensor: the peak is one tensor above the result
@@ -179,24 +186,28 @@ class Model(nn.Module):
         """The output matrix (V, D)."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def forward(self, ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None,
+                top: int | None = None) -> Tensor:
         """ids (B, T) long, positions (B, T) long (None: 0..T-1 in each row) -> hidden (B, T, D) after the final norm.
 
         Without a cache attention is causal along the row and positions only turn the angles. With one, keys and values
-        are written at slot = position and a query sees all slots up to its own position. Positions None with a cache is
-        a prefill from slot 0. Raises ValueError where rows or positions do not fit the cache."""
+        are written into its first B rows at slot = position, and a query sees all slots up to its own position.
+        Positions None with a cache is a prefill from slot 0. top: 1 + the largest position, where the caller knows it;
+        None asks the device, and waits. Raises ValueError where rows or positions do not fit the cache."""
         B, T = ids.shape
         at = mask = None
         places = torch.arange(T, device=ids.device)[None] if positions is None else positions   # (1 or B, T)
         if cache is not None:
-            top = T if positions is None else int(positions.max()) + 1
-            if B != cache.rows or top > cache.slots:
+            top = T if positions is None else top or int(positions.max()) + 1
+            if B > cache.rows or top > cache.slots:
                 raise ValueError(f"{B} rows up to position {top - 1} do not fit a cache of {cache.rows} rows x "
                                  f"{cache.slots} slots; select() the rows or grow() the slots first")
             cache.used = max(cache.used, top)
             at = torch.arange(B, device=ids.device)[:, None], places
             if positions is not None:   # a prefill from slot 0 sees only itself: causal, without reading the cache
-                mask = torch.arange(top, device=ids.device) <= positions[:, None, :, None]   # (B, 1, T, top)
+                seen = torch.arange(top, device=ids.device) <= positions[:, None, :, None]   # (B, 1, T, top)
+                # added to the scores: from booleans, every layer would make these numbers again
+                mask = torch.zeros(seen.shape, dtype=cache.k[0].dtype, device=ids.device).masked_fill_(~seen, -math.inf)
         x = self.model.embed_tokens(ids)   # (B, T, D)
         cos, sin = self._angles(places, x.dtype)
         for i, block in enumerate(self.model.layers):
