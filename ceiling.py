@@ -160,10 +160,10 @@ def _points(flops, performance, p_sft, n, held_back: bool):
 def falls(y) -> tuple[str, int]:
     """("ok" | "collapse" | "oscillation", index of the last fall or N) of performances y (N,) in order of compute.
 
-    Down: below the best so far by 6 sigma, half the gain and 2 points, whichever is most. Three points down at the end
+    Down: below the best so far by 7 sigma, half the gain and 2 points, whichever is most. Three points down at the end
     are a collapse; two spells or more that the run came back from an oscillation; one bad point is neither."""
     best = np.maximum.accumulate(y)
-    down = best - y > np.maximum(max(6 * _noise(y), 2.0), (best - y[0]) / 2)
+    down = best - y > np.maximum(max(7 * _noise(y), 2.0), (best - y[0]) / 2)
     starts = np.flatnonzero(down & ~np.r_[False, down[:-1]])
     if len(y) >= 6 and down[-3:].all():
         return "collapse", int(starts[-1])
