@@ -94,6 +94,9 @@ def cli(main, Config, preset=None, options=None) -> None:
     """
     try:
         main(parse(Config, preset=preset, options=options))
+    except KeyboardInterrupt:
+        print("\nstopped at once; checkpoints already written are whole (--resume goes on from the newest)", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError) as error:
         ours = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parent == HERE
         if not ours and not isinstance(error, OSError):
