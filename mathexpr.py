@@ -41,11 +41,11 @@ FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan exp ln log".split(
 LETTERS = set("alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi varphi "
               "chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega hbar ell pi infty emptyset".split())
 UNITS = table(
-    "% percent; $ dollar dollars usd bucks; cent cents; euro euros; deg degree degrees; rad radian radians; / per; mm; "
-    "cm centimeter centimeters; m meter meters metres; km kilometer kilometers; in inch inches; ft foot feet; yd yards; "
+    "% percent; $ dollar dollars usd; cent cents; euro euros; deg degree degrees; rad radian radians; am a.m; pm p.m; "
+    "mm; cm centimeter centimeters; m meter meters; km kilometer kilometers; in inch inches; ft foot feet; yd yards; "
     "mi mile miles; g gm gram grams; kg kilogram kilograms; lb lbs pound pounds; oz ounce ounces; l liter liters; ml; "
-    "s sec second seconds; min minute minutes; h hr hrs hour hours; day days; week weeks; month months; year years; "
-    "gal gallon gallons; acre acres; 2 square sq; 3 cubic")
+    "s sec second seconds; min minute minutes; h hr hour hours; day days; week weeks; month months; year years; "
+    "yd yard; acre acres; 2 square sq; 3 cubic; / per")
 NUMERALS = dict(zip("zero one two three four five six seven eight nine ten eleven twelve".split(), range(13)))
 NOT_UNITS = {*NUMERALS, *"hundred thousand million billion trillion dozen half halves third thirds quarter quarters "
              "plus minus times over squared cubed factorial not mod negative".split()}  # they change the value before
@@ -60,12 +60,12 @@ UNICODE = {ord(c): f" {t} " if t[0] == "\\" else t for c, t in zip(
     (r"\pi \sqrt \infty \in \theta \alpha \beta \frac{1}{2} \frac{1}{4} \emptyset "
      r"* * * / - - <= >= != ^2 ^3 % , ( ) ... \,").split())}
 TEXT = re.compile(r"\\(text(?:bf|it|rm|tt|normal)?|[mh]box|math(?:rm|bf|it|sf)|operatorname|boldsymbol)\s*\{([^{}]*)\}")
-REWRITES = {
-    "begin": (r"\\begin\s*\{[pbB]?(?:small)?matrix\*?\}|\\begin\s*\{array\}\s*(?:\{[^{}]*\})?", r" \begin "),
-    "end": (r"\\end\s*\{(?:[pbB]?(?:small)?matrix\*?|array)\}", r" \end "), "gap": (r"\\\\\[\w+\]", r" \\ "),
-    "degree": (r"\^\s*\{?\s*\\circ\s*\}?", "°"), "hidden": (r"\\[hv]?phantom\s*(?:\{[^{}]*\}|.)", ""),
-    "reals": (r"\\mathbb\s*\{?R\}?", r"(-\infty,\infty)"), "times": (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", "*")}
-REWRITE = re.compile(r"(?=[\\^xX ])(?:%s)" % "|".join(f"(?P<{name}>{pattern})" for name, (pattern, _) in REWRITES.items()))
+REWRITES = (
+    (r"\\begin\s*\{[pbB]?(?:small)?matrix\*?\}|\\begin\s*\{array\}\s*(?:\{[^{}]*\})?", r" \begin "),
+    (r"\\end\s*\{(?:[pbB]?(?:small)?matrix\*?|array)\}", r" \end "), (r"\\\\\[\w+\]", r" \\ "),
+    (r"\^\s*\{?\s*\\circ\s*\}?", "°"), (r"\\[hv]?phantom\s*(?:\{[^{}]*\}|.)", ""),
+    (r"\\mathbb\s*\{?R\}?", r"(-\infty,\infty)"), (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", "*"))  # 4.5 x 10^3
+REWRITE = re.compile(r"(?=[\\^xX ])(?:(%s))" % ")|(".join(pattern for pattern, _ in REWRITES))
 # 52_8, (52)_{8}, 152A_{11}
 BASE = r"(?:\(\s*\d+\s*\)|\d+)\s*_\s*(?:\{\s*\d+\s*\}|\d+)|\(?[A-F]*\d[0-9A-F]*\)?\s*_\s*\{?1[1-6]\}?"
 GROUPS = r"(?<![\d.])\d{1,3}(?:(?:\{,\}|,\s*\\!\s*|\\[,;: !]|~%s)\d{3})+(?!\d)(?:\.\d+)?"  # 1{,}000  1,\!000  1\,000
@@ -84,7 +84,7 @@ def words(match: re.Match) -> str:
     for word in re.findall(r"[A-Za-z][A-Za-z./'-]*[A-Za-z/]|[^\s.]", body):
         if word.lower() in ("and", "or"):
             out.append(",")
-        elif word in FUNCTIONS or kind == "operatorname" and "\\" + word in SPELLING:
+        elif word in FUNCTIONS or word in LETTERS or kind == "operatorname" and "\\" + word in SPELLING:
             out.append("\\" + word)
         elif not word[0].isalpha() or len(word) == 1 and (kind.startswith("math") or word not in UNITS):
             out.append(word)  # \mathrm{e} is a number, \text{m} after one a unit
@@ -118,7 +118,7 @@ def tokenize(text: str, thousands: bool = True) -> list[str]:
             text, found = TEXT.subn(words, text)
             if not found:
                 break
-    text = REWRITE.sub(lambda match: REWRITES[match.lastgroup][1], text)
+    text = REWRITE.sub(lambda match: REWRITES[match.lastindex - 1][1], text)
     tokens: list[str] = []
     for raw in TOKENS[thousands and not any(mark in text for mark in ("(", "[", "\\{"))].findall(text):
         token = SPELLING.get(raw, raw)
@@ -141,14 +141,14 @@ CLOSERS = {"(": ")]", "[": ")]", "\\{": ["\\}"], "{": "}", "|": "|", "\\lfloor":
 ENDS = {"\\}", "\\\\", "\\end", "\\rfloor", "\\rceil"}
 
 
+@lru_cache(1024)
 def number(token: str) -> tuple:
     """A number token (digits, separators, exponent) -> ("num", its exact value)."""
     mantissa, _, exponent = token.lower().partition("e")
     if len(token) > MAX_DIGITS or len(exponent) > 5 or abs(int(exponent or 0)) > MAX_BITS // 4:
         raise Unread("too large")
     whole, _, decimals = re.sub(r"[^\d.]", "", mantissa).partition(".")
-    value = Fraction(int(whole + decimals), 10 ** len(decimals))
-    return ("num", value * Fraction(10) ** int(exponent) if exponent else value)
+    return ("num", Fraction(int(whole + decimals), 10 ** len(decimals)) * Fraction(10) ** int(exponent or 0))
 
 
 class Parser:
@@ -230,7 +230,7 @@ class Parser:
 
     def unit(self, left: tuple, word: str) -> tuple:
         """A word after a value is its unit, unless it would change the value."""
-        if left[0] in ("text", "list", "rel") or word in NOT_UNITS or len(word) < 3 and word not in UNITS:
+        if left[0] in ("text", "list", "rel") or word in NOT_UNITS:
             raise Unread("words beside mathematics")
         if self.next == "^":  # cm^2, cm^{2}
             self.take()
@@ -420,7 +420,7 @@ def ln(z) -> Approx:
 def power(a, b):
     """a^b: exact for a rational to an integer, the real root for an odd degree, else the principal value."""
     if isinstance(a, Fraction) and isinstance(b, Fraction) and b.denominator == 1:
-        if abs(a) not in (0, 1) and abs(b) * max(a.numerator.bit_length(), a.denominator.bit_length()) > MAX_BITS:
+        if abs(a) not in (0, 1) and abs(b) * (max(a.numerator.bit_length(), a.denominator.bit_length()) - 1) > MAX_BITS:
             raise Unread("power too large")
         return a ** int(b)
     a = lift(a)

@@ -139,9 +139,9 @@ class Reading:
         except Unread:
             self.tokens = []
         self.plain = " ".join(self.tokens) or text.strip()
-        if '"' in self.plain:  # words letter by letter, so that \text{VW} is VW; capitals matter in short ones only
-            letters = (t if t[0] != '"' else " ".join(t[1:-1].casefold() if len(t) > 5 else t[1:-1]) for t in self.tokens)
-            self.plain = " ".join(letters)
+        if '"' in self.plain:  # words letter by letter, so that \text{VW} is VW; capitals matter in short words only
+            folded = (t.casefold() if len(t) > 5 else t for t in self.tokens)
+            self.plain = " ".join(" ".join(t[1:-1]) if t[0] == '"' else t for t in folded)
 
     @cached_property
     def tree(self) -> tuple | None:
@@ -170,11 +170,7 @@ def survey(node: tuple, names: set[str]) -> int:
         return (node[1].numerator.bit_length() + node[1].denominator.bit_length()) // 3
     if head in ("sym", "text", "i", "call", "fn"):
         names.add(node[1] if head in ("sym", "text") or node[1:2] == ("log",) else head)
-    longest = 0
-    for child in node[1:]:
-        if isinstance(child, tuple):
-            longest = max(longest, survey(child, names))
-    return longest
+    return max([survey(child, names) for child in node[1:] if isinstance(child, tuple)], default=0)
 
 
 @lru_cache(64)
@@ -189,16 +185,13 @@ def members(node: tuple) -> list[tuple]:
 
 def unit_of(node: tuple) -> tuple[str, tuple]:
     """(unit in one spelling, value); "" where there is no unit or not a known one."""
-    head = node[0]
-    if head == "neg":
+    if node[0] == "neg":
         unit, value = unit_of(node[1])
         return unit, ("neg", value)
-    if head == "°":
+    if node[0] == "°":
         return "deg", node[1]
-    if head == "base" and node[1] != "10":
-        return "base " + node[1], node
-    if head != "unit":
-        return "", node
+    if node[0] != "unit":
+        return "base " + node[1] if node[0] == "base" and node[1] != "10" else "", node
     names = [UNITS.get(word.rstrip("."), "") for word in node[1].split()]
     inner, value = unit_of(node[2])
     return " ".join(sorted({*names, *inner.split()})) if all(names) else inner, value
@@ -280,10 +273,11 @@ class Comparison:
         return True
 
     def same_relation(self, a: tuple, b: tuple) -> bool:
-        """Equations up to a factor, inequalities up to a positive one, chains side by side."""
+        """Equations up to a factor, inequalities up to a positive one, chains side by side, others by their values."""
         (ops, left), (ops_b, right) = upward(*a[1:]), upward(*b[1:])
         if ops != ops_b:
-            return False
+            x, y = self.assigned(ops, left), self.assigned(ops_b, right)
+            return x is not None and y is not None and self.same(x, y)
         if all(map(self.same, left, right)):
             return True
         if len(ops) > 1 or ops[0] in ("in", "≈"):
@@ -310,10 +304,9 @@ class Comparison:
             return ("set", ("tuple", "()", ("neg", infinity), sides[1]), ("tuple", "()", sides[1], infinity))
         if not set(ops) <= {"<", "<="}:
             return None
-        if len(ops) == 1 and sides[1][0] == "sym":
-            ops, sides = (*ops, "<"), (*sides, infinity)
-        elif len(ops) == 1:
-            ops, sides = ("<", *ops), (("neg", infinity), *sides)
+        if len(ops) == 1:
+            ray = sides[1][0] == "sym"  # 4 < x, else x < 4
+            ops, sides = ((*ops, "<"), (*sides, infinity)) if ray else (("<", *ops), (("neg", infinity), *sides))
         brackets = "(["[ops[0] == "<="] + ")]"[ops[1] == "<="]
         return ("tuple", brackets, sides[0], sides[2]) if len(sides) == 3 and sides[1][0] == "sym" else None
 
@@ -346,11 +339,11 @@ class Comparison:
                     x, y = evaluate(a, point, self), evaluate(b, point, self)
                     if isinstance(x, Fraction) and isinstance(y, Fraction):
                         return self.near(x, y)
-                    passes.append((self.pay(lift(x)), self.pay(lift(y))))
-                    x, y = passes[-1]
-                    gap, size, slack = abs(x - y).re, max(abs(x).re, abs(y).re), self.peak.scaleb(-digits // 2)
                     if not decided:
                         return None
+                    x, y = self.pay(lift(x)), self.pay(lift(y))
+                    passes.append((x, y))
+                    gap, size, slack = abs(x - y).re, max(abs(x).re, abs(y).re), self.peak.scaleb(-digits // 2)
                     if gap > slack and not self.tolerates(gap, size):  # 30 digits cannot have been lost
                         return False if complex_too or max(abs(x.im), abs(y.im)) <= slack else None
             with localcontext(context(digits + EXTRA)):
@@ -371,22 +364,20 @@ class Comparison:
 
 
 def judge(gold: str, answer: str, parts: int = 0) -> tuple[bool, bool]:
-    """(are two answers equal to one part in `parts`, 0: exactly?; exactly?) A false second means that it was not tried."""
-    if gold == answer != "":
+    """(are two answers equal to one part in `parts`, or exactly if that is 0?; and did they not need the tolerance?)"""
+    if gold == answer:
         return True, True
     comparison = Comparison(parts)
     for thousands in (True, False):
         a, b = read(gold, thousands), read(answer, thousands)
-        if not a.plain or not b.plain:
-            return False, False
         if a.plain == b.plain:
             return True, True
         if a.tree is None or b.tree is None:
             return False, False
         if comparison.same(a.tree, b.tree):
             return True, not comparison.tolerated
-        # 120,240 is a number or a list: where only one side can be a number, both are read as lists
-        if not {a.tree[0], b.tree[0]} & {"list", "set"} or "," not in gold or "," not in answer:
+        # 120,240 is a number or a list: where one side can only be a list, both are read as lists
+        if not {a.tree[0], b.tree[0]} & {"list", "set"} or not re.search(r"\d,\d{3}", f"{gold} {answer}"):
             break
     return False, False
 
@@ -411,11 +402,10 @@ def countdown(answer: str, gold: str, numbers: list[int]) -> str:
     tree = read(answer, thousands=False).tree or ("text",)
     sides = tree[2] if tree[0] == "rel" and set(tree[1]) == {"="} else (tree,)
     try:
-        used = Counter(numbers_used(sides[0]))
+        if Counter(numbers_used(sides[0])) != Counter(map(Fraction, numbers)):
+            return "wrong numbers"
     except Unread:
         return "not an expression"
-    if used != Counter(map(Fraction, numbers)):
-        return "wrong numbers"
     try:
         return "correct" if all(evaluate(side, 0, Comparison()) == Fraction(gold) for side in sides) else "wrong value"
     except ArithmeticError:
@@ -434,7 +424,7 @@ def verify(response: str, gold: str, numbers: list[int] | None = None) -> Verdic
         reason = countdown(answer, gold, numbers) if answer else reason
         return Verdict(reason == "correct", reason == "correct", answer, reason)
     near = exact = False
-    if answer:
+    if answer or answer == gold:
         near, exact = judge(gold, answer, LENIENT)
         if near and (exact or is_equivalent(gold, answer)):
             return Verdict(True, True, answer, "correct")
