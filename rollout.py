@@ -2,24 +2,43 @@
 
     responses = generate(model, prompts, n=8, max_new=512, temperature=1.0, eos_ids=[2], seed=0)
 
-How it works: the cache has one row per response and one slot per position. A wave of at most `rows` responses starts
-together: each prompt is read once (prefill), its cache row is copied to the n responses of its group, then every step
-feeds one token a row and draws the next. Rows stand at positions of their own, so prompts need no padding on the left.
-When a quarter of the rows have finished, the cache is cut down to the others.
+Continuous batching. The cache has a fixed number of rows, and a row holds one response at a position of its own:
+
+    step      1  2  3  4  5  6  7  8  9 ...          waiting: request 4, request 5, ...
+    row 0     a  a  a  a  EOS|4  4  4  4             ended at step 5, so request 4 decodes in it at step 6
+    row 1     b  b  EOS|3  3  3  3  3  EOS|5         a static batch would idle here until row 2 is through
+    row 2     c  c  c  c  c  c  c  c  c
+Each turn of the loop in generate() does three things:
+    fit       the cache grows by a block when the longest live row reaches its end, within the memory given
+    admit     free rows take waiting requests. A prompt is read once (prefill, several prompts at a time), all but its
+              last token, and its keys and values are copied to the rows of its group
+    step      each live row feeds its newest token (a new row: the prompt's last) and draws the next one. Rows that
+              ended are handed back, and the last rows move into their places: a step computes live rows only
+Nothing is padded on the left, and attention reads as far as the longest live row, however large max_new is.
 
 Choices: 1) EOS is a chosen token like any other: it is returned with its log-prob, and the trainer learns to choose it.
 2) A response depends on (weights, prompt, seed, request number) only: each request has a stream of uniform numbers, and
-the token is where the cumulated distribution passes the next of them. Neighbours and row numbers change nothing but
-rounding. 3) Log-probs are those of the distribution sampled from, at the sampling temperature. top_p would make them
-differ from the trainer's, so it is for evaluation; rl.py does not pass it.
-Shapes: R rows (responses in flight), V vocabulary. Log-probs and entropies in nats.
+the token is where the cumulated distribution passes the next of them. Neighbours, order and row numbers change nothing
+but rounding. 3) So when memory runs out, the last rows simply go back to the queue: begun again, they say the same.
+4) Log-probs are those of softmax(logits / temperature). top_p and top_k draw from another distribution, which the
+trainer does not have: they are for evaluation, and rl.py does not pass them. 5) # differs from vLLM: no paged cache. A
+row's slots are contiguous, so attention is one kernel of PyTorch; growing by blocks bounds what stands empty.
+Shapes: R rows in the cache, n of them live, D hidden width, V vocabulary. Log-probs and entropies in nats.
 """
+from collections import deque
+from collections.abc import Callable
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 import run
 from model import Cache, head_logits
+
+BLOCK = 64        # slots by which the cache grows
+PREFILL = 2048    # prompt tokens read at once, padding included; at least one prompt
+PIECE = 128       # tokens of the vocabulary whose probabilities are summed first, see draw()
 
 
 class Response(NamedTuple):
@@ -30,105 +49,304 @@ class Response(NamedTuple):
     finished: bool
 
 
-def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float,
-         top_p: float = 1.0) -> tuple[torch.Tensor, ...]:
-    """One token a row. logits (R, V), uniform (R,) in [0, 1) -> token (R,), logp (R,), entropy (R,).
+class Request(NamedTuple):
+    """One response that is asked for. number counts through all prompts' requests and seeds its stream."""
+    prompt: int
+    number: int
+    limit: int    # tokens, EOS included
 
-    Temperature 0 is greedy; greedy choices report the log-prob at temperature 1.
+
+def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float = 1.0,
+         top_k: int = 0) -> tuple[torch.Tensor, ...]:
+    """One token a row. logits (n, V), uniform (n,) float64 in [0, 1) -> token (n,), logp (n,), entropy (n,).
+
+    The token is the first whose cumulated probability exceeds uniform: sought among sums over pieces of the vocabulary,
+    then within one piece, so that no running sum over V is made. Temperature 0 is greedy and reports log-probs at 1.
     """
-    logp = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)  # (R, V) nats
-    probs = logp.exp()
-    entropy = -(probs * logp.clamp_min(-1e4)).sum(-1)                        # clamped: 0 * -inf is NaN
+    z = logits.float() - logits.amax(-1, keepdim=True)                       # (n, V) <= 0
+    if temperature not in (0, 1):
+        z /= temperature
+    p = z.exp()                                                              # not yet divided by its sum
+    mass = _pieces(p).sum(-1).double()                                       # (n, V / 128)
+    total = mass.sum(-1)
+    entropy = total.log() - torch.linalg.vecdot(p, z.clamp_min_(-1e4)) / total   # clamped: 0 * -inf is NaN
     if temperature == 0:
         token = logits.argmax(-1)
     else:
-        if top_p < 1:
-            ranked, order = probs.sort(-1, descending=True)
-            beyond = ranked.cumsum(-1) - ranked >= top_p  # the first token always stays
-            probs = torch.zeros_like(probs).scatter(-1, order, ranked.masked_fill(beyond, 0.0))
-        mass = probs.cumsum(-1, dtype=torch.float64)      # fp32 sums over 150,000 tokens drift
-        token = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)[:, 0]
-        token = token.clamp_max(logits.shape[-1] - 1)
-    return token, logp.gather(-1, token[:, None])[:, 0], entropy
+        if top_p < 1 or top_k:
+            p = _cut(p, total, top_p, top_k)
+            mass = _pieces(p).sum(-1).double()
+        token = _pass(p, mass, uniform)
+    return token, (z.gather(1, token[:, None])[:, 0] - total.log()).float(), entropy.float()
+
+
+def _pieces(p: torch.Tensor) -> torch.Tensor:
+    """p (n, V) cut along V into pieces of 128, zeros behind the last token: (n, V / 128, 128)."""
+    n, V = p.shape
+    return (F.pad(p, (0, -V % PIECE)) if V % PIECE else p).view(n, -1, PIECE)
+
+
+def _pass(p: torch.Tensor, mass: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Where the cumulated p (n, V) passes uniform (n,) times its sum; mass (n, V / 128) float64: the pieces' sums. They
+    are fp32 of 128 terms, everything above them is float64: fp32 alone drifts over 150,000 tokens."""
+    pieces, mass = _pieces(p), mass.cumsum(-1)
+    aim = uniform[:, None] * mass[:, -1:]
+    piece = torch.searchsorted(mass, aim, right=True).clamp_max(mass.shape[1] - 1)                   # (n, 1)
+    inside = pieces.gather(1, piece[:, :, None].expand(-1, 1, PIECE))[:, 0].double().cumsum(-1)      # (n, 128)
+    rest = aim - F.pad(mass, (1, 0)).gather(1, piece)
+    rest = rest.minimum(inside[:, -1:] * (1 - 1e-12))                        # rounding must not pass the last possible
+    return (piece * PIECE + torch.searchsorted(inside, rest, right=True))[:, 0]
+
+
+def _cut(p: torch.Tensor, total: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
+    """p (n, V) with 0 outside the top_k likeliest tokens (0 = all) and outside the fewest that reach top_p."""
+    ranked, order = p.sort(-1, descending=True)
+    beyond = ranked.cumsum(-1, dtype=torch.float64) - ranked >= top_p * total[:, None]   # the first token always stays
+    if top_k:
+        beyond[:, top_k:] = True
+    return torch.zeros_like(p).scatter(-1, order, ranked.masked_fill(beyond, 0.0))
 
 
 @torch.no_grad()
-def generate(model, prompts: list[list[int]], n: int | list[int] = 1, max_new: int = 512, temperature: float = 1.0,
-             eos_ids=(), seed: int = 0, rows: int = 512, top_p: float = 1.0, progress=None) -> list[list[Response]]:
+def generate(model, prompts: list[list[int]], n: int | list[int] = 1, max_new: int | list[int] = 512,
+             temperature: float = 1.0, eos_ids=(), seed: int = 0, rows: int = 512, top_p: float = 1.0, progress=None,
+             top_k: int = 0, cache_bytes: int | None = None,
+             on_response: Callable[[int, Response], None] | None = None) -> list[list[Response]]:
     """Sample n responses (one number for all prompts, or one each) to each prompt (token ids): one list per prompt.
 
-    max_new: tokens, EOS included; a response that reaches it without EOS has finished = False. seed: with the request
-    number (counted through all prompts' responses) it fixes every draw. progress(done, total): called after each wave.
+    | max_new     | tokens, EOS included; one number, or one for each request. Cut there, finished = False             |
+    | seed        | with the request number (counted through all prompts' responses) it fixes every draw               |
+    | rows        | responses in flight at once, at most                                                               |
+    | cache_bytes | for keys and values of the rows in flight; None: 80% of what is free on CUDA, no bound on the CPU  |
+    | progress    | progress(done, total), called whenever responses have ended                                        |
+    | on_response | on_response(number of the prompt, response), called as each one ends: what is to survive a Ctrl-C  |
+
+    Raises ValueError where a prompt is empty or one request alone does not fit cache_bytes. KeyboardInterrupt passes
+    through, with the model as it was before.
     """
-    counts = [n] * len(prompts) if isinstance(n, int) else n
-    if any(len(p) == 0 for p in prompts):
-        raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} has no tokens; a prompt needs at least one")
-    was_training = model.training
+    requests = _requests(prompts, n, max_new)
+    flight = Flight(model, prompts, requests, rows, cache_bytes, seed, eos_ids, (temperature, top_p, top_k))
+    waiting = flight.queue(requests)
+    responses: list = [None] * len(requests)
+    done, was_training = 0, model.training
     model.eval()
-    groups: list[list[Response]] = []
-    first = done = 0  # the wave's first prompt, and its first request
-    while first < len(prompts):
-        last, in_wave = first + 1, counts[first]
-        while last < len(prompts) and in_wave + counts[last] <= rows:
-            last, in_wave = last + 1, in_wave + counts[last]
-        wave = _wave(model, prompts[first:last], counts[first:last], done, max_new, temperature, eos_ids, seed, top_p)
-        for count in counts[first:last]:
-            groups.append(wave[:count])
-            wave = wave[count:]
-        first, done = last, done + in_wave
-        if progress:
-            progress(done, sum(counts))
-    model.train(was_training)
+    try:
+        with _gathered(model), _decode_layout(model):
+            while waiting or flight.live:
+                flight.fit(waiting)
+                flight.admit(waiting)
+                ended = flight.step()
+                for request, response in flight.release(ended):
+                    responses[request.number] = response
+                    if on_response:
+                        on_response(request.prompt, response)
+                done += len(ended)
+                if progress and ended:
+                    progress(done, len(requests))
+    finally:
+        model.train(was_training)
+    groups: list[list[Response]] = [[] for _ in prompts]
+    for request, response in zip(requests, responses):
+        groups[request.prompt].append(response)
     return groups
 
 
-def _prefill(model, prompts: list[list[int]], slots: int) -> tuple[Cache, torch.Tensor]:
-    """Read the prompts, padded on the right. Returns their cache and the hidden state at each one's last token (P, D).
+def _requests(prompts, n, max_new) -> list[Request]:
+    """All requests in the order of their numbers."""
+    if any(len(p) == 0 for p in prompts):
+        raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} has no tokens; a prompt needs at least one")
+    counts = [n] * len(prompts) if isinstance(n, int) else n
+    owners = [i for i, count in zip(range(len(prompts)), counts, strict=True) for _ in range(count)]
+    limits = [max_new] * len(owners) if isinstance(max_new, int) else max_new
+    if len(limits) != len(owners) or min(limits, default=1) < 1:
+        raise ValueError(f"max_new: {len(limits)} numbers for {len(owners)} requests, the least {min(limits)}; "
+                         "give one number for all, or one each, and 1 at least")
+    return [Request(i, number, limit) for number, (i, limit) in enumerate(zip(owners, limits))]
 
-    What padding writes into the cache stands beyond the row's position: never seen, and overwritten by the response.
-    """
-    device = model.head.device
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    T = int(lengths.max())
-    ids = torch.tensor([p + [0] * (T - len(p)) for p in prompts], device=device)  # (P, T)
-    cache = Cache(model.config, len(prompts), slots, model.head.dtype, device)
-    hidden = model(ids, torch.arange(T, device=device).expand_as(ids), cache)     # (P, T, D)
-    return cache, hidden[torch.arange(len(prompts), device=device), lengths - 1]
+
+class Live(NamedTuple):
+    """A request in its row. Its position is `ahead` + the number of steps done so far."""
+    request: Request
+    began: int    # steps done before its first
+    ahead: int
 
 
-def _wave(model, prompts, counts, first_request, max_new, temperature, eos_ids, seed, top_p) -> list[Response]:
-    """Sample counts[i] responses to prompt i, all at once. Returns them flat, group after group."""
-    device, R = model.head.device, sum(counts)
-    cache, hidden = _prefill(model, prompts, max(len(p) for p in prompts) + max_new)
-    group = torch.arange(len(prompts)).repeat_interleave(torch.tensor(counts)).to(device)  # (R,) the prompt of each row
-    cache.select(group)
-    hidden = hidden[group]
-    position = torch.tensor([len(p) for p in prompts], device=device)[group]  # (R,) where the next token goes
-    streams = [run.generator(seed, "request", first_request + r) for r in range(R)]
-    uniform = torch.stack([torch.rand(max_new, generator=g, dtype=torch.float64) for g in streams])  # (R, max_new)
-    uniform = uniform.to(device)
-    eos = torch.tensor(sorted(eos_ids), device=device)
-    live = torch.arange(R, device=device)                   # which request each cache row serves
-    alive = torch.ones(R, dtype=torch.bool, device=device)  # rows of `live` still growing
-    out = [torch.zeros(R, max_new, dtype=dtype, device=device) for dtype in (torch.long, torch.float32, torch.float32)]
-    length = torch.zeros(R, dtype=torch.long, device=device)
-    finished = torch.zeros(R, dtype=torch.bool, device=device)
-    for t in range(max_new):
-        token, logp, entropy = draw(head_logits(hidden, model.head), uniform[live, t], temperature, top_p)
-        for store, value in zip(out, (token, logp, entropy)):
-            store[live, t] = value
-        length[live] += alive
-        finished[live] |= alive & torch.isin(token, eos)
-        alive = alive & ~finished[live]
-        n_alive = int(alive.sum())  # the one wait for the device a step
-        if n_alive == 0 or t + 1 == max_new:
-            break
-        if n_alive <= 0.75 * len(live):
-            kept = alive.nonzero()[:, 0]
-            cache.select(kept)
-            live, token, position, alive = live[kept], token[kept], position[kept], alive[kept]
-        hidden = model(token[:, None], position[:, None], cache)[:, 0]  # (R, D)
-        position = position + 1
-    ids, logp, entropy = (store.cpu() for store in out)
-    return [Response(ids[r, :k].tolist(), logp[r, :k].tolist(), entropy[r, :k].tolist(), bool(finished[r]))
-            for r, k in enumerate(length.tolist())]
+class Flight:
+    """The responses in flight: rows 0..n-1 of the cache and of every tensor below, row r serving live[r]."""
+
+    def __init__(self, model, prompts, requests, rows, cache_bytes, seed, eos_ids, how):
+        config, self.device = model.config, model.head.device
+        self.model, self.prompts, self.seed, self.how, self.eos = model, prompts, seed, how, set(eos_ids)
+        self.slot_bytes = (2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+                           * model.head.element_size())
+        if cache_bytes is None and self.device.type == "cuda":
+            cache_bytes = int(0.8 * torch.cuda.mem_get_info(self.device)[0])
+        self.budget = cache_bytes
+        worst = max(requests, key=self._slots, default=Request(0, 0, 1))
+        self.most = self._slots(worst) if requests else 0   # no row is ever longer
+        if cache_bytes is not None and self.most * self.slot_bytes > cache_bytes:
+            raise ValueError(f"prompt {worst.prompt}: {len(prompts[worst.prompt])} tokens and max_new {worst.limit} "
+                             f"need {self.most * self.slot_bytes / 1e6:.1f} MB of cache, and {cache_bytes / 1e6:.1f} MB "
+                             "are given; lower max_new or give more")
+        self.rows, width = min(rows, len(requests)), max((r.limit for r in requests), default=0)
+        self.live: list[Live] = []
+        self.steps = 0
+        self.cache = Cache(config, 0, 0, model.head.dtype, self.device)
+        self.ready: dict[int, int] = {}   # prompts read ahead, and their rows in self.prompt_cache
+
+        def per_row(*shape, dtype=torch.long):
+            return torch.empty(self.rows, *shape, dtype=dtype, device=self.device)
+        self.token, self.position, self.drawn, self.limit = (per_row() for _ in range(4))
+        self.uniform = per_row(width, dtype=torch.float64)
+        self.out = [per_row(width, dtype=dtype) for dtype in (torch.long, torch.float32, torch.float32)]
+        self.per_row = [self.token, self.position, self.drawn, self.limit, self.uniform, *self.out]
+        self.eos_ids = torch.tensor(sorted(self.eos), dtype=torch.long, device=self.device)
+
+    def _slots(self, request: Request) -> int:
+        """Slots that a request fills at most: the last token drawn is never fed."""
+        return len(self.prompts[request.prompt]) + request.limit - 1
+
+    def _index(self, rows) -> torch.Tensor:
+        return torch.tensor(list(rows), dtype=torch.long, device=self.device)
+
+    def queue(self, requests) -> deque[Request]:
+        """Longest prompts first: those read together are of like length, and the cache finds its size early."""
+        return deque(sorted(requests, key=lambda r: (-len(self.prompts[r.prompt]), r.number)))
+
+    def fit(self, waiting: deque[Request]) -> None:
+        """Give the cache the slots that the coming step needs, and the rows that the memory then holds. Rows for which
+        there is no memory any more go back to the queue. When waiting requests could use the memory of slots that
+        nobody fills any more, the cache is cut back."""
+        longest = self.top()
+        if waiting and len(self.live) < self.rows:
+            longest = max(longest, len(self.prompts[waiting[0].prompt]))
+        slots, cache = min(-(-longest // BLOCK) * BLOCK, self.most), self.cache
+        starved = waiting and cache.rows < min(self.rows, len(self.live) + len(waiting))
+        if slots <= cache.slots and not (starved and slots <= cache.slots // 2):
+            return
+        rows = min(self.rows, len(self.live) + len(waiting))
+        if self.budget is not None:
+            rows = min(rows, self.budget // (slots * self.slot_bytes))
+        if len(self.live) > rows:
+            back = [row.request for row in self.live[rows:]]
+            del self.live[rows:]
+            again = self.queue([*back, *waiting])
+            waiting.clear(), waiting.extend(again)
+        if not self.live:
+            self.cache = Cache(self.model.config, rows, slots, self.model.head.dtype, self.device)
+            return
+        cache.used = min(self.top(), cache.used)
+        if rows != cache.rows:
+            cache.select(torch.arange(rows, device=self.device).clamp_max(cache.rows - 1))
+        cache.grow(slots)
+
+    def top(self) -> int:
+        """1 + the largest position of the coming step, known without asking the device."""
+        return self.steps + max((row.ahead for row in self.live), default=-self.steps - 1) + 1
+
+    def admit(self, waiting: deque[Request]) -> None:
+        """Begin waiting requests in free rows."""
+        while waiting and len(self.live) < self.cache.rows:
+            if waiting[0].prompt not in self.ready:
+                self._prefill(waiting)
+            first, index = len(self.live), []
+            while waiting and len(self.live) < self.cache.rows and waiting[0].prompt in self.ready:
+                request = waiting.popleft()
+                self.live.append(Live(request, self.steps, len(self.prompts[request.prompt]) - 1 - self.steps))
+                index.append(self.ready[request.prompt])
+            begun, rows = [row.request for row in self.live[first:]], slice(first, len(self.live))
+            self.cache.put(self._index(range(first, len(self.live))), self.prompt_cache, self._index(index),
+                           max(len(self.prompts[r.prompt]) for r in begun) - 1)
+            self.token[rows] = self._index(self.prompts[r.prompt][-1] for r in begun)
+            self.position[rows] = self._index(len(self.prompts[r.prompt]) - 1 for r in begun)
+            self.limit[rows] = self._index(r.limit for r in begun)
+            self.drawn[rows] = 0
+            for row, r in enumerate(begun, first):   # on the CPU's generator, so that a GPU draws the same
+                stream = run.generator(self.seed, "request", r.number)
+                self.uniform[row, :r.limit] = torch.rand(r.limit, generator=stream, dtype=torch.float64).to(self.device)
+
+    def _prefill(self, waiting: deque[Request]) -> None:
+        """Read the next prompts of the queue, but for their last tokens, padded on the right to the longest, the first.
+
+        What padding writes into the cache stands beyond the row's position: never seen, and overwritten by the response.
+        """
+        T, chosen = len(self.prompts[waiting[0].prompt]) - 1, []
+        for request in waiting:
+            if request.prompt not in chosen[-1:]:   # requests to one prompt stand together
+                if chosen and (len(chosen) + 1) * T > PREFILL:
+                    break
+                chosen.append(request.prompt)
+        self.ready = {prompt: i for i, prompt in enumerate(chosen)}
+        self.prompt_cache = Cache(self.model.config, len(chosen), T, self.model.head.dtype, self.device)
+        ids = torch.tensor([self.prompts[p][:-1] + [0] * (T + 1 - len(self.prompts[p])) for p in chosen],
+                           dtype=torch.long, device=self.device)   # (P, T)
+        if T:
+            self.model(ids, cache=self.prompt_cache)
+
+    def step(self) -> list[int]:
+        """Feed every live row its newest token and draw the next one. Returns the rows that ended, ascending."""
+        n = len(self.live)
+        token, position, drawn = self.token[:n], self.position[:n], self.drawn[:n]   # views: written below
+        hidden = self.model(token[:, None], position[:, None], self.cache, self.top())[:, 0]   # (n, D)
+        uniform = self.uniform[:n].gather(1, drawn[:, None])[:, 0]
+        chosen = draw(head_logits(hidden, self.model.head), uniform, *self.how)      # token, logp, entropy: (n,) each
+        for store, values in zip(self.out, chosen):
+            store[:n].scatter_(1, drawn[:, None], values[:, None])
+        token.copy_(chosen[0])
+        position += 1
+        drawn += 1
+        self.steps += 1
+        ended = (drawn == self.limit[:n]) | torch.isin(token, self.eos_ids)
+        return ended.nonzero()[:, 0].tolist()   # the one wait for the device a step
+
+    def release(self, ended: list[int]) -> list[tuple[Request, Response]]:
+        """Take the responses of these rows out, and move the last rows into their places."""
+        if not ended:
+            return []
+        taken, index, gone = [self.live[r] for r in ended], self._index(ended), set(ended)
+        values = [store.index_select(0, index).cpu() for store in self.out]   # (ended, width) each
+        n = len(self.live) - len(ended)
+        holes, last = [r for r in ended if r < n], [r for r in range(n, len(self.live)) if r not in gone]
+        for hole, row in zip(holes, last):
+            self.live[hole] = self.live[row]
+        del self.live[n:]
+        if holes:
+            to, source = self._index(holes), self._index(last)
+            self.cache.put(to, self.cache, source, min(self.top(), self.cache.slots))
+            for x in self.per_row:
+                x.index_copy_(0, to, x.index_select(0, source))
+        responses = []
+        for i, row in enumerate(taken):
+            ids, logp, entropy = (x[i, :self.steps - row.began].tolist() for x in values)
+            responses.append((row.request, Response(ids, logp, entropy, ids[-1] in self.eos)))
+        return responses
+
+
+@contextmanager
+def _gathered(model):
+    """FSDP2: all parameters whole for the round, so that no step communicates and ranks may take unequal numbers."""
+    sharded = [m for m in model.modules() if hasattr(m, "unshard")]
+    try:
+        for m in sharded:
+            m.set_reshard_after_forward(False)
+            m.unshard()
+        yield
+    finally:
+        for m in sharded:
+            m.set_reshard_after_forward(True)
+            m.reshard()
+
+
+@contextmanager
+def _decode_layout(model):
+    """On the CPU, in fp32: matrices transposed in memory while sampling. With few rows MKL multiplies by them 1.2 to 2
+    times faster so (64 to 8 rows); turning them costs less than one step. Shapes and values stay."""
+    matrices = [p for p in model.parameters() if p.ndim == 2 and type(p.data) is torch.Tensor
+                and p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous()]
+    try:
+        for p in matrices:
+            p.data = p.data.T.contiguous().T
+        yield
+    finally:
+        for p in matrices:
+            p.data = p.data.contiguous()
