@@ -232,7 +232,7 @@ def _noise_settings(y, binomial):
     factors = np.array([0.5, 0.7, 1.0, 1.4, 2.0] if binomial is None else [1.0, 1.2, 1.5, 2.0, 3.0])
     sizes = np.array([0.0, 0.5, 1.0, 2.0])
     odds = np.exp(-0.5 * sizes ** 2) * (sizes > 0)
-    odds = odds / odds.sum() + (sizes == 0)         # even: no wander against all sizes of it
+    odds = odds / odds.sum() + (sizes == 0)         # even odds: no wander against all sizes of it
     factor, size = (g.ravel() for g in np.meshgrid(factors, sizes, indexing="ij"))
     return centre * factor, size, np.tile(np.log(odds), len(factors)) - 0.5 * (np.log(factor) / 0.5) ** 2
 
