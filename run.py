@@ -95,7 +95,7 @@ def cli(main, Config, preset=None, options=None) -> None:
     try:
         main(parse(Config, preset=preset, options=options))
     except KeyboardInterrupt:
-        print("\nstopped at once; checkpoints already written are whole (--resume goes on from the newest)", file=sys.stderr)
+        print("\nstopped at once; checkpoints on disk are whole: --resume goes on from the newest", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
         ours = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parent == HERE
