@@ -3,8 +3,8 @@
     python -m venv venv-mv && venv-mv/bin/pip install math-verify        (its own environment: it pins sympy and antlr4)
     venv-mv/bin/python peers/compare_math_verify.py cases.jsonl [--every 4]
 
-Rows: {"gold", "response", "expected": true or false}. Math-Verify gets \\boxed{gold} and the text after </think>, the same
-text that verify.py looks at; so it is not charged for answers inside <think>. They take turns by blocks of 250 rows: a
+Rows: {"gold", "response", "expected": true or false}. Math-Verify gets \\boxed{gold} and the text after </think>, which
+is what verify.py looks at; so it is not charged for answers inside <think>. They take turns by blocks of 250 rows: a
 trainer runs one verifier, not one that starts with the caches full of the other's work. Time is process CPU time of one
 whole call (extraction, reading, comparing), each row once; verify.py keeps its cache of gold answers, as it does in
 training, and computes its lenient verdict too. Without math-verify: says so and exits 0.
@@ -54,7 +54,9 @@ def measure(rows: list[dict]) -> dict[str, list[tuple[bool, bool, float]]]:
 
 
 def report(found: dict[str, list[tuple[bool, bool, float]]]) -> str:
-    lines = ["| | accuracy | wrongly accepted | of negatives | missed | median | mean | p99 | p99.9 | max CPU ms |", "| --- " * 10 + "|"]
+    columns = "accuracy | wrongly accepted | of negatives | missed | median | mean | p99 | p99.9 | max CPU ms"
+    medians: list[float] = []
+    lines = [f"| | {columns} |", "| --- " * 10 + "|"]
     for name, results in found.items():
         accepted = sum(verdict and not expected for expected, verdict, _ in results)
         missed = sum(expected and not verdict for expected, verdict, _ in results)
@@ -62,10 +64,10 @@ def report(found: dict[str, list[tuple[bool, bool, float]]]) -> str:
         times = sorted(ms for _, _, ms in results)
         n = len(times)
         spread = [times[n // 2], sum(times) / n, times[int(n * 0.99)], times[int(n * 0.999)], times[-1]]
-        lines.append(f"| {name} | {1 - (accepted + missed) / n:.2%} | {accepted} | {accepted / max(negatives, 1):.2%} | {missed} | "
-                     + " | ".join(f"{ms:.3g}" for ms in spread) + " |")
-    medians = [sorted(ms for _, _, ms in results)[len(results) // 2] for results in found.values()]
-    return "\n".join([*lines, f"{len(results):,} rows; Math-Verify's median is {medians[1] / medians[0]:.0f} times ours"])
+        verdicts = f"{1 - (accepted + missed) / n:.2%} | {accepted} | {accepted / max(negatives, 1):.2%} | {missed}"
+        lines.append(f"| {name} | {verdicts} | " + " | ".join(f"{ms:.3g}" for ms in spread) + " |")
+        medians.append(spread[0])
+    return "\n".join([*lines, f"{n:,} rows; Math-Verify's median is {medians[1] / medians[0]:.0f} times ours"])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,501 @@
+r"""verify.py and mathexpr.py: what counts as the answer, what counts as equal, and what an input may cost.
+
+    python -m pytest -q tests/test_verify.py     samples, a few seconds
+    python tests/test_verify.py --full           100,000 mutated inputs, 100,000 generated pairs; times and memory
+
+The labelled cases, hostile strings and benchmark answers in ../shared are read where that folder exists.
+"""
+from __future__ import annotations
+
+import json
+import math
+import random
+import resource
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from mathexpr import MAX_CHARS, MAX_DEPTH, Parser, Unread, evaluate, tokenize  # noqa: E402
+from verify import MAX_WORK, Comparison, extract_answer, is_equivalent, main, read, verify  # noqa: E402
+from verify import verify_row, verify_rows  # noqa: E402
+
+SHARED = ROOT.parent / "shared"
+needs_shared = pytest.mark.skipif(not (SHARED / "verify").is_dir(), reason="no labelled cases beside this checkout")
+
+# every pair of a line is equal; one line is one form
+EQUAL = r"""
+5 | 5.0 | 005 | +5 | \frac{10}{2} | 5.00 | $5$ | \text{5} | \mathbf{5} | (5) | {5} | \left(5\right) | \text{five}
+5 | 2+3 | x = 5 | 5 = x | 2 + 3 = 5 | \{5\} | [5] | \sqrt{25} | |-5| | 5 \text{ apples}
+-\frac{1}{2} | \frac{-1}{2} | \frac{1}{-2} | -0.5 | -.5 | -1/2 | -\dfrac12 | -\tfrac 1 2 | -½ | k = -\frac{1}{2}
+\frac\pi2 | \frac{\pi}{2} | \pi/2 | π/2 | 0.5\pi | \frac12\pi | \frac{1}{2} \cdot \pi | \pi\frac{1}{2}
+2\frac{2}{3} | 2 \frac23 | 2 2/3 | \frac83 | 8/3
+12345.5 | 12,345.5 | 12{,}345.5 | 12,\!345.5 | 12\,345.5 | 12 345.5
+1.5 \times 10^{-3} | 1.5e-3 | 1.5E-3 | 1.5\cdot10^{-3} | 1.5 x 10^{-3} | 0.0015 | 15 \times 10^{-4}
+50\% | 50 | 50 \% | 50% | 50\text{ percent}
+\$18.90 | 18.9 | \$ 18.90 | 18.90 \text{ dollars} | 18.9\text{ USD}
+30^\circ | 30^{\circ} | 30° | 30\text{ degrees} | 30 ^\circ | 30
+\sin 30^\circ | \frac{1}{2} | \cos 60^{\circ} | \sin\left(\frac{\pi}{6}\right) | \sin{(\frac{\pi}{6})}
+15\text{ cm}^2 | 15 | 15 \mbox{ cm}^{2} | 15\ \text{square centimeters}
+3 \text{ miles per hour} | 3 | 3 \text{ miles/hour}
+4\sqrt{3} | \sqrt{48} | 4\sqrt3 | 4\cdot\sqrt{3} | \frac{12}{\sqrt{3}} | 4 * 3^{1/2} | 4√3 | 4 sqrt(3)
+\sqrt[3]{-8} | -2 | (-8)^{1/3}
+\sqrt{3+2\sqrt2} | 1+\sqrt{2} | \sqrt 2 + 1
+(1+\sqrt2)(\sqrt2-1) | 1
+5! | 120 | \binom{10}{3}
+2^{4950} | 2^{4949} \cdot 2 | 4^{2475}
+3 + 4i | 4i+3 | (2+i)^2 | 3+4\mathrm{i} | \frac{(3+4i)(1-i)}{1-i}
+e^{i\pi} | -1 | i^2
+\log_2 8 | 3 | \frac{\ln 8}{\ln 2} | \frac{\log 8}{\log 2}
+\ln 2 | \log 2 | \frac{1}{2}\ln 4
+\arctan 1 | \tan^{-1} 1 | \frac{\pi}{4} | \arcsin\frac{1}{\sqrt{2}} | \operatorname{atan}{\left(1\right)}
+(x+1)^2 | x^2+2x+1 | (1 + x)(x + 1) | x \left(x + 2\right) + 1
+\frac{1}{x-1} | -\frac{1}{1-x} | (x-1)^{-1}
+\sin 2x | 2\sin x\cos x
+36x\sqrt{35x} | 36\sqrt{35} x^{\frac{3}{2}} | 36 \sqrt{35x^3}
+2^{n-1} | \frac{2^n}{2}
+\frac{n!}{(n-2)!} | n(n-1) | n^2-n
+\lfloor \frac{n}{2} \rfloor + 1 | 1 + \lfloor n/2 \rfloor
+e^{2it} | \cos 2t + i\sin 2t
+x^2+y^2=13 | 2x^2 + 2y^2 - 26 = 0 | 13 = y^2+x^2
+y = 2x + 3 | 2x - y + 3 = 0 | 2x+3 = y
+f(x) = x + 1 | x+1 | f(x)=1+x
+x > 4 | 4 < x | (4,\infty) | x \in (4, +\infty) | 2x > 8
+-2 \le x < 7 | [-2,7) | 7 > x \geq -2 | x \in \left[-2, 7\right)
+x \ne 2 | (-\infty,2) \cup (2,\infty) | (2,\infty)\cup(-\infty,2) | x < 2 \text{ or } x > 2
+\mathbb{R} | (-\infty,\infty)
+(\frac12, 3) | (0.5,3) | \left( \dfrac{1}{2},\,3 \right) | (x, y) = (\frac12, 3) | x = \frac12, y = 3
+(\frac12, 3) | \langle 1/2, 3 \rangle
+1, -2, 3 | 3,1,-2 | \{1, -2, 3\} | 1, -2, \text{ and } 3 | x = 1 \text{ or } x = -2 \text{ or } x = 3 | 1; -2; 3
+120, 240 | 240,120 | \{120,240\}
+3 \pm \sqrt{2} | 3+\sqrt2, 3-\sqrt2 | 3\mp\sqrt2
+(1,2), (3,4) | (3,4),(1,2) | (1,2) \text{ and } (3,4)
+\begin{pmatrix} 1 & 1/2 \\ -3 & 4 \end{pmatrix} | \begin{bmatrix}1&0.5\\-3&4\end{bmatrix}
+\begin{pmatrix} 1 \\ 1/2 \end{pmatrix} | \left[\begin{array}{c} 1 \\ \frac12 \end{array}\right]
+2516_8 | 2516_{8} | (2516)_8 | (2516)_{8}
+152A_{11} | \text{152A}_{11} | 152A_{11}.
+A | (A) | \text{A} | \text{(A)} | \textbf{(A)} | \mathrm{A} | A.
+\text{Thursday} | Thursday | \text{ thursday } | \textbf{Thursday}
+\text{May} | May
+3:5 | 3 : 5 | 3\!:\!5
+\text{A, B} | \text{B and A} | A, B
+\infty | +\infty
+\frac{2}{3} | \frac{2}{3} \approx 0.667
+"""
+
+# no pair of a line is equal
+DIFFERENT = r"""
+5 | 6 | 5.5 | 55 | -5 | \frac15 | 5x | x | 5\pi | 5\sqrt2 | 5! | 5^2 | \text{answer} | \mathbb{R} | [0, 100] | x > 4
+5 | (5, 5)
+5 | 5, 6 | 3 \text{ or } 5 | \text{5 or 6} | 5 \pm 100 | \{1,2,3,4,5\} | 1,2,3,4,5,6,7 | 5 6 | 5 \text{ not } 6
+5 | 5, \text{ maybe } 6 | ? | 5? | \text{NaN} | 5\text{pi} | 5\text{i} | \begin{cases} 5 \\ 6 \end{cases} | \max(5, 4)
+5 | 5\ldots
+6 | 5 = 6 | 5 \ne 6 | x = 5 = 6 | 5 \approx 6 | 2 + 3 = 6
+0.5 | 50\% | \frac12\pi | 0.05
+\frac13 | 0.333 | 0.333333333333333333333333333333 | \frac{333}{1000}
+\pi | 3.14 | \frac{22}{7} | 3.14159265358979323846264338327950288419716939937510
+\sqrt2 | 1.41421356 | 1.414213562373095048801688724209698078569671875376948 | 2 | \sqrt3
+2^{4950} | 2^{4950} + 1 | 2^{4951} | -2^{4950}
+2^{100000} | 2^{100000}+1 | 2^{100001}
+\frac{1}{2^{98}} | \frac{1}{2^{97}} | 0 | \frac{1}{2^{99}}
+0 | 1e-400 | 10^{-30} | \frac{0}{0}
+10^{50} + \sqrt2 | 10^{50} + \sqrt3 | 10^{50}
+\sqrt{10^{40}+1} | 10^{20}
+5\text{ cm} | 5\text{ m} | 5\text{ cm}^2 | 6\text{ cm}
+\$5 | 5\text{ cents} | 5\%
+8\!:\!34 \text{ p.m.} | 8:34 \text{ a.m.} | 8:35 \text{ p.m.}
+5 \text{ million} | 5 | 5 \text{ squared} | 5 \text{ and a half}
+2\frac23 | 2 | \frac43 | \frac23 | 3\frac23
+x^2 | x | x^3 | w^2 | -x^2 | (-x)^3
+|x| | x | -x
+a + b | a - b | a | ab
+f(2) | 2f | f(3)
+y = 2x+3 | y = 2x-3 | y = 3x+2 | y + 2x + 3 = 0
+x = 5 | y = 5 | x = 6
+x < 3 | x \le 3 | x > 3 | [3, \infty)
+(1,2) | (2,1) | [1,2] | (1,2] | 1,2 | \{1,2\} | (1,2,0) | 12 | (1)
+1,2 | 12 | 1,3 | 1,2,2 | 1
+123,456 | 456,123 | 123.456
+3 \pm \sqrt{2} | 3+\sqrt2 | 3
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \begin{pmatrix} 1 & 2 \end{pmatrix}
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \begin{pmatrix} 1 & 2 & 3 & 4 \end{pmatrix}
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} | \begin{vmatrix} 1 & 2 \\ 3 & 4 \end{vmatrix}
+52_8 | 52_9 | 42 | 52 | 53_8 | 89_8
+A | B | A, B | \text{A or B} | a
+\text{Thursday} | \text{Tuesday} | T
+CBAD | ABCD | BADC
+3:5 | 5:3 | 3:6 | 3 | \frac{3}{5}
+\infty | -\infty | 10^{100}
+1,2,3,\ldots | 1,2,3 | 1,2,3,4
+12:00 | 1:00 | 12
+1 - \frac{1}{\mathrm{e}} | 1 + \frac{1}{\mathrm{e}} | 1
+\ln 100 | 2
+"""
+
+
+def lines(table: str) -> list[list[str]]:
+    """A table -> its lines, each a list of answers."""
+    return [line.split(" | ") for line in table.strip().splitlines()]
+
+
+@pytest.mark.parametrize("answers", lines(EQUAL), ids=lambda answers: answers[0])
+def test_spellings_of_one_answer_are_equal(answers):
+    wrong = [(a, b) for a in answers[:1] for b in answers if not (is_equivalent(a, b) and is_equivalent(b, a))]
+    assert not wrong
+
+
+@pytest.mark.parametrize("answers", lines(DIFFERENT), ids=lambda answers: answers[0])
+def test_different_answers_are_never_equal(answers):
+    wrong = [(a, b) for a in answers[:1] for b in answers[1:] if is_equivalent(a, b) or is_equivalent(b, a)]
+    assert not wrong
+
+
+def test_each_answer_equals_itself():
+    wrong = [a for answers in lines(EQUAL) + lines(DIFFERENT) for a in answers if not is_equivalent(a, a)]
+    assert not wrong
+
+
+@pytest.mark.parametrize("response, answer", [
+    (r"so \boxed{5}.", "5"), (r"\boxed{4}, no: \boxed{5}", "5"), (r"\fbox{5}", "5"), (r"\boxed{\boxed{5}}", "5"),
+    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed 5", "5"), (r"\boxed{5} but \boxed{6", "5"), (r"\boxed{}", ""),
+    (r"\boxed{\{1,2\}}", r"\{1,2\}"), (r"<think>\boxed{4}</think> \boxed{5}", "5"),
+    (r"<think> </think> closes. \boxed{4} </think> \boxed{5}", "5"), ("The answer is 2.5 apples. Good.", "2.5 apples"),
+    ("The final answer is $x=5$. I hope it is correct.", "$x=5$"), ("The answer is $1$ and $3$. Done.", "$1$ and $3$"),
+    ("**Answer:** 5", "5"), ("6*7=42\n#### 42", "42"), ("<answer>5</answer>", "5"), (r"answer is \(5\).", "5"),
+    ("I have 5 apples.", None), (r"\boxed{5", None), (r"<think>\boxed{5}", None),
+    (r"<think>\boxed{5}</think> done.", None),
+    (r"<think>a</think> <think>\boxed{5}", None), ("#### Step 2: add", None), ("", None)])
+def test_the_last_answer_after_the_thinking_counts(response, answer):
+    assert extract_answer(response)[0] == answer
+
+
+def test_reasons_are_a_closed_list():
+    responses = {
+        r"\boxed{5}": "correct", r"\boxed{6}": "wrong answer", r"\boxed{\int x}": "answer not understood",
+        "5": "no boxed answer", r"\boxed{ }": "empty answer", r"<think>\boxed{5}": "unfinished thinking"}
+    assert {response: verify(response, "5").reason for response in responses} == responses
+
+
+@pytest.mark.parametrize("response, gold, lenient", [
+    (r"\boxed{0.33333}", r"\frac13", True), (r"\boxed{3.14159}", r"\pi", True), (r"\boxed{b}", "B", True),
+    ("it is 42", "42", True),
+    (r"<think>\boxed{5}", "5", True), (r"\boxed{10001}", "10000", False), (r"\boxed{0.33}", r"\frac13", False),
+    (r"\boxed{3 or 4}", "3", False), ("5 or 6", "5", False)])
+def test_lenient_adds_tolerance_capitals_and_answers_outside_the_box(response, gold, lenient):
+    assert verify(response, gold)[:2] == (False, lenient)
+
+
+@pytest.mark.parametrize("answer, gold, numbers, reason", [
+    ("(9-8)*9+9", "18", [9, 8, 9, 9], "correct"), (r"(9-8) \times 9 + 9 = 18", "18", [9, 9, 9, 8], "correct"),
+    (r"\frac{8}{4}\cdot 3", "6", [3, 4, 8], "correct"), ("8 ÷ 4 − 3", "-1", [3, 4, 8], "correct"),
+    ("8/(3-8/3)", "24", [8, 3, 8, 3], "correct"), ("2(3+4)", "14", [2, 3, 4], "correct"),
+    ("2*(3-7)", "-8", [2, 3, 7], "correct"),
+    ("9+9", "18", [9, 8], "wrong numbers"), ("9+8+1", "18", [9, 8], "wrong numbers"),
+    ("18", "18", [9, 9], "wrong numbers"),
+    ("2 1/2", "2", [2, 1, 2], "wrong numbers"), ("9+8", "18", [9, 8], "wrong value"),
+    ("9+8=18", "18", [9, 8], "wrong value"),
+    ("8/(4-4)", "1", [8, 4, 4], "wrong value"), ("1,8+9", "18", [18, 9], "not an expression"),
+    ("9 8", "98", [9, 8], "not an expression"), ("9^8", "1", [9, 8], "not an expression"),
+    ("x+8", "8", [8], "not an expression"),
+    ("9+8 or 9-8", "17", [9, 8], "not an expression"), ("3!", "6", [3], "not an expression"),
+    (r"8 \text{ plus } 9", "17", [8, 9], "not an expression")])
+def test_countdown_uses_each_number_once_and_reaches_the_target(answer, gold, numbers, reason):
+    verdict = verify(f"<think>so</think> \\boxed{{{answer}}}", gold, numbers)
+    assert (verdict.reason, verdict.correct) == (reason, reason == "correct")
+
+
+def test_countdown_needs_a_box_and_finished_thinking():
+    assert verify("the answer is 9+9", "18", [9, 9]).reason == "no boxed answer"
+    assert verify("<think> \\boxed{9+9}", "18", [9, 9]).reason == "unfinished thinking"
+    assert verify("\\boxed{}", "18", [9, 9]).reason == "empty answer"
+
+
+# ------------------------------------------------------------------------------------------------------ generated pairs
+def arithmetic(draw: random.Random, depth: int = 3) -> tuple[str, Fraction]:
+    """A random expression over + - * / ^ and its value, computed beside it in fractions."""
+    if depth == 0 or draw.random() < 0.2:
+        n = draw.randint(0, 99)
+        value = draw.choice([Fraction(n), Fraction(2 * n + 1, 2), Fraction(n, 7)])
+        spelled = {1: f"{value.numerator}", 2: f"{n}.5", 7: f"\\frac{{{n}}}{{7}}"}
+        return spelled[value.denominator], value
+    (a, x), (b, y) = arithmetic(draw, depth - 1), arithmetic(draw, depth - 1)
+    power = draw.randint(0, 3)
+    pairs = [(f"{a} + {b}", x + y), (f"{a} - ({b})", x - y), (f"({a}) \\cdot ({b})", x * y), (f"({a})({b})", x * y),
+             (f"({a})^{{{power}}}", x**power)]
+    return draw.choice(pairs + [(f"\\frac{{{a}}}{{{b}}}", x / y)] if y else pairs)
+
+
+def polynomial(draw: random.Random) -> tuple[str, str, str]:
+    """(a product, the same multiplied out, the same with one coefficient changed)"""
+    a, b, c, d = (draw.randint(-9, 9) or 1 for _ in range(4))
+    out = [a * c, a * d + b * c, b * d]
+    other = list(out)
+    other[draw.randrange(3)] += draw.choice([-1, 1])
+    spelled = "{:d}x^2 + {:d}x + {:d}".format
+    return f"({a}x + {b})({c}x + {d})", spelled(*out), spelled(*other)
+
+
+def check_pairs(count: int, seed: int) -> None:
+    """Integers, expressions and polynomials: equal exactly where they should be, in both orders."""
+    draw = random.Random(seed)
+    for _ in range(count):
+        n = draw.randint(-(10 ** draw.randint(1, 40)), 10 ** draw.randint(1, 40))
+        k = draw.choice([1, -1, 10**19, 2**61 - 1, draw.randint(1, 10**9)])
+        assert is_equivalent(f"{n}", f"{n}.0") and not is_equivalent(f"{n}", f"{n + k}"), (n, k)
+        assert not is_equivalent(f"{n + k}.0", f"{n}"), (n, k)
+        text, value = arithmetic(draw)
+        right, wrong = f"{value.numerator}/{value.denominator}", f"{value.numerator + 1}/{value.denominator}"
+        assert is_equivalent(text, right) and is_equivalent(right, text), (text, right)
+        assert not is_equivalent(text, wrong) and not is_equivalent(wrong, text), (text, wrong)
+        product, out, other = polynomial(draw)
+        assert is_equivalent(product, out) and is_equivalent(out, product), (product, out)
+        assert not is_equivalent(product, other) and not is_equivalent(other, product), (product, other)
+
+
+def test_generated_pairs_are_equal_exactly_where_their_values_are():
+    check_pairs(1000, seed=1)
+
+
+def test_a_surd_is_equal_to_no_decimal_however_long():
+    for digits in (5, 20, 50, 80, 150, 400, 1000):
+        decimal = str(math.isqrt(2 * 10 ** (2 * digits)))
+        assert not is_equivalent("\\sqrt{2}", f"{decimal[0]}.{decimal[1:]}"), digits
+
+
+# -------------------------------------------------------------------------------------------------------- hostile input
+BOMBS = [
+    r"9^{9^{9^{9^{9}}}}", r"10^{10^{10}}", "100000000!", "5!!!!!!",
+    "1e999999999", r"\frac{1}{10^{10^{10}}}", r"(x+1)^{10000000}",
+    r"\sqrt[1000000007]{2^{1000000009}}", r"\sum_{k=1}^{10^9} k", r"\binom{10^9}{10^8}", r"e^{e^{e^{e^{e}}}}",
+    r"\sin(10^{10^{5}})", r"2^{2^{2^{2^{2^{2}}}}}",
+    "0^{-1}", r"0^{\pi}", r"\ln 0", r"\tan 90^\circ", r"\sqrt[0]{5}", r"\log_1 5",
+    r"x^{x^{x^{x^{x}}}}", r"\ln^{-1} 5", "(-1)^{10^{1000}}",
+    "1" * 2000, "1." + "3" * 2000, r"\frac{e^{2it}}{2+2i}" * 30,
+    r"\arcsin(\arcsin(\arcsin(\arcsin(i+2))))" * 20, "+".join(r"\sqrt{%d}" % n for n in range(2, 150)), "1e999" * 100]
+REPEATED = [
+    "(", "{", "[", "\\{", "\\left(", "-", "1+", "2^", "1,", "\\frac{", "\\frac", "\\sqrt", "\\sqrt{", "\\text{",
+    "\\boxed{",
+    "\\sin", "\\begin{pmatrix}", "&", "\\\\", "|", "5!", "$", "</think>", "answer is ", "final answer is $", " ",
+    "\n", "\\", "1 ",
+    "1,000", "1.", "= ", "x", "\\pm", "\\cup", "°", "√", "é", "\ud800", "_", "^", '"']
+VOCABULARY = [
+    *BOMBS[:12], *REPEATED, "}", ")", "]", "\\}", "\\right)", "\\infty", "\\pi", "i", "e", "0", "1", "12", "0.5",
+    "...", "\\ldots",
+    "and", "or", "x=", "<", "\\le", "\\in", "\\mathbb{R}", "_8", "_{8}", "\\text{cm}", "%", "\\%", "\\$", "\\log",
+    "\\ln", "\\cos(",
+    "\\arcsin", "f(", "\\lfloor", "\\rfloor", "\\end{pmatrix}", "\\mathrm{e}"]
+
+
+def mutate(draw: random.Random, text: str, others: list[str]) -> str:
+    """One to six insertions, replacements, deletions, repetitions, splices or rotations."""
+    for _ in range(draw.randint(1, 6)):
+        i = draw.randrange(len(text) + 1)
+        j = min(len(text), i + draw.randint(1, 12))
+        middle = draw.choice([draw.choice(VOCABULARY) + text[i:j], draw.choice(VOCABULARY), "",
+                              text[i:j] * draw.choice([2, 5, 30]), draw.choice(others), None])
+        text = text[j:] + text[:j] if middle is None else text[:i] + middle + text[j:]
+    return text
+
+
+def check_mutations(count: int, seed: int) -> list[tuple[float, str, str]]:
+    """Verify mutated answers: symmetric, without an exception. Returns the slowest (seconds, gold, response)."""
+    draw = random.Random(seed)
+    answers = [a for answers in lines(EQUAL) + lines(DIFFERENT) for a in answers]
+    slowest: list[tuple[float, str, str]] = []
+    for n in range(count):
+        gold, answer = draw.choice(answers), mutate(draw, draw.choice(answers), answers)
+        response = f"So \\boxed{{{answer}}}."
+        if draw.random() < 0.2:
+            response = mutate(draw, f"<think> a </think> the answer is {answer}", answers)
+        start = time.process_time()
+        verdict = verify(response, gold)
+        slowest = sorted([*slowest, (time.process_time() - start, gold, response)], reverse=True)[:5]
+        assert verdict.lenient or not verdict.correct
+        if n % 5 == 0:
+            assert is_equivalent(gold, answer) == is_equivalent(answer, gold), (gold, answer)
+    return slowest
+
+
+def calls_made(response: str, gold: str) -> int:
+    """Python and C calls of one verification: a count of its work that no clock disturbs."""
+    count = 0
+
+    def tally(frame, event, argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+    sys.setprofile(tally)
+    try:
+        verify(response, gold)
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_mutated_answers_never_raise_and_are_symmetric():
+    assert len(check_mutations(3000, seed=2)) == 5
+
+
+@pytest.mark.parametrize("bomb", BOMBS, ids=lambda bomb: bomb[:30])
+def test_a_value_bomb_is_refused_within_the_budget(bomb):
+    assert not verify(f"\\boxed{{{bomb}}}", "5").correct
+    comparison = Comparison()
+    try:
+        comparison.same(read(bomb).tree or ("num", Fraction(1)), ("num", Fraction(5)))
+    except Unread:
+        pass
+    assert comparison.work <= 3 * MAX_WORK  # what may be spent, and the one value that broke the budget
+    assert calls_made(f"\\boxed{{{bomb}}}", "5") < 150_000
+
+
+@pytest.mark.parametrize("piece", REPEATED, ids=ascii)
+def test_work_does_not_grow_with_repetition(piece):
+    few, many = (calls_made(f"so \\boxed{{{piece * n}5}}", "5") for n in (20_000, 200_000))
+    assert many < 150_000 and many < few + 25_000
+    assert calls_made(piece * 100_000, "5") < 150_000
+
+
+def test_long_and_deep_answers_are_text_and_not_read():
+    assert read("1" * (MAX_CHARS + 1)).tree is None
+    assert read("(" * (MAX_DEPTH + 5) + "5" + ")" * (MAX_DEPTH + 5)).tree is None
+    assert is_equivalent("(" * 30 + "5" + ")" * 30, "5")
+    long = "1234567890" * 10_000
+    assert is_equivalent(long, long) and not is_equivalent(long, long[:-1] + "1")
+
+
+def test_nothing_in_an_answer_is_executed(tmp_path):
+    marker = tmp_path / "marker"
+    for code in (f"__import__('pathlib').Path('{marker}').touch()", f"open('{marker}','w').write('x')", "exit()",
+                 "raise SystemExit", "(lambda: 1/0)()", r"\input{/etc/passwd}"):
+        assert not verify(f"\\boxed{{{code}}}", "5").correct and not verify(f"The answer is {code}", "5").correct
+    assert not marker.exists()
+
+
+def test_threads_agree_with_one_thread():
+    pairs = [(a, b) for answers in lines(EQUAL) + lines(DIFFERENT) for a in answers[:1] for b in answers]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda pair: is_equivalent(*pair), pairs * 2))
+    assert found == [is_equivalent(*pair) for pair in pairs * 2]
+
+
+# ---------------------------------------------------------------------------------------------------------------- trees
+def test_a_tree_is_what_the_manual_says():
+    tree = ("*", ("/", ("num", 1), ("num", 2)), ("^", ("sym", "x"), ("num", 2)))
+    assert Parser(tokenize(r"\frac{1}{2}x^2")).parse() == tree
+    assert evaluate(Parser(tokenize("1/2 + 3^2")).parse(), 0, Comparison()) == Fraction(19, 2)
+
+
+def test_what_has_no_value_is_refused_and_compared_as_text():
+    for text in (r"\sum_{k=1}^n k", r"\int_0^1 x\,dx", r"\triangle ABC", r"\begin{cases} 1 \\ 2 \end{cases}",
+    "1, 2, ...",
+                 r"\{x : x > 0 \mid x\}", "5 6", "a word or 5 6", r"\text{June 20}"):
+        assert read(text).tree is None and is_equivalent(text, text + " "), text
+
+
+# --------------------------------------------------------------------------------------------------- command line, pool
+def test_one_answer_on_the_command_line(capsys):
+    assert main([r"\frac{1}{2}", r"so \boxed{0.5}"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"correct": True, "lenient": True, "extracted": "0.5", "reason": "correct"}
+
+
+def test_a_file_of_rows_gets_its_verdicts(tmp_path):
+    rows = [{"response": r"\boxed{5}", "gold": "5", "id": 7}, {"prediction": "nothing", "gold": 5},
+            {"response": r"\boxed{4+5}", "gold": "9", "numbers": [4, 5]}]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, ROOT / "verify.py", "--in", source, "--out", target]
+    done = subprocess.run(command, capture_output=True, text=True)
+    out = rows_of(target)
+    assert done.returncode == 0 and [row["correct"] for row in out] == [True, False, True]
+    assert out == [verify_row(row) for row in rows]
+    assert set(out[0]) == {"response", "gold", "id", "correct", "lenient", "extracted", "reason"}
+
+
+def test_user_mistakes_are_one_line_and_exit_code_2(tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    for content, message in (('{"gold": "5"}\n', "a row needs gold"), ("{\n", "not JSON")):
+        bad.write_text(content)
+        assert main(["--in", str(bad), "--out", str(tmp_path / "out.jsonl")]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {bad}:1: {message}") and error.count("\n") == 1
+    assert main(["--in", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "out.jsonl")]) == 2
+    for argv in ([], ["5"], ["--in", "x"], ["5", "6", "--in", "x", "--out", "y"], ["--unknown"]):
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert stop.value.code == 2
+
+
+def test_a_pool_gives_the_verdicts_of_one_process():
+    rows = [{"response": f"\\boxed{{{n % 7}}}", "gold": str(n % 5)} for n in range(6000)]
+    assert list(verify_rows(rows, workers=2)) == list(verify_rows(rows, workers=1))
+
+
+def test_the_verifier_needs_only_the_standard_library():
+    check = "import sys, verify; print(sorted({'torch', 'sympy', 'mpmath', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------------------------------------------------- labelled cases
+def rows_of(path: Path) -> list[dict]:
+    with open(path, encoding="utf-8") as lines:  # a problem may hold U+2028, at which splitlines would cut
+        return [json.loads(line) for line in lines]
+
+
+@needs_shared
+def test_labelled_cases_are_judged_right():
+    rows = rows_of(SHARED / "verify" / "cases.jsonl")
+    verdicts = [verify(row["response"], row["gold"]).correct for row in rows]
+    wrong = [row for row, verdict in zip(rows, verdicts) if verdict != row["expected"]]
+    negatives = [row for row in rows if not row["expected"]]
+    assert len(wrong) <= 0.005 * len(rows)
+    assert sum(not row["expected"] for row in wrong) <= 0.001 * len(negatives)
+
+
+@needs_shared
+def test_every_gold_answer_equals_itself_and_its_box():
+    golds = {row["gold"] for row in rows_of(SHARED / "verify" / "cases.jsonl")}
+    for path in (SHARED / "data").glob("*.jsonl"):
+        golds |= {row["answer"] for row in rows_of(path)}
+    assert len(golds) > 3000
+    assert not [gold for gold in golds if not is_equivalent(gold, gold)]
+    assert not [gold for gold in golds if not verify(f"\\boxed{{{gold}}}", gold).correct]
+
+
+@needs_shared
+def test_hostile_strings_get_their_verdicts():
+    wrong = []
+    for row in rows_of(SHARED / "verify" / "adversarial.jsonl"):
+        gold, response = ("".join(piece * count for piece, count in row[key]) for key in ("gold_parts", "pred_parts"))
+        verdict = verify(response, gold).correct  # null: any verdict will do
+        if row["expected"] is not None and verdict != row["expected"]:
+            wrong.append(row["id"])
+    assert not wrong
+
+
+def full() -> None:
+    """The long form of the generated checks, with what they cost."""
+    memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    start = time.process_time()
+    check_mutations(10_000, seed=3)
+    before = memory()
+    slowest = check_mutations(100_000, seed=4)
+    print(f"110,000 mutations without an exception, {time.process_time() - start:.0f} s of CPU")
+    print(f"peak memory {before} MB after 10,000, {memory()} MB after 110,000")
+    for seconds, gold, response in slowest:
+        print(f"  slowest {seconds * 1000:.1f} ms: {ascii(gold)} | {ascii(response)[:120]}")
+    start = time.process_time()
+    check_pairs(100_000, seed=5)
+    print(f"100,000 generated triples of pairs hold, {time.process_time() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    full() if sys.argv[1:] == ["--full"] else sys.exit(__doc__)
