@@ -14,6 +14,7 @@ bandwidth measured just after. The last line printed is JSON.
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -58,6 +59,8 @@ class Rollout:
     def __post_init__(self):
         if not all(b.isdigit() and int(b) for b in self.batches.split(",")):
             raise ValueError(f"--batches {self.batches}: give numbers of rows, such as 8,16,64")
+        if self.peer and shutil.which(self.peer_python) is None:
+            raise ValueError(f"--peer-python {self.peer_python}: no such program; name a python with transformers 5")
         if self.model not in SHAPES and not (Path(self.model) / "config.json").exists():
             raise ValueError(f"--model {self.model}: neither a shape ({', '.join(SHAPES)}) nor a folder with config.json")
 

@@ -340,9 +340,11 @@ def _gathered(model):
 @contextmanager
 def _decode_layout(model):
     """On the CPU, in fp32: matrices transposed in memory while sampling. With few rows MKL multiplies by them 1.2 to 2
-    times faster so (64 to 8 rows); turning them costs less than one step. Shapes and values stay."""
-    matrices = [p for p in model.parameters() if p.ndim == 2 and type(p.data) is torch.Tensor
-                and p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous()]
+    times faster so (64 to 8 rows); turning them costs about as much as a step. Shapes and values stay. Not for sharded
+    models: FSDP2 gathers into the storage that it knows."""
+    matrices = [p for p in model.parameters() if p.ndim == 2 and p.device.type == "cpu" and p.dtype == torch.float32]
+    if any(hasattr(m, "unshard") for m in model.modules()):
+        matrices = []
     try:
         for p in matrices:
             p.data = p.data.T.contiguous().T
