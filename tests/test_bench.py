@@ -45,7 +45,6 @@ def test_mistakes_are_one_line(arguments, message, monkeypatch, capsys):
     assert end.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_peers_import_nothing_of_ours():
-    ours = {path.stem for path in ROOT.glob("*.py")}
-    for path in (ROOT / "peers").glob("*.py"):
-        assert not re.findall(rf"^\s*(?:import|from) (?:{'|'.join(ours)})\b", path.read_text(), re.M), path.name
+def test_the_peer_script_imports_nothing_of_ours():
+    ours = "|".join(path.stem for path in ROOT.glob("*.py"))
+    assert not re.findall(rf"^\s*(?:import|from) (?:{ours})\b", (ROOT / "peers" / "generate_hf.py").read_text(), re.M)
