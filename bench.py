@@ -62,7 +62,8 @@ class Rollout:
         if self.peer and shutil.which(self.peer_python) is None:
             raise ValueError(f"--peer-python {self.peer_python}: no such program; name a python with transformers 5")
         if self.model not in SHAPES and not (Path(self.model) / "config.json").exists():
-            raise ValueError(f"--model {self.model}: neither a shape ({', '.join(SHAPES)}) nor a folder with config.json")
+            raise ValueError(f"--model {self.model}: neither a shape ({', '.join(SHAPES)}) nor a folder with "
+                             "config.json")
 
 
 def workload(cfg: Rollout, vocab: int) -> tuple[list[list[int]], list[int]]:
@@ -151,7 +152,7 @@ def run_once(cfg: Rollout, side: str, batch: int, work: Path) -> dict:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ValueError(f"{side}, batch {batch}: {reason[:200]}; --peer-python names an interpreter with transformers 5")
+        raise ValueError(f"{side}, batch {batch}: {reason[:200]}; --peer-python names a python with transformers 5")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -171,8 +172,9 @@ def compare(cfg: Rollout, say) -> dict:
                 for side in sides:
                     result = run_once(cfg, side, batch, work)
                     runs.setdefault((side, batch), []).append(result)
-                    say(f"round {n + 1}  batch {batch:3d}  {side:10s} {result['tokens'] / result['seconds']:8.1f} tokens/s"
-                        f"  {result['tokens'] / result['cpu_seconds']:8.1f} tokens/CPU-s  {result['peak_mb']:6.0f} MB")
+                    rates = [result["tokens"] / result[cost] for cost in ("seconds", "cpu_seconds")]
+                    say(f"round {n + 1}  batch {batch:3d}  {side:10s} {rates[0]:8.1f} tokens/s  {rates[1]:8.1f} "
+                        f"tokens/CPU-s  {result['peak_mb']:6.0f} MB")
     best = {}
     for (side, batch), results in runs.items():
         middle = {key: statistics.median(r[key] for r in results) for key in results[0]}
@@ -196,11 +198,13 @@ def bench_rollout(cfg: Rollout) -> None:
     alone = not cfg.peer and cfg.repeats == 1 and cfg.batches.isdigit() and cfg.model not in SHAPES
     if alone:
         result = measure(cfg, int(cfg.batches))
-        result["tokens_per_s"], result["tokens_per_cpu_s"] = (result["tokens"] / result[k] for k in ("seconds", "cpu_seconds"))
+        result |= {"tokens_per_s": result["tokens"] / result["seconds"],
+                   "tokens_per_cpu_s": result["tokens"] / result["cpu_seconds"]}
     else:
         result = compare(cfg, say)
-    say("{rows} rows: {tokens_per_s:.1f} tokens/s, {ms_per_step:.1f} ms a step, slot use {slot_use:.2f}, rows computed per "
-        "token {rows_per_token:.3f}, MBU {mbu:.0%} of {bandwidth_gb_s:.1f} GB/s, peak {peak_mb:.0f} MB".format(**result))
+    say("{rows} rows: {tokens_per_s:.1f} tokens/s, {ms_per_step:.1f} ms a step, slot use {slot_use:.2f}, rows computed "
+        "per token {rows_per_token:.3f}, MBU {mbu:.0%} of {bandwidth_gb_s:.1f} GB/s, peak {peak_mb:.0f} MB"
+        .format(**result))
     for side in ("static", "continuous") if cfg.peer else ():
         say(f"{result[f'ratio_{side}']:.2f}x transformers, {side} ({result[f'ratio_{side}_cpu']:.2f}x in CPU time)")
     print(json.dumps({"bench": "rollout", "model": cfg.model, "dtype": cfg.dtype, "threads": cfg.threads,

@@ -186,8 +186,8 @@ class Flight:
         self.most = self._slots(worst) if requests else 0   # no row is ever longer
         if cache_bytes is not None and self.most * self.slot_bytes > cache_bytes:
             raise ValueError(f"prompt {worst.prompt}: {len(prompts[worst.prompt])} tokens and max_new {worst.limit} "
-                             f"need {self.most * self.slot_bytes / 1e6:.1f} MB of cache, and {cache_bytes / 1e6:.1f} MB "
-                             "are given; lower max_new or give more")
+                             f"need {self.most * self.slot_bytes / 1e6:.1f} MB of cache, and "
+                             f"{cache_bytes / 1e6:.1f} MB are given; lower max_new or give more")
         self.rows, width = min(rows, len(requests)), max((r.limit for r in requests), default=0)
         self.live: list[Live] = []
         self.steps = 0
@@ -268,7 +268,7 @@ class Flight:
     def _prefill(self, waiting: deque[Request]) -> None:
         """Read the next prompts of the queue, but for their last tokens, padded on the right to the longest, the first.
 
-        What padding writes into the cache stands beyond the row's position: never seen, and overwritten by the response.
+        What padding writes into the cache stands beyond the row's position: never seen, overwritten by the response.
         """
         T, chosen = len(self.prompts[waiting[0].prompt]) - 1, []
         for request in waiting:

@@ -189,6 +189,17 @@ def test_little_memory_gives_the_same_responses_within_it(small):
         assert 0.5 * budget < meter.largest <= budget
 
 
+def test_memory_that_a_long_response_held_goes_back_to_the_waiting_ones(small):
+    model, _, _ = small
+    lengths, slot = [150] + [10] * 89, 2 * 2 * 2 * 8 * 4
+    meter = Meter(model)
+    groups = rollout.generate(model, [[3, 4]] * 90, 1, lengths, 1.0, seed=0, cache_bytes=slot * 456)
+    assert [len(g[0].ids) for g in groups] == lengths
+    assert meter.largest <= slot * 456
+    assert meter.steps[:63] == [7] * 63 and meter.steps[70:100] == [3] * 30        # 456 slots: 7 rows of 64, 3 of 151
+    assert 7 in meter.steps[150:]                                                  # the long one is through
+
+
 def test_a_request_that_no_memory_holds_is_refused_with_the_numbers(small):
     with pytest.raises(ValueError, match=r"prompt 1: 2 tokens and max_new 1000 need 0.3 MB of cache, and 0.1 MB are given"):
         rollout.generate(small[0], [[3], [3, 4]], 1, 1000, cache_bytes=100_000)
