@@ -446,8 +446,8 @@ def function(name: str, z):
     if name in ("arcsin", "arccos"):
         angle = -I * ln(I * z + power(1 - z * z, HALF))
         return angle if name == "arcsin" else OPERATIONS["°"](Fraction(90)) - angle
-    up, down = exp(I * z), exp(-I * z)
-    cos, sin = (up + down) / 2, (up - down) / (2 * I)
+    up = exp(I * z)
+    cos, sin = (up + 1 / up) / 2, (up - 1 / up) / (2 * I)
     if not z.im:  # exactly real
         cos, sin = Approx(cos.re), Approx(sin.re)
     return {"sin": lambda: sin, "cos": lambda: cos, "tan": lambda: sin / cos, "cot": lambda: cos / sin,
@@ -469,9 +469,9 @@ OPERATIONS = {
 
 
 def sample(name: str, point: int) -> Fraction:
-    """The seeded value of a variable: by point below 1, above 1, an integer, negative, a larger integer."""
+    """The seeded value of a variable: by point below 1, above 1, negative, an integer, a larger integer."""
     seed = crc32(f"{name} {point}".encode("utf-8", "replace"))
-    kinds = (1 + seed % 28, 29), (30 + seed % 97, 29), (2 + seed % 9, 1), (-1 - seed % 97, 31), (5 + seed % 40, 1)
+    kinds = (1 + seed % 28, 29), (30 + seed % 97, 29), (-1 - seed % 97, 31), (2 + seed % 9, 1), (5 + seed % 40, 1)
     return Fraction(*kinds[point % 5])
 
 

@@ -12,7 +12,7 @@ r"""The reward: is the answer in a response equal to the gold answer? Exact wher
 4) Fractions are compared exactly. Other values are computed with P and with P + 40 digits, P = 60 + 2 x (digits of the
    longest number written), and are equal when they differ by at most err = 10 x (drift from P to P + 40) + 10^(3-P) x
    (largest intermediate value) < 1e-25: a decimal of n digits comes no nearer to a square root than about 10^-2n.
-5) With variables, trees must agree so at 4 seeded points (fractions, integers, negatives); equations and inequalities
+5) With variables, trees must agree so at 3 seeded points (fractions, negatives, integers); equations and inequalities
    may differ by a constant factor, positive for inequalities; x > 4 is the interval, x = 5 and 2 + 3 = 5 are 5.
 6) Units may be left out, not exchanged; a percent sign is a unit (50% is 50, not 0.5); a base may not be left out.
 7) strict (`correct`), the training reward, has no tolerance, no string similarity; lenient, for evaluation only, adds
@@ -40,9 +40,9 @@ from mathexpr import MAX_BITS, UNITS, Approx, Parser, Unread, evaluate, lift, to
 
 MAX_BOXES, MAX_BRACES, PLAIN_TAIL = 8, 10_000, 4000  # boxes tried; braces in one; characters searched for "answer is"
 MAX_ITEMS = 24  # longer lists are sorted by their spelling first: matching in any order is quadratic
-POINTS, ENOUGH, MAX_PRECISION = 12, 4, 200  # points tried, points that must agree; digits of an approximate value
+POINTS, ENOUGH, MAX_PRECISION = 12, 3, 200  # points tried, points that must agree; digits of an approximate value
 EXTRA = 40  # digits of the second evaluation beyond the first
-MAX_WORK = 100_000  # units that one comparison may spend, each about 0.2 us
+MAX_WORK = 70_000  # units that one comparison may spend, each about 0.2 us
 LENIENT = 10_000  # lenient equality is to one part in this many
 
 
@@ -229,7 +229,7 @@ class Comparison:
             self.work += 1 + bits // 64 if bits <= MAX_BITS else MAX_WORK
         else:
             digits = getcontext().prec
-            self.work += 2 + digits // 16 + hard * digits**2 // (8 if value.im else 32)
+            self.work += 2 + digits // 16 + hard * digits**2 // 8
             self.peak = max(self.peak, abs(value.re), abs(value.im))
         if self.work > MAX_WORK:
             raise Unread("too much work")
@@ -348,7 +348,10 @@ class Comparison:
                         return False if complex_too or max(abs(x.im), abs(y.im)) <= slack else None
             with localcontext(context(digits + EXTRA)):
                 err = 10 * sum(abs(late - early).re for early, late in zip(*passes)) + self.peak.scaleb(3 - digits)
-                return None if err > Decimal("1e-25") else gap <= err or self.tolerates(gap, size)
+                if err <= Decimal("1e-25"):
+                    return gap <= err or self.tolerates(gap, size)
+            more = digits + self.peak.adjusted()  # 10^50 + x needs 50 digits more
+            return self.agree(a, b, point, more, complex_too) if digits < more <= MAX_PRECISION else None
         except ArithmeticError:
             return None
 

@@ -46,6 +46,7 @@ EQUAL = r"""
 15\text{ cm}^2 | 15 | 15 \mbox{ cm}^{2} | 15\ \text{square centimeters}
 3 \text{ miles per hour} | 3 | 3 \text{ miles/hour}
 4\sqrt{3} | \sqrt{48} | 4\sqrt3 | 4\cdot\sqrt{3} | \frac{12}{\sqrt{3}} | 4 * 3^{1/2} | 4√3 | 4 sqrt(3)
+10^{50} \sqrt{2} | \sqrt{2} \cdot 10^{50} | \sqrt{2 \times 10^{100}}
 \sqrt[3]{-8} | -2 | (-8)^{1/3}
 \sqrt{3+2\sqrt2} | 1+\sqrt{2} | \sqrt 2 + 1
 (1+\sqrt2)(\sqrt2-1) | 1
@@ -107,6 +108,7 @@ DIFFERENT = r"""
 \frac{1}{2^{98}} | \frac{1}{2^{97}} | 0 | \frac{1}{2^{99}}
 0 | 1e-400 | 10^{-30} | \frac{0}{0}
 10^{50} + \sqrt2 | 10^{50} + \sqrt3 | 10^{50}
+10^{90} + \sqrt2 | 10^{90} + \sqrt3 | 10^{90}
 \sqrt{10^{40}+1} | 10^{20}
 5\text{ cm} | 5\text{ m} | 5\text{ cm}^2 | 6\text{ cm}
 \$5 | 5\text{ cents} | 5\%
@@ -271,27 +273,22 @@ def test_a_surd_is_equal_to_no_decimal_however_long():
 
 
 # -------------------------------------------------------------------------------------------------------- hostile input
-BOMBS = [
-    r"9^{9^{9^{9^{9}}}}", r"10^{10^{10}}", "100000000!", "5!!!!!!",
-    "1e999999999", r"\frac{1}{10^{10^{10}}}", r"(x+1)^{10000000}",
-    r"\sqrt[1000000007]{2^{1000000009}}", r"\sum_{k=1}^{10^9} k", r"\binom{10^9}{10^8}", r"e^{e^{e^{e^{e}}}}",
-    r"\sin(10^{10^{5}})", r"2^{2^{2^{2^{2^{2}}}}}",
-    "0^{-1}", r"0^{\pi}", r"\ln 0", r"\tan 90^\circ", r"\sqrt[0]{5}", r"\log_1 5",
-    r"x^{x^{x^{x^{x}}}}", r"\ln^{-1} 5", "(-1)^{10^{1000}}",
-    "1" * 2000, "1." + "3" * 2000, r"\frac{e^{2it}}{2+2i}" * 30,
-    r"\arcsin(\arcsin(\arcsin(\arcsin(i+2))))" * 20, "+".join(r"\sqrt{%d}" % n for n in range(2, 150)), "1e999" * 100]
-REPEATED = [
-    "(", "{", "[", "\\{", "\\left(", "-", "1+", "2^", "1,", "\\frac{", "\\frac", "\\sqrt", "\\sqrt{", "\\text{",
-    "\\boxed{",
-    "\\sin", "\\begin{pmatrix}", "&", "\\\\", "|", "5!", "$", "</think>", "answer is ", "final answer is $", " ",
-    "\n", "\\", "1 ",
-    "1,000", "1.", "= ", "x", "\\pm", "\\cup", "°", "√", "é", "\ud800", "_", "^", '"']
-VOCABULARY = [
-    *BOMBS[:12], *REPEATED, "}", ")", "]", "\\}", "\\right)", "\\infty", "\\pi", "i", "e", "0", "1", "12", "0.5",
-    "...", "\\ldots",
-    "and", "or", "x=", "<", "\\le", "\\in", "\\mathbb{R}", "_8", "_{8}", "\\text{cm}", "%", "\\%", "\\$", "\\log",
-    "\\ln", "\\cos(",
-    "\\arcsin", "f(", "\\lfloor", "\\rfloor", "\\end{pmatrix}", "\\mathrm{e}"]
+BOMBS = r"""
+9^{9^{9^{9^{9}}}}; 10^{10^{10}}; 100000000!; 5!!!!!!; 1e999999999; \frac{1}{10^{10^{10}}}; (x+1)^{10000000}
+\sqrt[1000000007]{2^{1000000009}}; \sum_{k=1}^{10^9} k; \binom{10^9}{10^8}; \sin(10^{10^{5}}); 2^{2^{2^{2^{2^{2}}}}}
+e^{e^{e^{e^{e}}}}; 0^{-1}; 0^{\pi}; \ln 0; \tan 90^\circ; \sqrt[0]{5}; \log_1 5; x^{x^{x^{x^{x}}}}; \ln^{-1} 5
+(-1)^{10^{1000}}; 2^{2^{12}\sqrt{2}}; \arcsin 10^{99}
+""".replace("\n", "; ").strip("; ").split("; ") + [
+    "1" * 2000, "1." + "3" * 2000, "1e999" * 100, r"\sin5 " * 300, r"\frac{e^{2it}}{2+2i}" * 30, r"\ln(\ln(i))" * 99,
+    r"\arcsin(\arcsin(\arcsin(\arcsin(i+2))))" * 20, "+".join(r"\sqrt{%d}" % n for n in range(2, 150))]
+REPEATED = r"""
+( { [ \{ \left( - 1+ 2^ 1, \frac{ \frac \sqrt \sqrt{ \text{ \boxed{ \sin \begin{pmatrix} & \\ | 5! $ </think> \ 1,000 1. = x
+\pm \cup ° √ é _ ^ "
+""".split() + [" ", "\n", "1 ", "answer is ", "final answer is $", "\ud800"]
+VOCABULARY = BOMBS[:12] + REPEATED + r"""
+} ) ] \} \right) \infty \pi i e 0 1 12 0.5 ... \ldots and or x= < \le \in \mathbb{R} _8 _{8} \text{cm} % \% \$ \log \ln \cos(
+\arcsin f( \lfloor \rfloor \end{pmatrix} \mathrm{e}
+""".split()
 
 
 def mutate(draw: random.Random, text: str, others: list[str]) -> str:
