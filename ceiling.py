@@ -4,7 +4,7 @@ Eq. (2)-(4) of arXiv 2512.11470, with P in points (0..100) and x the FLOPs since
     P(x) = base + (A_post - base) / (1 + (x / C_mid)^-B),   base = P_sft + eps,   plasticity PL_rl = A_post - P_sft
 The default estimator is a posterior on a grid, summed up by 1,500 draws. Choices against the paper's least squares:
  1) For each cell (B, C_mid) of a log grid, P_sft, eps and the gain enter linearly: a closed form (variable projection).
-    The grid zooms to the mass. Draws that break eps >= 0, gain >= 0 or A_post <= maximum are dropped.
+    The grid zooms to the mass. Draws that break eps >= 0, gain >= 0 or A_post <= 100 are dropped.
  2) P_sft is one noisy evaluation like the others, not a constant, so its noise is in every interval.
  3) Noise: at least binomial, point by point, where n (responses) is known; else its level is learned. Real runs also
     wander slowly around any sigmoid (over 0.3 of the run): learned too, at even prior odds. It widens the intervals
@@ -36,6 +36,7 @@ import numpy as np
 
 B_RANGE, C_RANGE = (0.3, 10.0), (0.005, 20.0)   # grid of B, and of C_mid over the last x
 WANDER = 0.3        # correlation length of the slow deviations, over the last x
+TOP = 100.0         # the metric's maximum, points
 N_DRAWS = 1500      # an end of a 90% interval to about 3% of its width
 FEWEST = 5          # points, P_sft among them: there are five unknowns
 
@@ -86,12 +87,9 @@ class CeilingFit:
 
     def as_json(self) -> dict:
         """The documented JSON of one run: an Interval becomes name, name_low, name_high; the draws are left out."""
-        row = {}
-        for name, value in vars(self).items():
-            if isinstance(value, Interval):
-                row |= {name: value.value, f"{name}_low": value.low, f"{name}_high": value.high}
-            elif name != "posterior":
-                row[name] = value
+        row = {name: value for name, value in vars(self).items() if name != "posterior"}
+        for name in ("a_post", "plasticity", "c_mid", "share"):
+            row[name], row[f"{name}_low"], row[f"{name}_high"] = row[name]
         return row
 
     def line(self) -> str:
@@ -103,13 +101,12 @@ class CeilingFit:
         return f"reached {self.reached:.1f} / ceiling {self.a_post.text('.1f')} / share {self.share.text('.0%')}"
 
 
-def fit(flops, performance, p_sft=None, n=None, forecast_at=(), maximum: float = 100.0, seed: int = 0,
-        paper: dict | None = None) -> CeilingFit:
+def fit(flops, performance, p_sft=None, n=None, forecast_at=(), paper: dict | None = None) -> CeilingFit:
     """Ceiling, plasticity and their intervals from the evaluations of one RL run.
 
     | name        | shape    | unit   | meaning                                                                    |
     | flops       | (N,)     | FLOPs  | since the start of RL, any order; a point at 0 is the SFT checkpoint       |
-    | performance | (N,)     | points | 0..maximum; NaN points are left out                                        |
+    | performance | (N,)     | points | 0..100, not shares; NaN points are left out                                |
     | p_sft       | number   | points | needed where no point is at 0; without both, plasticity and share are null |
     | n           | (N,), () |        | responses behind each point, for their binomial noise                      |
     | forecast_at | (X,)     | FLOPs  | where to forecast besides 2x and 10x the compute so far                    |
@@ -121,18 +118,18 @@ def fit(flops, performance, p_sft=None, n=None, forecast_at=(), maximum: float =
     mean = low = high = [None] * len(at)
     if len(x) < FEWEST or x.max() <= 0:
         result.status = "too few points"
-    elif paper is not None:
-        mean = _summarize_paper(result, x, y, at, paper)
     elif (fall := falls(y))[0] != "ok":
         result.status, best = fall[0], float(y[:fall[1]].max())
         result.a_post, result.plasticity = Interval(best), Interval(None if p_sft is None else best - p_sft)
+    elif paper is not None:
+        mean = _summarize_paper(result, x, y, at, paper)
     else:
         keep = np.ones(len(x), bool)
         if len(x) >= 8:                  # fewer points cannot outvote an outlier
             keep = least_squares_fit(x, y - y[0], tau=3.5, free_epsilon=True).keep | (x == 0)
-        post = sample(x[keep], y[keep], None if n is None else n[keep], maximum, seed)
+        post = sample(x[keep], y[keep], None if n is None else n[keep])
         _summarize(result, post)
-        mean, low, high = (v.tolist() for v in predict(post, at, maximum, seed))
+        mean, low, high = (v.tolist() for v in predict(post, at))
     result.forecast = [dict(zip(("flops", "mean", "low", "high"), row)) for row in zip(at, mean, low, high)]
     return result
 
@@ -182,14 +179,16 @@ def sigmoid(x, b, c) -> np.ndarray:
     return (x > 0) / (1 + np.exp(-np.clip(z, -700, 700)))
 
 
-def sample(x, y, n=None, maximum: float = 100.0, seed: int = 0) -> Posterior:
+def sample(x, y, n=None, seed: int = 0) -> Posterior:
     """M draws from the posterior of eq. (2) given points x (N,) sorted, y (N,) and their responses n (N,) or None.
 
     y = p_sft + eps [x > 0] + gain sigmoid(x; B, C) + wander(x) + noise: noise ~ N(0, sigma^2 relative), wander an
     Ornstein-Uhlenbeck process of size tau. H settings of (sigma, tau), K cells of (B, C)."""
     rng = np.random.default_rng(seed)
-    right = None if n is None else (y * n / maximum + 1) / (n + 2)      # share of right answers, never quite 0 or 1
-    binomial = None if n is None else maximum ** 2 * right * (1 - right) / n
+    binomial = None
+    if n is not None:                               # variance in points; +1 and +2 keep it above 0 at 0 and 100
+        right = (np.clip(y, 0, TOP) * n / TOP + 1) / (n + 2)
+        binomial = TOP ** 2 * right * (1 - right) / n
     relative = np.ones(len(x)) if n is None else binomial / binomial.mean()
     sigma, tau, log_noise = _noise_settings(y, binomial)
     scale, last, level = 1 / np.sqrt(relative), x.max(), y.mean()
@@ -216,10 +215,10 @@ def sample(x, y, n=None, maximum: float = 100.0, seed: int = 0) -> Posterior:
     h, k = np.divmod(rng.choice(mass.size, 4 * N_DRAWS, p=mass.ravel() / mass.sum()), len(log_b))
     linear = mean[h, k] + np.einsum("mij,mj->mi", np.linalg.cholesky(covariance[h, k]), rng.normal(size=(len(h), 3)))
     linear[:, 0] += level
-    allowed = (linear[:, 1:] >= 0).all(1) & (linear.sum(1) <= maximum)
+    allowed = (linear[:, 1:] >= 0).all(1) & (linear.sum(1) <= TOP)
     if allowed.sum() < N_DRAWS // 5:                # the data pull against a bound (a falling run): put draws on it
         linear[:, 1:] = np.maximum(linear[:, 1:], 0)
-        linear[:, 2] = np.clip(maximum - linear[:, 0] - linear[:, 1], 0, linear[:, 2])
+        linear[:, 2] = np.clip(TOP - linear[:, 0] - linear[:, 1], 0, linear[:, 2])
         allowed[:] = True
     h, k, linear = (v[allowed][:N_DRAWS] for v in (h, k, linear))
     b, c = np.exp(np.stack([log_b[k], log_c[k]]) + half[:, None] * rng.uniform(-1, 1, (2, len(k))))     # within cells
@@ -260,7 +259,7 @@ def curve(post: Posterior, x) -> np.ndarray:
     return post.p_sft[:, None] + post.eps[:, None] * (x > 0) + post.gain[:, None] * sigmoid(x, post.b, post.c)
 
 
-def predict(post: Posterior, x, maximum: float = 100.0, seed: int = 0):
+def predict(post: Posterior, x, seed: int = 0):
     """Forecast of an evaluation at x (X,) FLOPs: mean, low, high (X,) points; its own noise is in the interval."""
     x, last = np.asarray(x, float), post.x.max()
     value, variance = curve(post, x), np.repeat(post.sigma[:, None] ** 2, len(x), 1)
@@ -272,8 +271,8 @@ def predict(post: Posterior, x, maximum: float = 100.0, seed: int = 0):
         value[at] += residual[at] @ gain            # the last deviation carried on, fading over WANDER of the run
         variance[at] += np.maximum(tau ** 2 * ((x > 0) - (far.T * gain).sum(0)), 0)
     draw = value + np.sqrt(variance) * np.random.default_rng(seed).normal(size=value.shape)
-    low, high = np.quantile(np.clip(draw, 0, maximum), (0.05, 0.95), axis=0)
-    return np.clip(value.mean(0), 0, maximum), low, high
+    low, high = np.quantile(np.clip(draw, 0, TOP), (0.05, 0.95), axis=0)
+    return np.clip(value.mean(0), 0, TOP), low, high
 
 
 def _summarize(result: CeilingFit, post: Posterior) -> None:
@@ -345,8 +344,7 @@ def _bounded(x, y, keep, free_epsilon: bool) -> LeastSquares:
             free = np.clip((sy * rr - ry * rs) / np.maximum(rr * ss - rs ** 2, 1e-12), 0, bound)
             offset = (ry - rs * free) / np.maximum(rr, 1e-12)       # best eps for this U: exact at the bound too
             other = ((y - free[:, None] * s - offset[:, None] * r) ** 2).sum(1)
-            use = (offset > 0) & (other < loss)
-            top, eps, loss = np.where(use, free, top), np.where(use, offset, eps), np.where(use, other, loss)
+            top, eps, loss = np.where((offset > 0) & (other < loss), [free, offset, other], [top, eps, loss])
         best, step = int(np.argmin(loss)), 2 * (axes[1] - axes[0])
         middle = np.array([log_b[best], log_c[best]])
         box = np.clip(np.stack([middle - step, middle + step], 1), limit[:, :1], limit[:, 1:])
