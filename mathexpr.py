@@ -84,7 +84,7 @@ def words(match: re.Match) -> str:
     for word in re.findall(r"[A-Za-z][A-Za-z./'-]*[A-Za-z/]|[^\s.]", body):
         if word.lower() in ("and", "or"):
             out.append(",")
-        elif word in FUNCTIONS or word in LETTERS or kind == "operatorname" and "\\" + word in SPELLING:
+        elif word in FUNCTIONS - {"sec"} or word in LETTERS or kind == "operatorname" and "\\" + word in SPELLING:
             out.append("\\" + word)
         elif not word[0].isalpha() or len(word) == 1 and (kind.startswith("math") or word not in UNITS):
             out.append(word)  # \mathrm{e} is a number, \text{m} after one a unit
@@ -99,7 +99,7 @@ def letters(run: str, before: str) -> list[str]:
     lower, apart = word.lower(), run[0].isspace() or before[-1:] not in set(")}]0123456789")
     if lower in ("and", "or"):
         return [","]
-    if word in FUNCTIONS or word in LETTERS or word in ("sqrt", "infinity", "inf"):
+    if word in FUNCTIONS or word in LETTERS and word not in ("xi", "nu", "mu") or word in ("sqrt", "infinity", "inf"):
         return ["\\infty" if word[:3] == "inf" else "\\" + word]
     known = len(word) > 3 or len(word) > 1 and (lower in UNITS or lower in NUMERALS)
     if apart and known or word in ("cm", "mm", "km", "kg"):
@@ -111,8 +111,7 @@ def tokenize(text: str, thousands: bool = True) -> list[str]:
     """LaTeX or plain text -> tokens in one spelling. thousands: 1,234 outside brackets is one number."""
     if len(text) > MAX_CHARS:
         raise Unread("too long")
-    text = text if text.isascii() else text.translate(UNICODE)
-    text = " ".join(text.split())  # a long run of spaces would slow the patterns down
+    text = " ".join((text if text.isascii() else text.translate(UNICODE)).split())  # long gaps would slow the patterns
     if "\\" in text:
         for _ in range(4):  # \text{\textbf{}} a few levels deep
             text, found = TEXT.subn(words, text)
@@ -487,14 +486,15 @@ def evaluate(node: tuple, point: int, meter):
     if head == "at":  # a subtree at a fixed point, whatever the point
         return evaluate(node[2], node[1], meter)
     if head in ("+", "*"):
-        values = (evaluate(child, point, meter) for child in node[1:])
-        return reduce(lambda total, value: meter.pay((add if head == "+" else mul)(total, value)), values)
+        join, values = add if head == "+" else mul, (evaluate(child, point, meter) for child in node[1:])
+        return reduce(lambda total, value: meter.pay(join(total, value)), values)
     if head in ("fn", "call"):
         value = evaluate(node[2], point, meter)
         if head == "fn":
-            return meter.pay(function("ln" if meter.natural and node[1] == "log" else node[1], value), hard=True)
+            name = "ln" if meter.natural and node[1] == "log" else node[1]
+            return meter.pay(function(name, value), series=8 if name[:3] == "arc" else 1)
         return sample(f"{node[1]} {value if isinstance(value, Fraction) else round(value.re, 20)}", point)
     if head not in OPERATIONS:
         raise Unread("no number")
     value = OPERATIONS[head](*[evaluate(child, point, meter) for child in node[1:]])
-    return meter.pay(value, hard=head in ("^", "root"))
+    return meter.pay(value, series=head in ("^", "root"))

@@ -154,7 +154,7 @@ class Reading:
         return ("set", *(v for item in members(tree) for v in dict.fromkeys((signed(item, True), signed(item, False)))))
 
 
-read_short = lru_cache(2048)(Reading)  # a gold answer is read once for its whole group; long texts are not kept
+read_short = lru_cache(1024)(Reading)  # a gold answer is read once for its whole group; long texts are not kept
 
 
 def read(text: str, thousands: bool = True) -> Reading:
@@ -222,14 +222,14 @@ class Comparison:
     def __init__(self, parts: int = 0):
         self.parts, self.tolerated, self.work, self.peak, self.natural = parts, False, 0, Decimal(0), False
 
-    def pay(self, value: Fraction | Approx, hard: bool = False) -> Fraction | Approx:
-        """Count the cost of a value. hard: it took a series, whose cost grows with the square of the precision."""
+    def pay(self, value: Fraction | Approx, series: int = 0) -> Fraction | Approx:
+        """Count the cost of a value. series: how many it took; each costs about the square of the precision."""
         if isinstance(value, Fraction):
             bits = max(value.numerator.bit_length(), value.denominator.bit_length())
             self.work += 1 + bits // 64 if bits <= MAX_BITS else MAX_WORK
         else:
             digits = getcontext().prec
-            self.work += 2 + digits // 16 + hard * digits**2 // 8
+            self.work += 2 + digits // 16 + series * digits**2 // 8
             self.peak = max(self.peak, abs(value.re), abs(value.im))
         if self.work > MAX_WORK:
             raise Unread("too much work")

@@ -52,6 +52,8 @@ EQUAL = r"""
 (1+\sqrt2)(\sqrt2-1) | 1
 5! | 120 | \binom{10}{3}
 2^{4950} | 2^{4949} \cdot 2 | 4^{2475}
+5 + xi | 5 + x i | ix + 5
+5 \text{ sec} | 5 | 5\text{ seconds}
 3 + 4i | 4i+3 | (2+i)^2 | 3+4\mathrm{i} | \frac{(3+4i)(1-i)}{1-i}
 e^{i\pi} | -1 | i^2
 \log_2 8 | 3 | \frac{\ln 8}{\ln 2} | \frac{\log 8}{\log 2}
@@ -282,12 +284,12 @@ e^{e^{e^{e^{e}}}}; 0^{-1}; 0^{\pi}; \ln 0; \tan 90^\circ; \sqrt[0]{5}; \log_1 5;
     "1" * 2000, "1." + "3" * 2000, "1e999" * 100, r"\sin5 " * 300, r"\frac{e^{2it}}{2+2i}" * 30, r"\ln(\ln(i))" * 99,
     r"\arcsin(\arcsin(\arcsin(\arcsin(i+2))))" * 20, "+".join(r"\sqrt{%d}" % n for n in range(2, 150))]
 REPEATED = r"""
-( { [ \{ \left( - 1+ 2^ 1, \frac{ \frac \sqrt \sqrt{ \text{ \boxed{ \sin \begin{pmatrix} & \\ | 5! $ </think> \ 1,000 1. = x
-\pm \cup ° √ é _ ^ "
+( { [ \{ \left( - 1+ 2^ 1, \frac{ \frac \sqrt \sqrt{ \text{ \boxed{ \sin \begin{pmatrix} & \\ | 5! $ </think> \ 1,000 1.
+= x \pm \cup ° √ é _ ^ "
 """.split() + [" ", "\n", "1 ", "answer is ", "final answer is $", "\ud800"]
 VOCABULARY = BOMBS[:12] + REPEATED + r"""
-} ) ] \} \right) \infty \pi i e 0 1 12 0.5 ... \ldots and or x= < \le \in \mathbb{R} _8 _{8} \text{cm} % \% \$ \log \ln \cos(
-\arcsin f( \lfloor \rfloor \end{pmatrix} \mathrm{e}
+} ) ] \} \right) \infty \pi i e 0 1 12 0.5 ... \ldots and or x= < \le \in \mathbb{R} _8 _{8} \text{cm} % \% \$ \log \ln
+\cos( \arcsin f( \lfloor \rfloor \end{pmatrix} \mathrm{e}
 """.split()
 
 
