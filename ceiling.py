@@ -41,17 +41,6 @@ N_DRAWS = 1500      # an end of a 90% interval to about 3% of its width
 FEWEST = 5          # points, P_sft among them: there are five unknowns
 
 
-class Interval(NamedTuple):
-    """Median and 90% interval; None where not identified or not asked for."""
-    value: float | None = None
-    low: float | None = None
-    high: float | None = None
-
-    def text(self, form: str) -> str:
-        ends = "" if self.low is None else f" [{self.low:{form}}, {self.high:{form}}]"
-        return ("not identified" if self.value is None else format(self.value, form)) + ends
-
-
 class Posterior(NamedTuple):
     """M draws of eq. (2), and the points behind them to carry the last deviation on. Performance in points."""
     p_sft: np.ndarray       # (M,)
@@ -68,37 +57,40 @@ class Posterior(NamedTuple):
 
 @dataclass
 class CeilingFit:
-    """What ceiling.py says of one run, in points and FLOPs; as_json() has the documented names."""
+    """What ceiling.py says of one run, under the documented JSON names, in points and FLOPs. None: not identified (then
+    the ends of the interval stay), not known without P_sft, or not asked for."""
     run: str = ""
     p_sft: float | None = None
-    a_post: Interval = Interval()
-    plasticity: Interval = Interval()
-    c_mid: Interval = Interval()
+    a_post: float | None = None
+    a_post_low: float | None = None
+    a_post_high: float | None = None
+    plasticity: float | None = None
+    plasticity_low: float | None = None
+    plasticity_high: float | None = None
+    c_mid: float | None = None
+    c_mid_low: float | None = None
+    c_mid_high: float | None = None
     b: float | None = None
     epsilon: float | None = None
     identified: bool = False
     status: str = "ok"                  # ok | collapse | oscillation | too few points
     n_fit: int = 0                      # points fitted, outliers left out
     rmse: float | None = None           # of the fitted points around the fitted curve
-    share: Interval = Interval()        # of A_post - P_sft, reached by the curve at the last point
+    share: float | None = None          # of A_post - P_sft, reached by the curve at the last point
+    share_low: float | None = None
+    share_high: float | None = None
     reached: float | None = None        # the curve at the last point: its noise is averaged out
     forecast: list = field(default_factory=list)
     posterior: Posterior | None = None
 
     def as_json(self) -> dict:
-        """The documented JSON of one run: an Interval becomes name, name_low, name_high; the draws are left out."""
-        row = {name: value for name, value in vars(self).items() if name != "posterior"}
-        for name in ("a_post", "plasticity", "c_mid", "share"):
-            row[name], row[f"{name}_low"], row[f"{name}_high"] = row[name]
-        return row
+        return {name: value for name, value in vars(self).items() if name != "posterior"}
 
-    def line(self) -> str:
-        """For a log: reached / ceiling [low, high] / share [low, high], or why there is none."""
-        if self.status == "too few points":
-            return f"{self.n_fit} evaluations, too few for a ceiling ({FEWEST})"
-        if self.status != "ok":
-            return f"{self.status}: the best before it is {self.a_post.text('.1f')}"
-        return f"reached {self.reached:.1f} / ceiling {self.a_post.text('.1f')} / share {self.share.text('.0%')}"
+    def text(self, name: str, form: str) -> str:
+        """A value and its interval for a table: "78.6 [76.3, 81.3]"."""
+        value, low = getattr(self, name), getattr(self, f"{name}_low")
+        ends = "" if low is None else f" [{low:{form}}, {getattr(self, f'{name}_high'):{form}}]"
+        return ("not identified" if value is None else format(value, form)) + ends
 
 
 def fit(flops, performance, p_sft=None, n=None, forecast_at=(), paper: dict | None = None) -> CeilingFit:
@@ -119,8 +111,8 @@ def fit(flops, performance, p_sft=None, n=None, forecast_at=(), paper: dict | No
     if len(x) < FEWEST or x.max() <= 0:
         result.status = "too few points"
     elif (fall := falls(y))[0] != "ok":
-        result.status, best = fall[0], float(y[:fall[1]].max())
-        result.a_post, result.plasticity = Interval(best), Interval(None if p_sft is None else best - p_sft)
+        result.status, result.a_post = fall[0], float(y[:fall[1]].max())
+        result.plasticity = None if p_sft is None else result.a_post - p_sft
     elif paper is not None:
         mean = _summarize_paper(result, x, y, at, paper)
     else:
@@ -278,15 +270,17 @@ def predict(post: Posterior, x, seed: int = 0):
 def _summarize(result: CeilingFit, post: Posterior) -> None:
     """Medians and 90% intervals of the draws into result, and whether the data determine them."""
     plasticity, trend = post.eps + post.gain, curve(post, [post.x.max()])[:, 0]
-    interval = lambda draws: Interval(*(float(q) for q in np.quantile(draws, (0.5, 0.05, 0.95))))
-    a_post, c_mid = interval(post.p_sft + plasticity), interval(post.c)
-    result.identified = bool(a_post.high - a_post.low <= np.median(plasticity) and c_mid.high <= post.x.max())
-    known = lambda found: found if result.identified else found._replace(value=None)
-    result.a_post, result.c_mid, result.b = known(a_post), known(c_mid), known(interval(post.b)).value
+    a_post, share = post.p_sft + plasticity, (trend - post.p_sft) / np.maximum(plasticity, 1e-9)
+    width = np.subtract(*np.quantile(a_post, (0.95, 0.05)))
+    result.identified = bool(width <= np.median(plasticity) and np.quantile(post.c, 0.95) <= post.x.max())
+    known = {"a_post": a_post, "c_mid": post.c, "b": post.b}
     if result.p_sft is not None:
-        share = (trend - post.p_sft) / np.maximum(plasticity, 1e-9)
-        result.plasticity, result.share = known(interval(plasticity)), known(interval(share))
-        result.epsilon = known(interval(post.eps)).value
+        known |= {"plasticity": plasticity, "share": share, "epsilon": post.eps}
+    for name, draws in known.items():
+        low, median, high = map(float, np.quantile(draws, (0.05, 0.5, 0.95)))
+        setattr(result, name, median if result.identified else None)
+        if name not in ("b", "epsilon"):
+            setattr(result, f"{name}_low", low), setattr(result, f"{name}_high", high)
     result.posterior, result.n_fit, result.reached = post, len(post.x), float(np.median(trend))
     result.rmse = float(np.sqrt(np.mean((post.y - curve(post, post.x).mean(0)) ** 2)))
 
@@ -362,9 +356,9 @@ def _summarize_paper(result: CeilingFit, x, y, at, settings: dict) -> list:
     result.rmse = float(np.sqrt(np.mean((y - value[:len(x)])[found.keep] ** 2)))
     result.identified = not found.at_bound
     if result.identified:
-        result.a_post, result.plasticity = Interval(result.p_sft + found.top), Interval(found.top)
-        result.c_mid, result.b, result.epsilon = Interval(found.c), found.b, found.eps
-        result.share = Interval((result.reached - result.p_sft) / max(found.top, 1e-9))
+        result.a_post, result.plasticity, result.c_mid = result.p_sft + found.top, found.top, found.c
+        result.b, result.epsilon = found.b, found.eps
+        result.share = (result.reached - result.p_sft) / max(found.top, 1e-9)
     return value[len(x):].tolist()
 
 
@@ -427,6 +421,20 @@ def fit_points(points: Points, fraction: float = 1.0, paper: dict | None = None)
     return result
 
 
+def report(result: CeilingFit) -> str:
+    """A run as text: reached / ceiling / share, then its parts and how far it may come at ten times the compute."""
+    if result.status == "too few points":
+        return f"{result.run}: {result.n_fit} evaluations, too few for a ceiling ({FEWEST})"
+    if result.status != "ok":
+        return f"{result.run}: {result.status}; the best before it is {result.a_post:.1f}"
+    far = result.forecast[-1]
+    band = "" if far["low"] is None else f" [{far['low']:.1f}, {far['high']:.1f}]"
+    return (f"{result.run}: reached {result.reached:.1f} / ceiling {result.text('a_post', '.1f')} / share "
+            f"{result.text('share', '.0%')}\n    P_sft {'unknown' if result.p_sft is None else f'{result.p_sft:.1f}'}"
+            f"   PL_rl {result.text('plasticity', '.1f')}   C_mid {result.text('c_mid', '.3g')} FLOPs"
+            f"   at 10x the compute {far['mean']:.1f}{band}   ({result.n_fit} points, rmse {result.rmse:.2f})")
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="*", help="run directories of rl.py (default runs/rl)")
@@ -449,13 +457,7 @@ def main(argv=None) -> int:
         print(json.dumps({"runs": [result.as_json() for result in results]}))
         return 0
     for result in results:
-        print(f"{result.run}: {result.line()}")
-        if result.status == "ok":
-            far = result.forecast[-1]
-            band = "" if far["low"] is None else f" [{far['low']:.1f}, {far['high']:.1f}]"
-            print(f"    P_sft {'?' if result.p_sft is None else format(result.p_sft, '.1f')}  plasticity "
-                  f"{result.plasticity.text('.1f')}  C_mid {result.c_mid.text('.3g')} FLOPs  "
-                  f"at 10x the compute {far['mean']:.1f}{band}  ({result.n_fit} points, rmse {result.rmse:.2f})")
+        print(report(result))
     return 0
 
 

@@ -83,12 +83,12 @@ def curve_panel(axes, name: str, points: ceiling.Points, result: ceiling.Ceiling
         axes.fill_between(at / unit, low, high, color="#9ecae1", alpha=0.45, lw=0, label="90% of evaluations")
         trend = np.median(ceiling.curve(result.posterior, at), 0)
         axes.plot(at / unit, trend, color="#08519c", lw=1.5, label="eq. (2)")
-    if result.a_post.value is not None:
-        axes.axhline(result.a_post.value, color="#238b45", ls="--", lw=1, label="A_post")
-    if result.a_post.low is not None:
-        axes.plot([x.max() * 1.03 / unit] * 2, result.a_post[1:], color="#238b45", lw=5, alpha=0.6,
-                  solid_capstyle="butt", label="its 90% interval")
-    state = result.status if result.status != "ok" else f"A_post {result.a_post.text('.1f')}"
+    if result.a_post is not None:
+        axes.axhline(result.a_post, color="#238b45", ls="--", lw=1, label="A_post")
+    if result.a_post_low is not None:
+        axes.plot([x.max() * 1.03 / unit] * 2, [result.a_post_low, result.a_post_high], color="#238b45", lw=5,
+                  alpha=0.6, solid_capstyle="butt", label="its 90% interval")
+    state = result.status if result.status != "ok" else f"A_post {result.text('a_post', '.1f')}"
     axes.set_title(f"{name}: {state}", fontsize=9)
     axes.set(xlabel=f"RL compute (1e{exponent} FLOPs)", ylabel="performance (points)")
 
@@ -98,10 +98,10 @@ def parts_panel(axes, results: dict) -> None:
     for i, result in enumerate(results.values()):
         known = result.p_sft is not None
         axes.bar(i, result.p_sft if known else 0, color="#9ecae1", label="P_sft" if i == 0 else None)
-        if known and result.plasticity.value is not None:
-            axes.bar(i, result.plasticity.value, bottom=result.p_sft, color="#3182bd")
-        if result.a_post.low is not None:
-            axes.plot([i, i], result.a_post[1:], color="#238b45", lw=3)
+        if known and result.plasticity is not None:
+            axes.bar(i, result.plasticity, bottom=result.p_sft, color="#3182bd")
+        if result.a_post_low is not None:
+            axes.plot([i, i], [result.a_post_low, result.a_post_high], color="#238b45", lw=3)
     axes.bar(0, 0, color="#3182bd", label="PL_rl")              # for the legend, whatever the first run has
     floor = min((r.p_sft for r in results.values() if r.p_sft is not None), default=0)
     axes.set_ylim(max(0, floor - 10))                           # parts of a few points would vanish from 0
