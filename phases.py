@@ -299,10 +299,10 @@ def read_ceilings(words, runs) -> dict:
 
 def _report(found: Diagnosis) -> str:
     """The text table: a row a validation, then the recommendation."""
-    lines = [f"{'step':>10} {'EFLOP':>10} {'val loss':>9}  regime"]
+    lines = [f"{'step':>10} {'FLOPs':>10} {'val loss':>9}  regime"]
     for step, loss, flops, name in zip(found.steps, found.losses, found.flops, found.regimes):
         mark = " <- start RL here" if step == found.recommended_step else ""
-        compute = "-" if flops is None else f"{flops / 1e18:.4g}"
+        compute = "-" if flops is None else f"{flops:.3e}"
         lines.append(f"{step:>10} {compute:>10} {loss:9.4f}  {name}{mark}")
     lines.append(found.reason)
     if found.alternative_step is not None:

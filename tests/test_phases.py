@@ -66,9 +66,21 @@ def test_three_points_and_one_point_have_a_regime_each():
     assert (one.regimes, one.saturated, one.recommended_step) == (["stable"], False, 7)
 
 
-def test_measured_curve_of_a_thousand_examples_ends_severe():
-    """Validation losses of a 0.6M-parameter model on 1,000 trajectories, every 100 steps."""
-    assert named([.752, .617, .665, .792]) == "aSmX"
+def test_curve_of_a_built_in_run_passes_all_four_regimes():
+    """Validation losses of the built-in task, 4,000 trajectories, every 100 steps from 0."""
+    losses = [1.9208, .4300, .3373, .2927, .2751, .2651, .2575, .2590, .2634, .2655, .2634, .2703, .2861, .2944]
+    found = diagnose(range(0, 1400, 100), losses)
+    assert named(losses) == "aaaaaaSSmmmmXX" and found.noise == 0
+    assert (found.recommended_step, found.alternative_step, found.saturated) == (600, 800, True)
+
+
+def test_noisier_built_in_run_still_improves_at_its_end():
+    """8,000 trajectories: the last point is not the lowest, but within the noise of it, and the second half falls."""
+    losses = [1.9208, .4301, .3364, .2924, .2776, .2612, .2486, .2431, .2403, .2335, .2293, .2320, .2281, .2244, .2255,
+              .2248]
+    found = diagnose(range(0, 1600, 100), losses)
+    assert .001 < found.noise < .005 and not found.saturated and found.recommended_step == 1300
+    assert found.regimes.index("stable") == 9
 
 
 def test_nan_is_infinitely_bad_and_a_nan_end_is_a_divergence():
