@@ -370,6 +370,7 @@ class Points(NamedTuple):
     p_sft: float | None = None
     n: np.ndarray | None = None
     fit: np.ndarray | None = None       # 1: fit this point, 0: forecast it
+    settings: dict = {}                 # of least_squares_fit, for --paper
 
 
 def read_run(run_dir) -> Points:
@@ -386,7 +387,9 @@ def read_run(run_dir) -> Points:
 
 
 def read_csv(path) -> list[Points]:
-    """Any trainer's points: columns run, flops, performance and, where known, p_sft, n and fit (1 or 0)."""
+    """Any trainer's points: columns run, flops, performance and, where known, p_sft, n and fit (1 or 0).
+
+    For --paper a run's first row may set outlier_tau, use_lts, lts_alpha, free_epsilon, as the released scripts do."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: not found; give a CSV file with columns run, flops, performance[, p_sft, n, fit]")
     with open(path, newline="", encoding="utf-8") as file:
@@ -394,20 +397,23 @@ def read_csv(path) -> list[Points]:
     if not rows or not {"run", "flops", "performance"} <= set(rows[0]):
         found = ", ".join(rows[0]) if rows else "no row"
         raise ValueError(f"{path}: needs columns run, flops, performance (found: {found})")
-    runs: dict = {}
+    runs, settings = {}, {}
     for number, row in enumerate(rows, 2):
         try:
             values = [float(row.get(key) or "nan") for key in ("flops", "performance", "p_sft", "n", "fit")]
+            tau, alpha = float(row.get("outlier_tau") or 2.5), float(row.get("lts_alpha") or 0.75)
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}; give numbers, empty where unknown") from None
         runs.setdefault(row["run"], []).append(values)
+        settings.setdefault(row["run"], {"tau": tau, "lts_alpha": alpha if row.get("use_lts") == "True" else None,
+                                         "free_epsilon": row.get("free_epsilon") == "True"})
     whole = lambda column: None if np.isnan(column).any() else column
     tables = {run: np.array(values).T for run, values in runs.items()}          # (5, N) each
-    return [Points(run, t[0], t[1], None if np.isnan(t[2, 0]) else t[2, 0], whole(t[3]), whole(t[4]))
+    return [Points(run, t[0], t[1], None if np.isnan(t[2, 0]) else t[2, 0], whole(t[3]), whole(t[4]), settings[run])
             for run, t in tables.items()]
 
 
-def fit_points(points: Points, fraction: float = 1.0, paper: dict | None = None) -> CeilingFit:
+def fit_points(points: Points, fraction: float = 1.0, paper: bool = False) -> CeilingFit:
     """fit() on the points marked for it, else on the first `fraction`, with a forecast for each of the others."""
     x, y, p_sft = points.flops, points.performance, points.p_sft
     chosen = np.argsort(np.argsort(x, kind="stable")) < int(fraction * len(x) + 0.5)
@@ -416,7 +422,7 @@ def fit_points(points: Points, fraction: float = 1.0, paper: dict | None = None)
     if p_sft is None and (x == 0).any():
         p_sft = y[x == 0].mean()
     n = None if points.n is None else points.n[chosen]
-    result = fit(x[chosen], y[chosen], p_sft, n, np.sort(x[~chosen]), paper=paper)
+    result = fit(x[chosen], y[chosen], p_sft, n, np.sort(x[~chosen]), points.settings if paper else None)
     result.run = points.run
     return result
 
@@ -449,7 +455,7 @@ def main(argv=None) -> int:
         if not 0 < args.fit_fraction <= 1:
             raise ValueError(f"--fit-fraction {args.fit_fraction}: needs a number above 0, up to 1")
         runs = read_csv(args.csv) if args.csv else [read_run(run) for run in args.run or ["runs/rl"]]
-        results = [fit_points(run, args.fit_fraction, {} if args.paper else None) for run in runs]
+        results = [fit_points(run, args.fit_fraction, args.paper) for run in runs]
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -375,6 +375,23 @@ def test_paper_mode_agrees_with_table_4_and_names_the_bounds():
 
 
 @needs_paper_data
+def test_command_line_fits_table_4_from_a_csv_with_its_split_and_settings(tmp_path, capsys):
+    names = ["outlier_tau", "use_lts", "lts_alpha", "free_epsilon"]
+    rows = []
+    for run, (x, y, settings, published) in paper_runs().items():
+        first, last = (int(settings[k]) for k in ("train_start", "train_end")) if published else (0, 0)
+        rows += [(f"{run[0]}-{run[1]}", x[i], y[i], int(first <= i < last), *(settings[k] for k in names))
+                 for i in range(len(x)) if published]
+    path = write_csv(tmp_path / "p.csv", ["run", "flops", "performance", "fit", *names], rows)
+    assert ceiling.main(["--csv", path, "--paper", "--json"]) == 0
+    said = {row["run"]: row for row in json.loads(capsys.readouterr().out)["runs"]}
+    for run, _, found, *_ in table4_rows():
+        row = said[f"{run[0]}-{run[1]}"]
+        assert row["identified"] == (not found.at_bound)
+        assert row["plasticity"] == (None if found.at_bound else pytest.approx(found.top, abs=1e-6))
+
+
+@needs_paper_data
 @pytest.mark.parametrize("fraction", [.71, .5, .35])
 def test_forecasts_beat_the_bounded_sigmoid_on_both_halves_and_intervals_cover(fraction):
     rows = forecast_errors(fraction)
