@@ -42,10 +42,9 @@ LETTERS = set("alpha beta gamma delta epsilon varepsilon zeta eta theta kappa la
               "chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega hbar ell pi infty emptyset".split())
 UNITS = table(
     "% percent; $ dollar dollars usd; cent cents; euro euros; deg degree degrees; rad radian radians; am a.m; pm p.m; "
-    "mm; cm centimeter centimeters; m meter meters; km kilometer kilometers; in inch inches; ft foot feet; acre acres; "
-    "mi mile miles; g gm gram grams; kg kilogram kilograms; lb lbs pound pounds; oz ounce ounces; l liter liters; ml; "
-    "s sec second seconds; min minute minutes; h hr hour hours; day days; week weeks; month months; year years; "
-    "yd yard yards; 2 square sq; 3 cubic; / per")
+    "mm; cm centimeter centimeters; m meter meters; km kilometer kilometers; in inch inches; ft foot feet; / per; mi mile "
+    "miles; g gm gram grams; kg kilogram kilograms; lb lbs pound pounds; oz ounce ounces; l liter liters; s sec second "
+    "seconds; min minute minutes; h hr hour hours; day days; week weeks; month months; year years; 2 square sq; 3 cubic")
 NUMERALS = dict(zip("zero one two three four five six seven eight nine ten eleven twelve".split(), range(13)))
 NOT_UNITS = {*NUMERALS, *"hundred thousand million billion trillion dozen half halves third thirds quarter quarters "
              "plus minus times over squared cubed factorial not mod negative".split()}  # they change the value before
@@ -119,9 +118,9 @@ def tokenize(text: str, thousands: bool = True) -> list[str]:
                 break
     text = REWRITE.sub(lambda match: REWRITES[match.lastindex - 1][1], text)
     tokens: list[str] = []
-    for raw in TOKENS[thousands and not any(mark in text for mark in ("(", "[", "\\{"))].findall(text):
+    for raw in TOKENS[thousands and "(" not in text and "[" not in text and "\\{" not in text].findall(text):
         token = SPELLING.get(raw, raw)
-        if token.lstrip().isalpha() and raw != "\\in":
+        if token[-1:].isalpha() and token[0] != "\\" and raw != "\\in":
             tokens += letters(token, tokens[-1] if tokens else "")
         elif token:
             tokens.append(token)
@@ -147,7 +146,8 @@ def number(token: str) -> tuple:
     if len(token) > MAX_DIGITS or len(exponent) > 5 or abs(int(exponent or 0)) > MAX_BITS // 4:
         raise Unread("too large")
     whole, _, decimals = re.sub(r"[^\d.]", "", mantissa).partition(".")
-    return ("num", Fraction(int(whole + decimals), 10 ** len(decimals)) * Fraction(10) ** int(exponent or 0))
+    value = Fraction(int(whole + decimals), 10 ** len(decimals))
+    return ("num", value * Fraction(10) ** int(exponent) if exponent else value)
 
 
 class Parser:
@@ -492,7 +492,7 @@ def evaluate(node: tuple, point: int, meter):
         value = evaluate(node[2], point, meter)
         if head == "fn":
             name = "ln" if meter.natural and node[1] == "log" else node[1]
-            return meter.pay(function(name, value), series=8 if name[:3] == "arc" else 1)
+            return meter.pay(function(name, value), series=3 if name[:3] == "arc" else 1)
         return sample(f"{node[1]} {value if isinstance(value, Fraction) else round(value.re, 20)}", point)
     if head not in OPERATIONS:
         raise Unread("no number")

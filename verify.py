@@ -114,10 +114,11 @@ def extract_anywhere(response: str) -> str | None:
 # ----------------------------------------------------------------------------------------------------------- readings
 def fraction(tree: tuple) -> Fraction | None:
     """The value of an integer, a decimal or a fraction, which is all that most answers need."""
-    sign, tree = (-1, tree[1]) if tree[0] == "neg" else (1, tree)
+    if tree[0] == "neg":
+        return None if (value := fraction(tree[1])) is None else -value
     if tree[0] == "/" and tree[1][0] == tree[2][0] == "num" and tree[2][1]:
-        return sign * tree[1][1] / tree[2][1]
-    return sign * tree[1] if tree[0] == "num" else None
+        return tree[1][1] / tree[2][1]
+    return tree[1] if tree[0] == "num" else None
 
 
 def signed(node, up: bool):
@@ -223,13 +224,13 @@ class Comparison:
         self.parts, self.tolerated, self.work, self.peak, self.natural = parts, False, 0, Decimal(0), False
 
     def pay(self, value: Fraction | Approx, series: int = 0) -> Fraction | Approx:
-        """Count the cost of a value. series: how many it took; each costs about the square of the precision."""
+        """Count the cost of a value. series: how many it took; one costs about the square of the precision."""
         if isinstance(value, Fraction):
             bits = max(value.numerator.bit_length(), value.denominator.bit_length())
             self.work += 1 + bits // 64 if bits <= MAX_BITS else MAX_WORK
         else:
             digits = getcontext().prec
-            self.work += 2 + digits // 16 + series * digits**2 // 8
+            self.work += 2 + digits // 16 + series * digits**2 // (2 if value.im else 8)
             self.peak = max(self.peak, abs(value.re), abs(value.im))
         if self.work > MAX_WORK:
             raise Unread("too much work")
