@@ -22,6 +22,7 @@ Shapes: B rows, T tokens.
 import json
 import re
 import shutil
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -293,9 +294,13 @@ def plan(n: int, seed: int, start: int, count: int) -> list[int]:
     picked = []
     while len(picked) < count:
         epoch, offset = divmod(start + len(picked), n)
-        order = torch.randperm(n, generator=run.generator(seed, "epoch", epoch)).tolist()
-        picked += order[offset:offset + count - len(picked)]
+        picked += _permutation(n, seed, epoch)[offset:offset + count - len(picked)].tolist()
     return picked
+
+
+@lru_cache(maxsize=2)  # a million rows take longer to shuffle than a small step to train
+def _permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
+    return torch.randperm(n, generator=run.generator(seed, "epoch", epoch))
 
 
 def cut(lengths: list[int], budget: int) -> list[list[int]]:

@@ -334,16 +334,12 @@ def evaluate_now(cfg, book, step, model, tokenizer, problems, totals) -> bool:
 
 
 def describe(fit: ceiling.CeilingFit) -> str:
-    """The ceiling of the run so far in a few words; brackets are 90% intervals."""
+    """The run so far against its ceiling in a few words; brackets are 90% intervals."""
     if fit.status == "too few points":
         return "ceiling: too few points yet"
     if fit.status != "ok":
         return f"{fit.status}: ceiling {fit.a_post:.1f}, the best before it"
-    interval = f"[{fit.a_post_low:.1f}, {fit.a_post_high:.1f}]"
-    if not fit.identified:
-        return f"ceiling not identified yet {interval}"
-    share = f"{fit.share:.2f} [{fit.share_low:.2f}, {fit.share_high:.2f}]"
-    return f"ceiling {fit.a_post:.1f} {interval}  share of the gain {share}"
+    return f"reached {fit.reached:.1f} / ceiling {fit.text('a_post', '.1f')} / share {fit.text('share', '.0%')}"
 
 
 def load_problems(cfg, tokenizer) -> tuple[list, list]:
