@@ -93,7 +93,7 @@ def run_case(case: dict, dtype: torch.dtype = torch.float64):
 
 @needs_vectors
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("case", VECTORS["cases"], ids=lambda case: case["id"])
+@pytest.mark.parametrize("case", VECTORS["cases"], ids=[case["id"] for case in VECTORS["cases"]])
 def test_a_shared_case_agrees_in_loss_gradients_and_advantages(case, dtype):
     expected = case["expected"]
     tolerance = dict(rtol=1e-9, atol=1e-12) if dtype == torch.float64 else dict(rtol=2e-5, atol=2e-6)
@@ -133,7 +133,7 @@ def run_rule(case: dict):
 
 
 @needs_vectors
-@pytest.mark.parametrize("case", VECTORS["misc"], ids=lambda case: case["id"])
+@pytest.mark.parametrize("case", VECTORS["misc"], ids=[case["id"] for case in VECTORS["misc"]])
 def test_a_shared_rule_gives_the_expected_value(case):
     exact = case["kind"] in ("dynamic_sampling", "prefix_length")
     assert run_rule(case) == (case["expected"] if exact else pytest.approx(case["expected"], rel=1e-9, abs=0))
