@@ -42,9 +42,9 @@ LETTERS = set("alpha beta gamma delta epsilon varepsilon zeta eta theta kappa la
               "chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega hbar ell pi infty emptyset".split())
 UNITS = table(
     "% percent; $ dollar dollars usd; cent cents; euro euros; deg degree degrees; rad radian radians; am a.m; pm p.m; "
-    "mm; cm centimeter centimeters; m meter meters; km kilometer kilometers; in inch inches; ft foot feet; / per; mi mile "
-    "miles; g gm gram grams; kg kilogram kilograms; lb lbs pound pounds; oz ounce ounces; l liter liters; s sec second "
-    "seconds; min minute minutes; h hr hour hours; day days; week weeks; month months; year years; 2 square sq; 3 cubic")
+    "mm; cm centimeter centimeters; m meter meters; km kilometer kilometers; in inch inches; ft foot feet; / per; mi "
+    "mile miles; g gm gram grams; kg kilogram kilograms; lb lbs pound pounds; oz ounce ounces; l liter liters; s sec "
+    "second seconds; min minute minutes; h hour hours; day days; week weeks; month months; year years; 2 square; 3 cubic")
 NUMERALS = dict(zip("zero one two three four five six seven eight nine ten eleven twelve".split(), range(13)))
 NOT_UNITS = {*NUMERALS, *"hundred thousand million billion trillion dozen half halves third thirds quarter quarters "
              "plus minus times over squared cubed factorial not mod negative".split()}  # they change the value before
