@@ -266,7 +266,7 @@ def sft_examples(path: str, tokenizer: Tokenizer, max_len: int) -> tuple[list[Ex
 
 def problems(path: str, tokenizer: Tokenizer, max_prompt: int) -> tuple[list[Problem], int]:
     """(problems, number dropped as longer than max_prompt tokens) of an RL or evaluation file."""
-    found, n_long = [], 0
+    found, n_long, n_empty = [], 0, 0
     for n, row in enumerate(read_rows(path), 1):
         messages = row.get("messages")
         prompt = [m for m in messages if m["role"] != "assistant"] if messages else _find(row, PROMPT)
@@ -274,6 +274,10 @@ def problems(path: str, tokenizer: Tokenizer, max_prompt: int) -> tuple[list[Pro
         if prompt is None or gold is None:
             missing = "prompt" if prompt is None else "answer"
             raise ValueError(f'{path}:{n}: no "{missing}"; a problem needs prompt and answer (found: {sorted(row)})')
+        gold = str(gold).split("####")[-1].strip()  # GSM8K writes its working before ####
+        if not gold:
+            n_empty += 1                            # an empty box would earn the reward
+            continue
         ids, text = tokenizer.prompt(prompt)
         pair = _pair({k: v for k, v in row.items() if k != "answer"})
         expert = tokenizer.encode(_continuation(text, pair[1])) + [tokenizer.eos] if pair else None
@@ -281,10 +285,11 @@ def problems(path: str, tokenizer: Tokenizer, max_prompt: int) -> tuple[list[Pro
             n_long += 1
         else:
             shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-            found.append(Problem(shown, ids, str(gold).split("####")[-1].strip(), row.get("numbers"), expert,
-                                 _opened(text)))
+            found.append(Problem(shown, ids, gold, row.get("numbers"), expert, _opened(text)))
+    if n_empty:
+        print(f"{path}: {n_empty} rows with an empty answer dropped")
     if not found:
-        raise ValueError(f"{path}: all {n_long} prompts are longer than {max_prompt} tokens; raise --max-prompt")
+        raise ValueError(f"{path}: no problem left: {n_long} prompts are longer than {max_prompt} tokens; raise --max-prompt")
     return found, n_long
 
 

@@ -167,3 +167,18 @@ def test_templates_and_ids_equal_those_of_transformers(small, tmp_path, template
         assert rendered == theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         assert ids == theirs(rendered, add_special_tokens=False)["input_ids"]
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+def test_parquet_rows_are_read_as_json_rows_are(small, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+    rows = [{"prompt": "Make 3", "response": "1 + 2"}, {"prompt": "Make 4", "response": "2 + 2"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    write(tmp_path / "a.jsonl", *rows)
+    assert data.sft_examples(str(tmp_path / "a.parquet"), small[1], 20) == data.sft_examples(str(tmp_path / "a.jsonl"), small[1], 20)
+
+
+def test_problems_with_an_empty_answer_are_dropped_and_said(small, tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", {"prompt": "Make 3", "answer": " "}, {"prompt": "Make 3", "answer": 0})
+    found, _ = data.problems(path, small[1], 20)
+    assert [p.gold for p in found] == ["0"] and "1 rows with an empty answer dropped" in capsys.readouterr().out

@@ -203,3 +203,23 @@ def test_stopping_by_signal_saves_and_resume_goes_on(task, tmp_path, monkeypatch
     assert sft.main(cfg) is False and "--resume" in capsys.readouterr().out
     monkeypatch.undo()
     assert sft.main(replace(cfg, resume=True)) is True
+
+
+def test_until_stops_sft_once_it_overfits_four_trajectories(task, tmp_path, capsys):
+    (tmp_path / "four.jsonl").write_text("".join((task / "train.jsonl").read_text().splitlines(keepends=True)[:4]))
+    sft.main(sft_config(task, tmp_path / "r", data=f"{tmp_path}/four.jsonl", batch=4, steps=150, eval_every=5, lr=1e-2, until="mild"))
+    losses_seen = [row["val_loss"] for row in lines_of(tmp_path / "r") if row["kind"] == "val"]
+    assert len(losses_seen) < 31 and losses_seen[-1] > 1.02 * min(losses_seen) and losses_seen[0] > 1.1 * min(losses_seen)
+    assert "--until mild: reached" in capsys.readouterr().out
+
+
+def test_until_share_stops_rl_when_the_interval_says_so(coin, tmp_path, capsys):
+    rl.main(rl_config(coin, tmp_path / "r", algo="dapo", steps=20, eval_every=1, prompts=8, update_prompts=4, until_share=0.01))
+    last = max(row["step"] for row in lines_of(tmp_path / "r"))
+    assert 4 <= last < 20 and "surely reached" in capsys.readouterr().out
+
+
+def test_max_flops_ends_a_run_with_an_evaluation_and_a_checkpoint(coin, tmp_path):
+    rl.main(rl_config(coin, tmp_path / "r", steps=50, eval_every=50, max_flops=1.0))
+    rows = lines_of(tmp_path / "r")
+    assert rows[-1]["kind"] == "eval" and rows[-1]["step"] == 1 and (tmp_path / "r" / "checkpoints" / "step_000001").exists()
