@@ -289,7 +289,7 @@ def problems(path: str, tokenizer: Tokenizer, max_prompt: int) -> tuple[list[Pro
     if n_empty:
         print(f"{path}: {n_empty} rows with an empty answer dropped")
     if not found:
-        raise ValueError(f"{path}: no problem left: {n_long} prompts are longer than {max_prompt} tokens; raise --max-prompt")
+        raise ValueError(f"{path}: no problem left, {n_long} prompts are over {max_prompt} tokens; raise --max-prompt")
     return found, n_long
 
 
