@@ -159,8 +159,10 @@ def validate(cfg, book, step, model, tokenizer, val, problems, device, totals) -
     loss = validation_loss(model, val, cfg.micro_tokens, device, cfg.bf16)
     book.log(step, "val", **totals, val_loss=loss)
     found = diagnose(book)
-    improving = not found.saturated and found.regimes[-1] in ("adaptive", "stable")  # the minimum so far is none yet
-    text = f"step {step:5d}  val loss {loss:.4f}  {'adaptive, still improving' if improving else found.regimes[-1]}"
+    regime = found.regimes[-1]
+    if regime == "stable" and not found.saturated:  # the lowest so far is Stable by definition; is it a minimum yet?
+        regime = ("adaptive" if "stable" not in found.regimes[:-1] else "stable") + ", still improving"
+    text = f"step {step:5d}  val loss {loss:.4f}  {regime}"
     if problems:
         seed = run.seed_of(cfg.seed, "eval")
         summary, records = evaluate.evaluate(model, tokenizer, problems, 1, 0.7, cfg.max_new, seed)
