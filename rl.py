@@ -136,7 +136,7 @@ def sample_round(cfg, objective, model, tokenizer, pool, numbers, step: int) -> 
             u = torch.rand((), generator=run.generator(cfg.seed, "prefix", number)).item()
             prefix = problem.expert[:losses.prefix_length(u, window, len(problem.expert))]
         has_demo = bool(prefix) or objective.demo == "row" and bool(problem.expert)
-        for head, count in ((([]), cfg.group - has_demo), (prefix, 1))[:1 + bool(prefix)]:
+        for head, count in [([], cfg.group - has_demo)] + [(prefix, 1)] * bool(prefix):
             requests.append(problem.prompt + head), counts.append(count), prefixes.append(head), owners.append(owner)
     sampled = rollout.generate(model, requests, counts, cfg.max_new, cfg.temperature, tokenizer.eos_ids,
                                run.seed_of(cfg.seed, "rollout", step, numbers[0]), cfg.rows)
