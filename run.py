@@ -194,12 +194,18 @@ class Run:
 
     def log(self, step: int, kind: str, **numbers) -> dict:
         """Append one line to metrics.jsonl. Infinite and NaN become null, which every JSON reader accepts."""
-        row = {"step": step, "kind": kind, **numbers, "seconds": round(self.seconds, 2)}
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        return self.log_together(step, {kind: numbers})[0]
+
+    def log_together(self, step: int, kinds: dict[str, dict]) -> list[dict]:
+        """Append a line of each kind in one write: a kill leaves all of them or none."""
+        seconds = round(self.seconds, 2)
+        rows = [{"step": step, "kind": kind, **numbers, "seconds": seconds} for kind, numbers in kinds.items()]
+        for row in rows:
+            row |= {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
         with open(self.dir / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-        self.metrics.append(row)
-        return row
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        self.metrics += rows
+        return rows
 
     def log_samples(self, step: int, rows: list[dict]) -> None:
         with open(self.dir / "samples.jsonl", "a") as file:

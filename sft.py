@@ -156,20 +156,20 @@ def validation_loss(model, rows, micro_tokens: int, device, bf16: bool = False) 
 # ----------------------------------------------------------------------------------------------------------------- main
 def validate(cfg, book, step, model, tokenizer, val, problems, device, totals) -> None:
     """Validation loss, the regime it is in so far, and pass@1 on --problems; logged as a val and an eval line."""
-    loss = validation_loss(model, val, cfg.micro_tokens, device, cfg.bf16)
-    book.log(step, "val", **totals, val_loss=loss)
+    lines = {"val": {**totals, "val_loss": validation_loss(model, val, cfg.micro_tokens, device, cfg.bf16)}}
+    shown = ""
+    if problems:
+        seed = run.seed_of(cfg.seed, "eval")
+        summary, records = evaluate.evaluate(model, tokenizer, problems, 1, 0.7, cfg.max_new, seed)
+        lines["eval"] = {**totals, **summary}
+        shown = f"  pass@1 {summary['pass1']:.1f} (se {summary['pass1_se']:.1f})"
+        book.log_samples(step, records[:20])
+    book.log_together(step, lines)
     found = diagnose(book)
     regime = found.regimes[-1]
     if regime == "stable" and not found.saturated:  # the lowest so far is Stable by definition; is it a minimum yet?
         regime = ("adaptive" if "stable" not in found.regimes[:-1] else "stable") + ", still improving"
-    text = f"step {step:5d}  val loss {loss:.4f}  {regime}"
-    if problems:
-        seed = run.seed_of(cfg.seed, "eval")
-        summary, records = evaluate.evaluate(model, tokenizer, problems, 1, 0.7, cfg.max_new, seed)
-        book.log(step, "eval", **totals, **summary)
-        book.log_samples(step, records[:20])
-        text += f"  pass@1 {summary['pass1']:.1f} (se {summary['pass1_se']:.1f})"
-    print(text, flush=True)
+    print(f"step {step:5d}  val loss {lines['val']['val_loss']:.4f}  {regime}{shown}", flush=True)
 
 
 def diagnose(book) -> phases.Diagnosis:
