@@ -163,7 +163,7 @@ def show_progress(what: str):
 
 
 def main(cfg: Config) -> None:
-    _, _, device = run.start_process()
+    device = run.start_process()
     model, tokenizer, folder = open_model(cfg.init, device, torch.bfloat16 if cfg.bf16 else torch.float32)
     problems, n_long = data.problems(cfg.data, tokenizer, cfg.max_prompt)
     problems = problems[:cfg.limit or None]
@@ -172,7 +172,7 @@ def main(cfg: Config) -> None:
     started = time.monotonic()
     seed, progress = run.seed_of(cfg.seed, "evaluate"), show_progress("sampling")
     summary, records = evaluate(model, tokenizer, problems, cfg.n, cfg.temperature, cfg.max_new, seed,
-                                   cfg.rows, cfg.top_p, progress)
+                                cfg.rows, cfg.top_p, progress)
     if cfg.out:
         Path(cfg.out).write_text("".join(json.dumps(r) + "\n" for r in records))
     rest = "  ".join(f"{k.replace('pass_at_', 'pass@')} {v:.1f}" for k, v in summary.items()

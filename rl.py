@@ -363,7 +363,7 @@ def load_problems(cfg, tokenizer) -> tuple[list, list]:
 
 
 def main(cfg: Config) -> None:
-    _, _, device = run.start_process()
+    device = run.start_process()
     model, tokenizer, folder = evaluate.open_model(cfg.init, device)
     objective = replace(losses.OBJECTIVES[cfg.algo], **cfg.options)
     pool, val = load_problems(cfg, tokenizer)

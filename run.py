@@ -118,12 +118,12 @@ def generator(*key) -> torch.Generator:
 
 
 # ------------------------------------------------------------------------------------------------------------ processes
-def start_process() -> tuple[int, int, torch.device]:
-    """(rank, world size, device). One process needs no process group."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def start_process() -> torch.device:
+    """The device of this process, the only one there may be so far."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         raise ValueError(f"{world} processes: this version trains in one; use --nproc_per_node=1 or plain python")
-    return rank, world, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def catch_signals() -> list:

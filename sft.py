@@ -181,7 +181,7 @@ def diagnose(book) -> phases.Diagnosis:
 
 def main(cfg: Config) -> bool:
     """Train; False when a signal or --dry-run ended it early."""
-    _, _, device = run.start_process()
+    device = run.start_process()
     if not cfg.init:
         cfg = make_built_in(cfg)
     if cfg.from_scratch:

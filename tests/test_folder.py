@@ -67,9 +67,10 @@ def test_biases_follow_the_family_as_transformers_codes_it(kind, raw, flags, tmp
 
 
 def test_a_sliding_window_that_is_switched_off_is_no_obstacle(tmp_path):
-    config_of(tmp_path, model_type="qwen2", sliding_window=32, use_sliding_window=False, max_window_layers=1)
-    config_of(tmp_path, model_type="qwen3", sliding_window=None, layer_types=["full_attention"] * 2)
-    config_of(tmp_path, model_type="mistral", sliding_window=None)
+    for changes in (dict(model_type="qwen2", sliding_window=32, use_sliding_window=False, max_window_layers=1),
+                    dict(model_type="qwen3", sliding_window=None, layer_types=["full_attention"] * 2),
+                    dict(model_type="mistral", sliding_window=None)):
+        assert config_of(tmp_path, **changes).model_type == changes["model_type"]   # read, not refused
 
 
 @pytest.mark.parametrize("changes, words", [
