@@ -25,12 +25,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from decimal import Context, Decimal, DivisionByZero, InvalidOperation, Overflow, getcontext, localcontext
 from fractions import Fraction
 from functools import cached_property, lru_cache
@@ -465,8 +465,8 @@ def verify_rows(rows: list[dict], workers: int) -> Iterator[dict]:
     if workers < 2 or len(rows) < 5000:
         yield from map(verify_row, rows)
         return
-    with multiprocessing.Pool(workers) as pool:
-        yield from pool.imap(verify_row, rows, chunksize=250)
+    with ProcessPoolExecutor(workers) as pool:  # not multiprocessing.Pool: that ends its workers by SIGTERM, which a
+        yield from pool.map(verify_row, rows, chunksize=250)  # trainer catches, and waits for a killed one for ever
 
 
 def main(argv: list[str] | None = None) -> int:

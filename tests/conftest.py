@@ -11,12 +11,22 @@ import torch  # noqa: E402  after OMP_NUM_THREADS, which torch reads once
 torch.set_num_threads(1)
 
 import json  # noqa: E402
+import signal  # noqa: E402
 
 import pytest  # noqa: E402
 
 SMALL = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
          "hidden_act": "silu", "tie_word_embeddings": True, "torch_dtype": "float32"}
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """A training loop leaves its handlers behind; they would swallow the Ctrl-C of whoever runs the tests."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

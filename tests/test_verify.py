@@ -11,6 +11,7 @@ import json
 import math
 import random
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -432,9 +433,14 @@ def test_user_mistakes_are_one_line_and_exit_code_2(tmp_path, capsys):
         assert stop.value.code == 2
 
 
-def test_a_pool_gives_the_verdicts_of_one_process():
+def test_a_pool_gives_the_verdicts_of_one_process_and_ends_although_sigterm_is_caught():
     rows = [{"response": f"\\boxed{{{n % 7}}}", "gold": str(n % 5)} for n in range(6000)]
-    assert list(verify_rows(rows, workers=2)) == list(verify_rows(rows, workers=1))
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)  # as in a process that trains
+    try:
+        verdicts = [list(verify_rows(rows, workers=2)) for _ in range(5)]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert verdicts == [list(verify_rows(rows, workers=1))] * 5
 
 
 def test_the_verifier_needs_only_the_standard_library():
