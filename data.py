@@ -22,6 +22,8 @@ Shapes: B rows, T tokens.
 import json
 import re
 import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -325,12 +327,34 @@ def cut(lengths: list[int], budget: int) -> list[list[int]]:
     return batches
 
 
+def deal(lengths: list[int], budget: int, rank: int, world: int) -> list[list[int]]:
+    """cut() for one of `world` processes: rows are dealt by length, there and back (0 1 2 2 1 0 ...), so that all get
+    alike. Every process has the same number of micro-batches, as each is a collective; those it is short of are []."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    hands = [[i for n, i in enumerate(order) if n % (2 * world) in (r, 2 * world - 1 - r)] for r in range(world)]
+    cuts = [[[hand[i] for i in part] for part in cut([lengths[i] for i in hand], budget)] for hand in hands]
+    return cuts[rank] + [[]] * (max(map(len, cuts)) - len(cuts[rank]))
+
+
+def prefetch(make: Callable, keys: Iterable) -> Iterator:
+    """make(key) for each key, in order; the next one is made in a thread while the caller works with this one."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = None
+        for key in keys:
+            ready, waiting = waiting, thread.submit(make, key)
+            if ready is not None:
+                yield ready.result()
+        if waiting is not None:
+            yield waiting.result()
+
+
 def collate(rows: list[Example], device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """ids (B, T), padded with 0 on the right, and mask (B, T): 1 where the model is trained to choose the token."""
-    T = max(len(r.prompt) + len(r.response) for r in rows)
-    ids, mask = torch.zeros(len(rows), T, dtype=torch.long), torch.zeros(len(rows), T, dtype=torch.bool)
+    """ids (B, T), padded with 0 on the right, and on the CPU mask (B, T): 1 where the model is trained to choose the
+    token. No rows make one row of nothing to train, for a process that only takes part."""
+    T = max((len(r.prompt) + len(r.response) for r in rows), default=2)
+    ids, mask = (torch.zeros(max(1, len(rows)), T, dtype=dtype) for dtype in (torch.long, torch.bool))
     for b, row in enumerate(rows):
         n_prompt, n = len(row.prompt), len(row.prompt) + len(row.response)
         ids[b, :n] = torch.tensor(row.prompt + row.response)
         mask[b, n_prompt:n] = True
-    return ids.to(device), mask.to(device)
+    return ids.to(device), mask

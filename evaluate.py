@@ -20,6 +20,7 @@ import torch
 import data
 import model as model_file
 import phases
+import ranks
 import rollout
 import run
 import verify
@@ -66,19 +67,36 @@ def preset(given: dict) -> dict:
     return {"data": str(folder / "test.jsonl"), "max_new": 128} if folder else {}
 
 
-def open_model(init: str, device="cpu", dtype=torch.float32):
-    """(model, tokenizer, folder) of a model folder, checkpoint, run directory or hub name."""
+def find(init: str) -> Path:
+    """The model folder that --init means: itself, a run directory's checkpoint, or a hub model's local copy."""
     folder = Path(init)
     if (folder / "metrics.jsonl").exists():
         folder, why = pick_checkpoint(folder)
         print(f"{init} is a run: taking {folder.name}, {why}")
     elif not folder.exists():
         folder = download(init)
+    return folder
+
+
+def open_tokenizer(folder: Path) -> data.Tokenizer:
+    """The folder's tokenizer, whose ids the folder's model must have."""
     tokenizer, size = data.Tokenizer(folder), model_file.read_config(folder).vocab_size
     if tokenizer.vocab_size > size:
         raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {size}; "
                          "they are not of one model: copy the tokenizer that the model was trained with")
-    return model_file.load_model(folder, dtype, device), tokenizer, folder
+    return tokenizer
+
+
+def open_trained(folder: Path, device, cfg, seed: int | None = None):
+    """The folder's model in fp32 to be trained, sharded where several processes train; seed: with random weights."""
+    shard = (lambda model: ranks.shard(model, cfg.bf16, cfg.offload)) if ranks.world() > 1 else None
+    if cfg.offload and not (shard and device.type == "cuda"):
+        raise ValueError("--offload works with several processes on GPUs; leave it out, "
+                         "or start with torchrun --nproc_per_node=2 or more")
+    place = "cpu" if cfg.offload else device
+    if seed is not None:
+        return model_file.init_model(model_file.read_config(folder), seed, place, shard)
+    return model_file.load_model(folder, torch.float32, place, shard)
 
 
 def pick_checkpoint(run_dir: Path) -> tuple[Path, str]:
@@ -94,10 +112,11 @@ def pick_checkpoint(run_dir: Path) -> tuple[Path, str]:
     return steps[max(steps)], "its newest checkpoint"
 
 
-def save_model(model, tokenizer, folder) -> None:
-    """Write a Hugging Face model folder: weights, configuration and tokenizer."""
-    model_file.save_model(model, folder)
-    tokenizer.save(folder)
+def save_model(model, tokenizer, folder, dtype=torch.float32) -> None:
+    """Write a Hugging Face model folder: weights, configuration and tokenizer. All processes call it."""
+    model_file.save_model(model, folder, dtype)
+    if ranks.rank() == 0:
+        tokenizer.save(folder)
 
 
 def download(name: str) -> Path:
@@ -163,8 +182,10 @@ def show_progress(what: str):
 
 
 def main(cfg: Config) -> None:
-    device = run.start_process()
-    model, tokenizer, folder = open_model(cfg.init, device, torch.bfloat16 if cfg.bf16 else torch.float32)
+    device = ranks.start()
+    folder = find(cfg.init)
+    tokenizer = open_tokenizer(folder)
+    model = model_file.load_model(folder, torch.bfloat16 if cfg.bf16 else torch.float32, device)
     problems, n_long = data.problems(cfg.data, tokenizer, cfg.max_prompt)
     problems = problems[:cfg.limit or None]
     print(f"{folder}: {len(problems)} problems of {cfg.data} x {cfg.n} samples at temperature {cfg.temperature}"
@@ -173,7 +194,7 @@ def main(cfg: Config) -> None:
     seed, progress = run.seed_of(cfg.seed, "evaluate"), show_progress("sampling")
     summary, records = evaluate(model, tokenizer, problems, cfg.n, cfg.temperature, cfg.max_new, seed,
                                 cfg.rows, cfg.top_p, progress)
-    if cfg.out:
+    if cfg.out and ranks.rank() == 0:
         Path(cfg.out).write_text("".join(json.dumps(r) + "\n" for r in records))
     rest = "  ".join(f"{k.replace('pass_at_', 'pass@')} {v:.1f}" for k, v in summary.items()
                      if k not in ("pass1", "pass1_se", "n", "problems"))

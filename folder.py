@@ -7,10 +7,11 @@
   3) Written so that transformers (4 and 5) and vLLM load it: keys of config.json that nobody here uses survive.
 
     config = read_config("runs/sft/checkpoints/step_000400")
-    weights = read_weights(folder, shapes, torch.float32, "cpu")   # {"model.embed_tokens.weight": (V, D), ...}
+    weights = dict(read_weights(folder, shapes))   # {"model.embed_tokens.weight": (V, D), ...}
     write_folder(folder, config, weights, torch.bfloat16)
 """
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -143,28 +144,36 @@ def config_dict(config: ModelConfig) -> dict:
     return silent | others | {key: value for key, value in ours.items() if key not in unsaid}
 
 
-def read_weights(folder, shapes: dict[str, torch.Size], dtype: torch.dtype, device) -> dict[str, Tensor]:
-    """The weights of a folder by name, exactly those of `shapes`, cast to dtype on the device. Raises ValueError,
-    naming file or parameter, for what is missing, damaged, of another shape or no float."""
-    folder, weights = Path(folder), {}
-    for path in _weight_files(folder):
+def read_weights(folder, shapes: dict[str, torch.Size], rows_of=lambda n: (0, n)) -> Iterator[tuple[str, Tensor]]:
+    """(name, rows of the weight) for each name of `shapes`, in the stored type on the CPU. rows_of(n) -> (first, end)
+    of n rows: only those are read. Raises ValueError, naming file or parameter and before any weight is given out, for
+    what is missing, damaged, of another shape or no float."""
+    files, found = {}, {}
+    for path in _weight_files(Path(folder)):
         if not path.is_file():
             raise ValueError(f"{path}: no such file, but the index beside it names it; copy the missing shard")
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                names = [name for name in file.keys() if not name.endswith("rotary_emb.inv_freq")]   # of old versions
-                kinds = {file.get_slice(name).get_dtype() for name in names} - {"F64", "F32", "F16", "BF16"}
-                # Copies: the tensors are views of the mapped file, and saving over it would change the loaded model
-                weights |= {name: file.get_tensor(name).to(dtype, copy=True) for name in names if not kinds}
+            file = safe_open(path, framework="pt")
+            for name in file.keys():
+                if not name.endswith("rotary_emb.inv_freq"):   # of old versions
+                    files[name], found[name] = file, file.get_slice(name)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
+        kinds = {w.get_dtype() for w in found.values()} - {"F64", "F32", "F16", "BF16"}
         if kinds:
             raise ValueError(f"{path}: weights of type {sorted(kinds)} are not implemented; use the unquantized model")
-    head = weights.pop("lm_head.weight") if "lm_head.weight" in weights and "lm_head.weight" not in shapes else None
-    if head is not None and not torch.equal(head, weights.get("model.embed_tokens.weight", head)):
-        raise ValueError(f"{folder}: lm_head.weight differs from the embedding; set tie_word_embeddings to false")
-    _check(weights, shapes, folder)
-    return weights
+
+    def read(name):
+        first, end = rows_of(shapes[name][0])
+        return found[name][first:end]
+    spare = "lm_head.weight" in found and "lm_head.weight" not in shapes
+    head, embedding = found.pop("lm_head.weight") if spare else None, "model.embed_tokens.weight"
+    _check({name: w.get_shape() for name, w in found.items()}, shapes, folder)
+    if spare:
+        first, end = rows_of(shapes[embedding][0])
+        if list(head.get_shape()) != list(shapes[embedding]) or not torch.equal(head[first:end], read(embedding)):
+            raise ValueError(f"{folder}: lm_head.weight differs from the embedding; set tie_word_embeddings to false")
+    return ((name, read(name)) for name in shapes)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -181,10 +190,10 @@ def _weight_files(folder: Path) -> list[Path]:
     raise ValueError(f"{folder}: neither model.safetensors nor model.safetensors.index.json; {why}")
 
 
-def _check(weights: dict[str, Tensor], shapes: dict[str, torch.Size], folder: Path) -> None:
-    missing, extra = sorted(set(shapes) - set(weights)), sorted(set(weights) - set(shapes))
-    wrong = [f"{name} {list(weights[name].shape)} for {list(shape)}" for name, shape in shapes.items()
-             if name in weights and weights[name].shape != shape]
+def _check(found: dict[str, list[int]], shapes: dict[str, torch.Size], folder) -> None:
+    missing, extra = sorted(set(shapes) - set(found)), sorted(set(found) - set(shapes))
+    wrong = [f"{name} {list(found[name])} for {list(shape)}" for name, shape in shapes.items()
+             if name in found and list(found[name]) != list(shape)]
     fix = "weights and config.json must come from one checkpoint"
     if missing == ["lm_head.weight"]:
         fix = "set tie_word_embeddings to true if the embedding is the head"
@@ -194,13 +203,13 @@ def _check(weights: dict[str, Tensor], shapes: dict[str, torch.Size], folder: Pa
 
 
 def write_folder(folder, config: ModelConfig, weights: dict[str, Tensor], dtype: torch.dtype,
-                 max_shard_bytes: float = 5e9) -> None:
+                 max_shard_bytes: float = 5e9, whole=lambda w: w.detach(), writes: bool = True) -> None:
     """config.json and model.safetensors in dtype; above max_shard_bytes numbered shards and an index. Weights may lie
-    on any device and are brought to the CPU one shard at a time."""
+    on any device and are brought to the CPU one shard at a time; whole(w) puts a sharded one together.
+
+    writes: this process writes; the others only take part in whole(). A failure to write is therefore raised at the
+    end, when nobody waits for this process any more."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("model*.safetensors*"):   # of an earlier save in other shards, which a loader might prefer
-        old.unlink()
     shards, room = [[]], max_shard_bytes   # names by shard, in the model's order
     for name, w in weights.items():
         size = w.numel() * dtype.itemsize
@@ -209,12 +218,28 @@ def write_folder(folder, config: ModelConfig, weights: dict[str, Tensor], dtype:
             room = max_shard_bytes
         shards[-1].append(name)
         room -= size
-    places = {}
+    places, failure = {}, None
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("model*.safetensors*"):   # of an earlier save in other shards, which a loader may prefer
+            old.unlink()
     for i, names in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        part = {name: weights[name].detach().to("cpu", dtype).contiguous() for name in names}
-        save_file(part, folder / file, metadata={"format": "pt"})   # transformers asks for the metadata
+        part = {}
+        for name in names:
+            w = whole(weights[name])
+            if writes:
+                part[name] = w.to("cpu", dtype).contiguous()
+        try:
+            if writes and not failure:
+                save_file(part, folder / file, metadata={"format": "pt"})   # transformers asks for the metadata
+        except (OSError, SafetensorError) as error:
+            failure = error
         places |= dict.fromkeys(names, file)
+    if failure:
+        raise failure
+    if not writes:
+        return
     if len(shards) > 1:
         total = sum(w.numel() for w in weights.values()) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": places}

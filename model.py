@@ -21,13 +21,15 @@ Shapes: B rows, T tokens, V vocabulary, D hidden width, H query heads, Hkv key/v
 N = tokens of all rows in one list, n = a chunk of them.
 """
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
+import ranks
 from folder import ModelConfig, config_dict, read_config, read_weights, write_folder
 
 __all__ = ["ModelConfig", "read_config", "config_dict", "Cache", "Model", "init_model", "load_model", "save_model",
@@ -126,8 +128,14 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
+        self.recompute = False   # keep only x for the backward, and run the block once more there
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv=None, at=None, mask: Tensor | None = None) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._run, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+        return self._run(x, cos, sin, kv, at, mask)
+
+    def _run(self, x: Tensor, cos: Tensor, sin: Tensor, kv=None, at=None, mask: Tensor | None = None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, kv, at, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -223,19 +231,39 @@ class Model(nn.Module):
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
-def init_model(config: ModelConfig, seed: int) -> Model:
-    """A fresh fp32 model: matrices normal(0, 0.02), norms 1, biases 0, drawn from a generator of its own."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.device("meta"):   # torch's own initialisation would cost time and draw from the global generator
-        model = Model(config)
-    model.to_empty(device="cpu")
+def _build(config: ModelConfig, values: Iterator[tuple[str, Tensor]], dtype: torch.dtype, device, shard) -> Model:
+    """A model with these (name, rows) as parameters. It begins on the meta device, so that neither memory nor time goes
+    into weights that are replaced at once, and so that a process never holds more than its rows of a sharded one."""
+    with torch.device("meta"):
+        model = Model(config).to(dtype)
+    if shard:
+        shard(model)
+    model.to_empty(device=device)
+    params = dict(model.named_parameters())
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.ndim == 2:
-                p.normal_(0, 0.02, generator=generator)
-            else:
-                p.fill_(0.0 if name.endswith("bias") else 1.0)
+        for name, rows in values:
+            ranks.local(params[name]).copy_(rows)
     return model
+
+
+def init_model(config: ModelConfig, seed: int, device="cpu", shard=None) -> Model:
+    """A fresh fp32 model: matrices normal(0, 0.02), norms 1, biases 0, drawn from a generator of its own. shard: as in
+    load_model; every process draws all numbers and keeps its own, so their number changes nothing."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn():
+        for name, shape in _shapes(config).items():
+            first, end = ranks.rows_of(shape[0], shard is not None)
+            if len(shape) == 2:
+                yield name, torch.empty(shape).normal_(0, 0.02, generator=generator)[first:end]
+            else:
+                yield name, torch.full((end - first,), 0.0 if name.endswith("bias") else 1.0)
+    return _build(config, drawn(), torch.float32, device, shard)
+
+
+def _shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: p.shape for name, p in Model(config).named_parameters()}
 
 
 # ---- token log-probs -------------------------------------------------------------------------------------------------
@@ -322,9 +350,11 @@ def response_logp(model: Model, ids: Tensor, mask: Tensor, temperature: float = 
     ids, mask (B, T), mask True where the model chose the token; R = most such tokens of a row. chosen is False, and the
     values 0, behind a row's last one. Positions that nobody trains never reach the head."""
     picked = mask[:, 1:]                                              # the state at t - 1 chooses token t
-    values = token_logp(model(ids)[:, :-1][picked], model.head, ids[:, 1:][picked], temperature, entropy=entropy)
-    lengths = picked.sum(1)
-    chosen = torch.arange(int(lengths.max()), device=ids.device) < lengths[:, None]
+    at, lengths = picked.flatten().nonzero()[:, 0], picked.sum(1)
+    chosen = torch.arange(int(lengths.max()), device=mask.device) < lengths[:, None]
+    at, chosen = at.to(ids.device), chosen.to(ids.device)             # a mask on the CPU: nobody waited for the device
+    hidden = model(ids)[:, :-1].flatten(0, 1).index_select(0, at)     # (trained tokens, D)
+    values = token_logp(hidden, model.head, ids[:, 1:].flatten()[at], temperature, entropy=entropy)
     logp, *rest = (torch.zeros(chosen.shape, device=ids.device).masked_scatter(chosen, v)
                    for v in (values if entropy else [values]))
     return logp, rest[0] if entropy else None, chosen
@@ -349,17 +379,18 @@ def hardware_flops(config: ModelConfig, lengths: Iterable[int]) -> float:
 
 
 # ---- Hugging Face folders --------------------------------------------------------------------------------------------
-def load_model(folder, dtype: torch.dtype = torch.float32, device="cpu") -> Model:
-    """The model of a Hugging Face folder, its weights cast to dtype on the device. Raises ValueError, naming the file,
+def load_model(folder, dtype: torch.dtype = torch.float32, device="cpu", shard=None) -> Model:
+    """The model of a Hugging Face folder, its weights cast to dtype on the device. shard(model): makes the parameters
+    of the empty model sharded (ranks.shard); each process then reads its rows only. Raises ValueError, naming the file,
     for what is missing, damaged, at odds with config.json or not implemented."""
-    with torch.device("meta"):   # no memory and no time for weights that are replaced at once
-        model = Model(read_config(folder))
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    model.load_state_dict(read_weights(folder, shapes, dtype, device), assign=True)
-    return model
+    config = read_config(folder)
+    rows = read_weights(folder, _shapes(config), lambda n: ranks.rows_of(n, shard is not None))
+    return _build(config, rows, dtype, device, shard)
 
 
 def save_model(model: Model, folder, dtype: torch.dtype | None = None, max_shard_bytes: float = 5e9) -> None:
     """Write the model as a Hugging Face folder, in dtype (None = the parameters' own): without a cast it reads back bit
-    for bit. Above max_shard_bytes the weights are cut into shards with an index. A tied head is left out."""
-    write_folder(folder, model.config, dict(model.named_parameters()), dtype or model.head.dtype, max_shard_bytes)
+    for bit. Above max_shard_bytes the weights are cut into shards with an index. A tied head is left out. All processes
+    of a sharded model call it, and the first one writes."""
+    write_folder(folder, model.config, dict(model.named_parameters()), dtype or model.head.dtype, max_shard_bytes,
+                 ranks.whole, ranks.rank() == 0)

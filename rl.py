@@ -31,6 +31,7 @@ import data
 import evaluate
 import losses
 import model as model_file
+import ranks
 import rollout
 import run
 import sft
@@ -76,7 +77,10 @@ class Config:
     max_flops: float = 0.0      # stop once the run has used so much compute (the paper's count); 0 = never
     until_share: float = 0.0    # stop once this share of the gain is surely reached (lower end of 90%); 0 = never
     keep: int = 0               # checkpoints to keep; 0 = all. The newest and the best one always stay
-    bf16: bool = False          # compute in bfloat16 under autocast; weights stay fp32
+    bf16: bool = False          # sample and compute in bfloat16; weights, gradients and optimizer stay fp32
+    recompute: bool = True      # keep no activations inside a block for the backward: less memory, 4/3 of the work
+    offload: bool = False       # several GPUs: weights and optimizer state wait in the CPU's memory
+    gpus: int = 0               # of --dry-run: show the memory for so many; 0 = the processes there are
     options: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -101,7 +105,7 @@ def preset(given: dict) -> dict:
     plain = losses.OBJECTIVES[algo].demo == "none"                                # the others need demonstrations
     return {"data": f"{folder}/{'rl' if plain else 'train'}.jsonl", "val": f"{folder}/eval.jsonl", "steps": 50,
             "prompts": 64, "update_prompts": 32, "gen_prompts": 64, "temperature": 1.0, "max_new": 128,
-            "max_prompt": 64, "micro_tokens": 4096, "lr": 1e-4, "eval_every": 5, "eval_n": 2}
+            "max_prompt": 64, "micro_tokens": 4096, "lr": 1e-4, "eval_every": 5, "eval_n": 2, "recompute": False}
 
 
 class Row(NamedTuple):
@@ -122,7 +126,7 @@ class Row(NamedTuple):
 
 
 # ----------------------------------------------------------------------------------------------------------- collect
-def sample_round(cfg, objective, model, tokenizer, pool, numbers, step: int) -> tuple[list, list[dict]]:
+def sample_round(cfg, objective, net, tokenizer, pool, numbers, step: int) -> tuple[list, list[dict]]:
     """Groups of rollouts for these prompts (numbers in the endless stream), and the records of all responses.
 
     A method with a demonstration row leaves it a place; Prefix-RFT's hybrid rollout starts with some of its tokens.
@@ -138,7 +142,7 @@ def sample_round(cfg, objective, model, tokenizer, pool, numbers, step: int) -> 
         has_demo = bool(prefix) or objective.demo == "row" and bool(problem.expert)
         for head, count in [([], cfg.group - has_demo)] + [(prefix, 1)] * bool(prefix):
             requests.append(problem.prompt + head), counts.append(count), prefixes.append(head), owners.append(owner)
-    sampled = rollout.generate(model, requests, counts, cfg.max_new, cfg.temperature, tokenizer.eos_ids,
+    sampled = rollout.generate(net, requests, counts, cfg.max_new, cfg.temperature, tokenizer.eos_ids,
                                run.seed_of(cfg.seed, "rollout", step, numbers[0]), cfg.rows)
     groups, records = [[] for _ in problems], []
     for owner, prefix, responses in zip(owners, prefixes, sampled):
@@ -160,7 +164,7 @@ def expert_row(problem, tokenizer, number: int) -> Row:
     return Row(problem.prompt, problem.expert, response.logp, correct, correct, number, is_expert=True)
 
 
-def collect(cfg, objective, model, tokenizer, pool, cursor: int, step: int) -> tuple[list, int, dict, list, list]:
+def collect(cfg, objective, net, tokenizer, pool, cursor: int, step: int) -> tuple[list, int, dict, list, list]:
     """(groups to train on, new prompt cursor, numbers for the log, records and lengths of all responses)."""
     records, generated, dynamic = [], [], objective.dynamic_sampling
     n_prompts = cfg.gen_prompts if dynamic else cfg.prompts
@@ -168,7 +172,7 @@ def collect(cfg, objective, model, tokenizer, pool, cursor: int, step: int) -> t
     def rounds():
         while True:
             first = cursor + len(generated)
-            groups, judged = sample_round(cfg, objective, model, tokenizer, pool, range(first, first + n_prompts), step)
+            groups, judged = sample_round(cfg, objective, net, tokenizer, pool, range(first, first + n_prompts), step)
             generated.extend(groups), records.extend(judged)
             yield [(group, [row.correct for row in group]) for group in groups]
 
@@ -193,28 +197,28 @@ def collect(cfg, objective, model, tokenizer, pool, cursor: int, step: int) -> t
 
 
 # --------------------------------------------------------------------------------------------------- weigh and update
-def micro_batches(cfg, rows: list[Row], device):
-    """(indices of the rows, ids (b, T), mask (b, T)) of each micro-batch."""
-    for part in data.cut([row.length for row in rows], cfg.micro_tokens):
-        yield part, *data.collate([data.Example(rows[i].prompt, rows[i].response) for i in part], device)
+def micro_batches(cfg, rows: list[Row]):
+    """(indices of the rows, ids (b, T), mask (b, T)) of each micro-batch of this process. Every process gets as many;
+    one that is short of rows takes part with no index and a row that trains nothing."""
+    for part in data.deal([row.length for row in rows], cfg.micro_tokens, ranks.rank(), ranks.world()):
+        yield part, *data.collate([data.Example(rows[i].prompt, rows[i].response) for i in part])
 
 
-def forward(cfg, model, ids, mask, width: int, entropy: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(cfg, net, ids, mask, width: int, device, entropy: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropies (0 if not asked for) of the responses at the sampling temperature, both (b, width)."""
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=cfg.bf16):
-        logp, entropies, _ = model_file.response_logp(model, ids, mask, cfg.temperature, entropy)
+    logp, entropies, _ = model_file.response_logp(net, ids.to(device), mask, cfg.temperature, entropy)
     entropies = torch.zeros_like(logp) if entropies is None else entropies
     return tuple(F.pad(x, (0, width - x.shape[1])) for x in (logp, entropies))
 
 
 @torch.no_grad()
-def forward_rows(cfg, model, rows: list[Row], device, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def forward_rows(cfg, net, rows: list[Row], device, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropies (B, R) of all rows under the weights as they are; R = the longest response."""
     R = max(len(row.response) for row in rows)
-    logp, entropies = torch.zeros(2, len(rows), R, device=device)
-    for part, ids, mask in micro_batches(cfg, rows, device):
-        logp[part], entropies[part] = forward(cfg, model, ids, mask, R, entropy)
-    return logp, entropies
+    values = torch.zeros(2, len(rows), R, device=device)
+    for part, ids, mask in micro_batches(cfg, rows):
+        values[:, part] = torch.stack(forward(cfg, net, ids, mask, R, device, entropy))[:, :len(part)]
+    return tuple(ranks.add_up(values))
 
 
 def weigh(objective, rows: list[Row], entropy, device) -> tuple[torch.Tensor, losses.Rows, torch.Tensor]:
@@ -250,7 +254,7 @@ def weigh(objective, rows: list[Row], entropy, device) -> tuple[torch.Tensor, lo
     return index, batch, losses.batch_weights(objective, batch.mask.sum(1), groups[index], is_expert[index])
 
 
-def plan_updates(cfg, objective, model, reference, groups, device) -> tuple[list, list[int]]:
+def plan_updates(cfg, objective, net, reference, groups, device) -> tuple[list, list[int]]:
     """The round's optimizer steps as (rows, batch, weights), all made before the first; lengths of extra forwards."""
     plans, extra, over_batch = [], [], objective.entropy_weights == "batch"
     for first in range(0, len(groups), cfg.update_prompts):
@@ -258,7 +262,7 @@ def plan_updates(cfg, objective, model, reference, groups, device) -> tuple[list
         old = entropy = None
         needs_entropy = objective.demo == "prefix" or over_batch
         if first > 0 or needs_entropy:
-            old, entropy = forward_rows(cfg, model, rows, device, needs_entropy)
+            old, entropy = forward_rows(cfg, net, rows, device, needs_entropy)
             extra += [row.length for row in rows]
         index, batch, weights = weigh(objective, rows, entropy, device)
         rows = [rows[i] for i in index.tolist()]
@@ -274,32 +278,38 @@ def plan_updates(cfg, objective, model, reference, groups, device) -> tuple[list
     return plans, extra
 
 
-def train_on(cfg, objective, model, rows: list[Row], batch: losses.Rows, weights, device) -> dict:
+def train_on(cfg, objective, net, rows: list[Row], batch: losses.Rows, weights, device) -> dict:
     """Forward and backward of one optimizer step; the gradient stays in the model. Returns sums over its tokens."""
-    sums = {"loss": 0.0, "n": 0, "entropy": 0.0, "clipped": 0.0, "kl": 0.0, "gap": 0.0}
+    names = ("loss", "n", "entropy", "clipped", "kl", "gap")
+    sums = torch.zeros(len(names), dtype=torch.float64, device=device)
     low, high = 1 - (objective.clip_low or 1), 1 + (objective.clip_high or math.inf)
-    for part, ids, mask in micro_batches(cfg, rows, device):
+    parts = list(micro_batches(cfg, rows))
+    for n, (part, ids, mask) in enumerate(parts, 1):
+        ranks.reduce_now(net, n == len(parts))
+        logp, entropy = forward(cfg, net, ids, mask, batch.mask.shape[1], device, True)            # (b, R)
+        if not part:                                                          # only the collectives of the others
+            (logp.sum() * 0).backward()
+            continue
         mine = losses.take(batch, torch.tensor(part, device=device))
-        logp, entropy = forward(cfg, model, ids, mask, batch.mask.shape[1], True)                  # (b, R)
         loss = losses.update_loss(objective, logp, entropy, mine, weights[:, part])
         loss.backward()
         own = mine.mask & ~mine.is_expert[:, None] & ~mine.is_prefix          # sampled by the policy
         logp, entropy = logp.detach(), entropy.detach()
-        log_ratio = losses.log_ratio(objective, logp, logp if mine.old_logp is None else mine.old_logp, own)[own]
+        log_ratio = losses.log_ratio(objective, logp, logp if mine.old_logp is None else mine.old_logp, own)
         ratio = log_ratio.exp()
-        numbers = (loss.detach(), own.sum(), entropy[own].sum(), ((ratio > high) | (ratio < low)).sum(),
-                   (ratio - 1 - log_ratio).sum(), (logp - mine.rollout_logp)[own].abs().sum())
-        sums = {name: total + value.item() for (name, total), value in zip(sums.items(), numbers)}
-    return sums
+        numbers = (own, entropy, (ratio > high) | (ratio < low), ratio - 1 - log_ratio, (logp - mine.rollout_logp).abs())
+        sums += torch.stack([loss.detach().double(), *((x * own).sum().double() for x in numbers)])
+    return dict(zip(names, ranks.add_up(sums).tolist()))
 
 
-def update(cfg, objective, model, optimizers, plans, book, step, device) -> dict:
+def update(cfg, objective, net, model, optimizers, plans, book, step, device) -> dict:
     """Take the round's optimizer steps; numbers for the log."""
     done, norms = [], []
     for rows, batch, weights in plans:
-        done.append(train_on(cfg, objective, model, rows, batch, weights, device))
+        done.append(train_on(cfg, objective, net, rows, batch, weights, device))
         lr = run.lr_at(step, cfg.steps, cfg.lr, "constant", cfg.warmup)
         norms.append(run.update(model, optimizers, lr, cfg.clip))
+        ranks.refresh(net, model)
         book.watch(norms[-1], step + 1)
     n = max(1, sum(d["n"] for d in done))
     means = {name: sum(d[name] for d in done) / n for name in ("entropy", "clipped", "kl")}
@@ -316,10 +326,10 @@ def flops_of(config, generated: list[int], trained: list[int], experts: list[int
 
 
 # --------------------------------------------------------------------------------------------------------------- main
-def evaluate_now(cfg, book, step, model, tokenizer, problems, totals) -> bool:
+def evaluate_now(cfg, book, step, net, tokenizer, problems, totals) -> bool:
     """pass@1 on the validation problems and the ceiling as it looks now; True once --until-share is reached."""
     seed = run.seed_of(cfg.seed, "eval")
-    summary, records = evaluate.evaluate(model, tokenizer, problems, cfg.eval_n, cfg.eval_temperature, cfg.max_new,
+    summary, records = evaluate.evaluate(net, tokenizer, problems, cfg.eval_n, cfg.eval_temperature, cfg.max_new,
                                             seed, cfg.rows)
     book.log(step, "eval", **totals, **summary)
     book.log_samples(step, [{**record, "kind": "eval"} for record in records[:8]])
@@ -363,55 +373,61 @@ def load_problems(cfg, tokenizer) -> tuple[list, list]:
 
 
 def main(cfg: Config) -> None:
-    device = run.start_process()
-    model, tokenizer, folder = evaluate.open_model(cfg.init, device)
+    device = ranks.start()
+    folder = evaluate.find(cfg.init)
+    tokenizer = evaluate.open_tokenizer(folder)
     objective = replace(losses.OBJECTIVES[cfg.algo], **cfg.options)
     pool, val = load_problems(cfg, tokenizer)
     differs = {k: v for k, v in vars(objective).items() if v != vars(losses.OBJECTIVES["grpo"])[k]}
-    print(f"{cfg.algo} on {device}: {cfg.steps} steps x {cfg.prompts} prompts x {cfg.group} responses, "
+    print(f"{cfg.algo} on {ranks.world()} x {device}: {cfg.steps} steps x {cfg.prompts} prompts x {cfg.group} responses, "
           f"{cfg.prompts // cfg.update_prompts} updates a step, temperature {cfg.temperature}, lr {cfg.lr:g}; "
           f"GRPO with {', '.join(f'{k}={v}' for k, v in differs.items()) or 'its defaults'}", flush=True)
     if cfg.dry_run:
         print(f"first prompt: {tokenizer.decode(pool[0].prompt)}\nits answer: {pool[0].gold}")
         return
-    reference = evaluate.open_model(str(folder), device)[0].requires_grad_(False) if objective.kl_coef else None
+    model = evaluate.open_trained(folder, device, cfg)
+    net = ranks.compute(model, cfg.bf16, cfg.recompute)
+    reference = None
+    if objective.kl_coef:
+        reference = ranks.compute(evaluate.open_trained(folder, device, cfg).requires_grad_(False), cfg.bf16)
     optimizers = run.make_optimizers(model, "adamw", cfg.lr, (0.9, 0.999), cfg.weight_decay)
     book = run.Run(cfg, cfg.resume, cfg.overwrite, start=str(folder))
     totals, start, cursor, stop = {"tokens": 0, "flops": 0.0, "flops_hw": 0.0}, 0, 0, run.catch_signals()
     if book.resumed:
         state = book.load(model, optimizers)
+        ranks.refresh(net, model)
         start, cursor, totals = state["step"], state["cursor"], {k: state[k] for k in totals}
         print(f"resuming {cfg.out} after step {start}, at prompt {cursor}", flush=True)
-    enough = False
+    dtype, enough = torch.bfloat16 if cfg.bf16 else torch.float32, False
     for step in range(start, cfg.steps + 1):
         last = step == cfg.steps or 0 < cfg.max_flops <= totals["flops"]
-        due = step % cfg.eval_every == 0 or last
-        if due or stop or (cfg.save_every and step % cfg.save_every == 0):
-            book.save(step, lambda to: evaluate.save_model(model, tokenizer, to), model, optimizers, **totals,
+        due, stopping = step % cfg.eval_every == 0 or last, ranks.any_of(stop)
+        if due or stopping or (cfg.save_every and step % cfg.save_every == 0):
+            book.save(step, lambda to: evaluate.save_model(model, tokenizer, to, dtype), model, optimizers, **totals,
                       cursor=cursor, seed=cfg.seed)
         if due and not any(row["step"] == step for row in book.of_kind("eval")):
-            enough = evaluate_now(cfg, book, step, model, tokenizer, val, totals)
+            enough = evaluate_now(cfg, book, step, net, tokenizer, val, totals)
             book.prune(cfg.keep, {max(book.of_kind("eval"), key=lambda row: row["pass1"])["step"]})
-        if last or stop or enough:
+        if last or stopping or ranks.any_of(enough):
             break
         began = time.monotonic()
-        groups, cursor, stats, records, generated = collect(cfg, objective, model, tokenizer, pool, cursor, step)
+        groups, cursor, stats, records, generated = collect(cfg, objective, net, tokenizer, pool, cursor, step)
         sampled = time.monotonic()
         if step == start and groups:
             show_first(groups[0][0], tokenizer)
         book.log_samples(step + 1, [{**record, "kind": "train"} for record in records[:8]])
-        plans, extra = plan_updates(cfg, objective, model, reference, groups, device)
-        result = update(cfg, objective, model, optimizers, plans, book, step, device) if plans else {"updates": 0}
+        plans, extra = plan_updates(cfg, objective, net, reference, groups, device)
+        result = update(cfg, objective, net, model, optimizers, plans, book, step, device) if plans else {"updates": 0}
         rows = [row for rows, _, _ in plans for row in rows]
         trained = [row.length for row in rows]
         experts = [row.length for row in rows if row.is_expert and objective.demo == "row"]
-        hw = model_file.hardware_flops(model.config, generated + extra + 3 * trained)
+        hw = model_file.hardware_flops(model.config, generated + extra + (4 if cfg.recompute else 3) * trained)
         totals = {"tokens": totals["tokens"] + sum(generated), "flops_hw": totals["flops_hw"] + hw,
                   "flops": totals["flops"] + flops_of(model.config, generated, trained, experts)}
         line = book.log(step + 1, "train", **totals, **stats, **result, sample_s=round(sampled - began, 2),
                         update_s=round(time.monotonic() - sampled, 2))
         print_step(cfg, line, book)
-    finish(cfg, book, stop)
+    finish(cfg, book, stopping)
 
 
 def show_first(row: Row, tokenizer) -> None:
@@ -431,10 +447,10 @@ def print_step(cfg, row: dict, book) -> None:
           f"{row['sample_s']:.1f}+{row['update_s']:.1f} s  {book.eta(row['step'], cfg.steps)}", flush=True)
 
 
-def finish(cfg, book, stop: list) -> None:
+def finish(cfg, book, stopped: bool) -> None:
     """Where the run stands and the next command to type."""
-    if stop:
-        print(f"stopped by {stop[0]}, saved. Go on with: torchrun rl.py --resume --init {cfg.init} --out {cfg.out}")
+    if stopped:
+        print(f"stopped and saved. Go on with: torchrun rl.py --resume --init {cfg.init} --out {cfg.out}")
         return
     points = book.of_kind("eval")
     best = max(points, key=lambda row: row["pass1"])

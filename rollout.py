@@ -33,6 +33,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+import ranks
 import run
 from model import Cache, head_logits
 
@@ -113,6 +114,7 @@ def generate(model, prompts: list[list[int]], n: int | list[int] = 1, max_new: i
              top_k: int = 0, cache_bytes: int | None = None,
              on_response: Callable[[int, Response], None] | None = None) -> list[list[Response]]:
     """Sample n responses (one number for all prompts, or one each) to each prompt (token ids): one list per prompt.
+    Several processes share the prompts out and all return all responses.
 
     | max_new     | tokens, EOS included; one number, or one for each request. Cut there, finished = False             |
     | seed        | with the request number (counted through all prompts' responses) it fixes every draw               |
@@ -125,13 +127,14 @@ def generate(model, prompts: list[list[int]], n: int | list[int] = 1, max_new: i
     through, with the model as it was before.
     """
     requests = _requests(prompts, n, max_new)
-    flight = Flight(model, prompts, requests, rows, cache_bytes, seed, eos_ids, (temperature, top_p, top_k))
-    waiting = flight.queue(requests)
+    mine = [r for r in requests if r.prompt % ranks.world() == ranks.rank()]   # a group stays together
     responses: list = [None] * len(requests)
     done, was_training = 0, model.training
     model.eval()
     try:
         with _gathered(model), _decode_layout(model):
+            flight = Flight(model, prompts, mine, rows, cache_bytes, seed, eos_ids, (temperature, top_p, top_k))
+            waiting = flight.queue(mine)
             while waiting or flight.live:
                 flight.fit(waiting)
                 flight.admit(waiting)
@@ -142,9 +145,12 @@ def generate(model, prompts: list[list[int]], n: int | list[int] = 1, max_new: i
                         on_response(request.prompt, response)
                 done += len(ended)
                 if progress and ended:
-                    progress(done, len(requests))
+                    progress(done, len(mine))
     finally:
         model.train(was_training)
+    for others in ranks.gather([[r.number, *responses[r.number]] for r in mine]) if ranks.world() > 1 else ():
+        for number, *values in others:
+            responses[number] = Response(*values)
     groups: list[list[Response]] = [[] for _ in prompts]
     for request, response in zip(requests, responses):
         groups[request.prompt].append(response)

@@ -8,12 +8,14 @@ so a flag is written once. Nothing here knows a loss or a token.
     runs/sft/samples.jsonl    what the model wrote, and how it was judged
     runs/sft/checkpoints/step_000400/
         config.json model.safetensors tokenizer.json ...     a Hugging Face model folder
-        trainer/state.safetensors                            fp32 weights and optimizer state, by parameter name
+        trainer/state-00000-of-00001.safetensors             fp32 weights and optimizer state, a file a process
         trainer.json                                         step, counters, every file's size: a cut one is seen
 
 Choices: 1) a checkpoint is written beside its place, flushed to disk, then renamed: a folder without .tmp is whole.
 2) No random state is stored. Every draw has a generator seeded from (seed, use, step, row), so a resumed run, or one on
-   another number of processes, draws the same. 3) No pickle anywhere: safetensors and JSON.
+   another number of processes, draws the same. 3) No pickle anywhere: safetensors and JSON. 4) Of several processes the
+first one writes the run directory and speaks; all of them know its contents and decide alike. On several nodes it has
+to lie on a file system that all of them see.
 """
 import argparse
 import dataclasses
@@ -34,9 +36,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+
+import ranks
 
 HERE = Path(__file__).resolve().parent
+UMASK = os.umask(0o022)  # the only way to read it is to set it
+os.umask(UMASK)
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -95,15 +100,28 @@ def cli(main, Config, preset=None, options=None) -> None:
     try:
         main(parse(Config, preset=preset, options=options))
     except KeyboardInterrupt:
-        print("\nstopped at once; checkpoints on disk are whole: --resume goes on from the newest", file=sys.stderr)
-        sys.exit(130)
+        _give_up("stopped at once; checkpoints on disk are whole: --resume goes on from the newest", 130)
     except (ValueError, OSError) as error:
         ours = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parent == HERE
         if not ours and not isinstance(error, OSError):
             raise
-        sys.stdout.flush()
-        print(f"\nerror: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _give_up(f"error: {str(error).splitlines()[0]}", 2)
+    except RuntimeError as error:  # gloo's and NCCL's word for it
+        if ranks.world() == 1 or not re.search(r"(?i)gloo|nccl|connection|peer|socket", str(error)):
+            raise
+        _give_up(f"error: process {ranks.rank()} lost another one ({str(error).splitlines()[0][:120]}); what that one "
+                 "said last is above. --resume goes on from the newest checkpoint", 1)
+    ranks.stop()
+
+
+def _give_up(message: str, code: int) -> None:
+    """One line on stderr, and the end. All processes make the same mistake; the first one says it, and another only if
+    it is the only one left a while later."""
+    sys.stdout.flush()
+    if ranks.rank():
+        time.sleep(5)
+    print(f"\n{message}", file=sys.stderr, flush=True)
+    os._exit(code) if ranks.world() > 1 else sys.exit(code)  # an exit that waits for no thread of a broken group
 
 
 # ---------------------------------------------------------------------------------------------------------------- seeds
@@ -117,24 +135,18 @@ def generator(*key) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*key))
 
 
-# ------------------------------------------------------------------------------------------------------------ processes
-def start_process() -> torch.device:
-    """The device of this process, the only one there may be so far."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        raise ValueError(f"{world} processes: this version trains in one; use --nproc_per_node=1 or plain python")
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def catch_signals() -> list:
     """A list that fills on Ctrl-C or SIGTERM, so that the loop ends its step, saves and says how to go on."""
-    caught = []
+    caught, first = [], 0.0
 
     def remember(number, frame):
-        if caught:  # the second Ctrl-C means now
+        nonlocal first
+        if caught and time.monotonic() - first > 3:  # torchrun passes the terminal's Ctrl-C on: two at once are one
             raise KeyboardInterrupt
-        caught.append(signal.Signals(number).name)
-        print(f"\n{caught[0]}: finishing this step, then saving (once more to stop at once)", flush=True)
+        if not caught:
+            first = time.monotonic()
+            caught.append(signal.Signals(number).name)
+            print(f"\n{caught[0]}: finishing this step, then saving (again after 3 s: stop at once)", flush=True)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, remember)
@@ -146,8 +158,17 @@ class Run:
     """One run directory: metrics, samples, checkpoints. `resumed`: trainer.json of the one to go on from, or None."""
 
     def __init__(self, cfg, resume: bool = False, overwrite: bool = False, **facts):
-        self.dir, self.resumed = Path(cfg.out), None
+        self.dir = Path(cfg.out)
         self.checkpoints = self.dir / "checkpoints"
+        about = {"config": dataclasses.asdict(cfg), "argv": sys.argv, "world_size": ranks.world(),
+                 "torch": torch.__version__, "python": sys.version.split()[0], **facts}
+        self.resumed, self.metrics = ranks.from_first(lambda: self._open(resume, overwrite, about))
+        self.skipped, self._opened, self._first = 0, time.monotonic(), self.resumed["step"] if self.resumed else 0
+        self._started = self._opened - (self.metrics[-1]["seconds"] if self.metrics else 0.0)
+
+    def _open(self, resume: bool, overwrite: bool, about: dict) -> tuple[dict | None, list[dict]]:
+        """(trainer.json of the checkpoint to go on from, metrics up to it), with the directory made ready."""
+        resumed = None
         if self.dir.exists() and any(self.dir.iterdir()):
             if overwrite:
                 if not (self.dir / "run.json").exists():
@@ -155,19 +176,15 @@ class Run:
                                      "pick another --out")
                 shutil.rmtree(self.dir)
             elif resume:
-                self.resumed = self._newest_whole()
+                resumed = self._newest_whole()
             else:
                 raise ValueError(f"{self.dir} exists already: --resume goes on with it, --overwrite starts anew, "
                                  "--out names another")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self.metrics = self._cut("metrics.jsonl")
-        self._cut("samples.jsonl")
-        self.skipped, self._opened, self._first = 0, time.monotonic(), self.resumed["step"] if self.resumed else 0
-        self._started = self._opened - (self.metrics[-1]["seconds"] if self.metrics else 0.0)
-        about = {"config": dataclasses.asdict(cfg), "argv": sys.argv,
-                 "world_size": int(os.environ.get("WORLD_SIZE", 1)),
-                 "torch": torch.__version__, "python": sys.version.split()[0], **facts}
+        last = resumed["step"] if resumed else -1
+        metrics, _ = self._cut("metrics.jsonl", last), self._cut("samples.jsonl", last)
         write_json(self.dir / "run.json", about)
+        return resumed, metrics
 
     def _newest_whole(self) -> dict | None:
         """trainer.json of the newest whole checkpoint (files as long as written down); damaged ones are named."""
@@ -178,9 +195,9 @@ class Run:
             print(f"{folder} is damaged ({damage}): going on from the one before", flush=True)
         return None
 
-    def _cut(self, name: str) -> list[dict]:
-        """Keep the lines up to the resumed step (a killed run may have written more), and return them."""
-        path, last = self.dir / name, self.resumed["step"] if self.resumed else -1
+    def _cut(self, name: str, last: int) -> list[dict]:
+        """Keep the lines up to step `last` (a killed run may have written more), and return them."""
+        path = self.dir / name
         kept = [row for row in read_jsonl(path, broken_tail=True) if row["step"] <= last] if path.exists() else []
         aside = path.with_suffix(".tmp")
         aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -202,14 +219,17 @@ class Run:
         rows = [{"step": step, "kind": kind, **numbers, "seconds": seconds} for kind, numbers in kinds.items()]
         for row in rows:
             row |= {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
-        with open(self.dir / "metrics.jsonl", "a") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        self._append("metrics.jsonl", rows)
         self.metrics += rows
         return rows
 
     def log_samples(self, step: int, rows: list[dict]) -> None:
-        with open(self.dir / "samples.jsonl", "a") as file:
-            file.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)
+        self._append("samples.jsonl", [{"step": step, **row} for row in rows])
+
+    def _append(self, name: str, rows: list[dict]) -> None:
+        if ranks.rank() == 0:
+            with open(self.dir / name, "a") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
 
     def watch(self, norm: float, step: int) -> None:
         """Name a skipped update (gradient norm NaN or infinite); five in a row stop the run, its checkpoints kept."""
@@ -234,36 +254,59 @@ class Run:
     def save(self, step: int, save_model, model, optimizers, **counters) -> Path:
         """Write a checkpoint aside, flush it, rename it. save_model(folder) writes weights, config and tokenizer."""
         final = self.path(step)
-        if final.exists() and not damaged(final):
-            return final
         aside = final.with_suffix(".tmp")
+        state = [value for _, value in ranks.named_state(model, optimizers)]
+        n_bytes, = ranks.totals(sum(ranks.local(value).nbytes for value in state))
+        n_bytes += sum(p.numel() * p.element_size() for p in model.parameters())   # the model folder, at most
+        if not ranks.from_first(lambda: self._make_room(final, aside, n_bytes)):
+            return final
+        failure = ""
+        for write in (save_model, lambda folder: ranks.save_state(folder / "trainer", model, optimizers)):
+            try:
+                write(aside)
+            except (OSError, SafetensorError) as error:  # safetensors reports a full disk its own way
+                failure = failure or str(error)
+        failures = [text for text in ranks.gather(failure) if text]   # also waits until every file is written
+        ranks.from_first(lambda: self._seal(final, aside, failures, {"step": step, **counters}))
+        return final
+
+    def _make_room(self, final: Path, aside: Path, n_bytes: float) -> bool:
+        """Prepare the folder `aside`; False if this checkpoint is there and whole already."""
+        if final.exists() and not damaged(final):
+            return False
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(final, ignore_errors=True)  # only ever a damaged one, passed over above
+        free = shutil.disk_usage(self.checkpoints).free
+        if free < n_bytes:
+            raise OSError(f"could not save {final}: it needs {n_bytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free. "
+                          "Earlier checkpoints are whole; free some space or use --keep, then --resume")
         (aside / "trainer").mkdir(parents=True)
-        try:
-            save_model(aside)
-            save_file(trainer_state(model, optimizers), aside / "trainer" / "state.safetensors")
-        except (OSError, SafetensorError) as error:  # safetensors reports a full disk its own way
+        return True
+
+    def _seal(self, final: Path, aside: Path, failures: list[str], about: dict) -> None:
+        """Write down the files' sizes, flush them to disk and give the folder its name; or take it away again."""
+        if failures:
             shutil.rmtree(aside, ignore_errors=True)
-            raise OSError(f"could not save {final}: {error}. Earlier checkpoints are whole; "
-                          "free some space, then --resume") from None
+            raise OSError(f"could not save {final}: {failures[0]}. Earlier checkpoints are whole; "
+                          "free some space, then --resume")
         files = [f for f in sorted(aside.rglob("*")) if f.is_file()]
         sizes = {str(f.relative_to(aside)): f.stat().st_size for f in files}
-        write_json(aside / "trainer.json", {"step": step, **counters, "files": sizes})
-        for file in files:
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
+        write_json(aside / "trainer.json", {**about, "files": sizes})
+        for file in [*files, aside / "trainer.json", aside / "trainer", aside]:
+            if file.suffix == ".safetensors":
+                file.chmod(0o666 & ~UMASK)  # the library makes them private, which a group's shared disk does not want
+            handle = os.open(file, os.O_RDONLY)
+            os.fsync(handle), os.close(handle)
         aside.rename(final)
-        return final
 
     def load(self, model, optimizers) -> dict:
         """Put the resumed checkpoint's weights and optimizer state in place; returns its trainer.json."""
-        load_trainer_state(self.path(self.resumed["step"]) / "trainer" / "state.safetensors", model, optimizers)
+        ranks.load_state(self.path(self.resumed["step"]) / "trainer", model, optimizers)
         return self.resumed
 
     def prune(self, keep: int, protected: set[int]) -> None:
         """Delete the oldest checkpoints so that `keep` stay (0 = all); never the newest or the `protected` steps."""
-        if not keep:
+        if not keep or ranks.rank():
             return
         folders = sorted(self.checkpoints.glob("step_*[0-9]"))
         spare = [f for f in folders[:-1] if int(f.name[5:]) not in protected]
@@ -321,9 +364,44 @@ def make_optimizers(model, name: str, lr: float, betas=(0.9, 0.95),
     rest = [p for _, p in named if id(p) not in inner_ids]
     optimizers = [torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay, foreach=True)]
     if inner:
-        muon = torch.optim.Muon(inner, lr=lr, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-        optimizers.append(muon)
+        optimizers.append(Muon(inner, lr, weight_decay))
     return optimizers
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrix is brought to orthogonal before it is applied (Jordan et al. 2024), at AdamW's step size:
+    lr x 0.2 sqrt(longer side) (Liu et al. 2025, arXiv 2502.16982).
+
+    Why not torch.optim.Muon: it multiplies rows cut over processes in bfloat16, so their number would change the run;
+    here a matrix is made whole, and on a CPU in fp32, which is also the faster there.
+    """
+    def __init__(self, params, lr: float, weight_decay: float, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            beta = group["momentum"]
+            for p in group["params"]:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - beta)
+                direction = orthogonal(ranks.whole(p.grad.lerp(average, beta)))     # Nesterov: a look ahead
+                first, end = ranks.rows_of(len(direction), p is not ranks.local(p))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                ranks.local(p).add_(direction[first:end], alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+
+
+def orthogonal(x: torch.Tensor) -> torch.Tensor:
+    """x (m, n) -> about U V^T of its singular value decomposition: five Newton-Schulz steps of degree 5, whose
+    coefficients take singular values of 0.01 .. 1 to 0.7 .. 1.2."""
+    wide = x.T if x.shape[0] > x.shape[1] else x
+    y = wide.bfloat16() if x.is_cuda else wide.float()
+    y = y / y.norm().clamp_min(1e-7)
+    for _ in range(5):
+        square = y @ y.T
+        y = torch.addmm(y, torch.addmm(square, square, square, beta=-4.7750, alpha=2.0315), y, beta=3.4445)
+    return (y.T if x.shape[0] > x.shape[1] else y).to(x.dtype)
 
 
 def lr_at(step: int, steps: int, lr: float, schedule: str, warmup: float) -> float:
@@ -338,7 +416,8 @@ def lr_at(step: int, steps: int, lr: float, schedule: str, warmup: float) -> flo
 
 def update(model, optimizers, lr: float, clip: float) -> float:
     """Clip, step, clear. Returns the gradient norm before clipping; a NaN or infinite one skips the step."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    norm = ranks.whole(norm).item()
     if math.isfinite(norm):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -347,32 +426,3 @@ def update(model, optimizers, lr: float, clip: float) -> float:
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     return norm
-
-
-def trainer_state(model, optimizers) -> dict[str, torch.Tensor]:
-    """Weights and optimizer state as one flat dict, "model/NAME" and "optimizer/NAME/KEY", in the parameters' fp32."""
-    names = {id(p): n for n, p in model.named_parameters()}
-    state = {f"model/{n}": p.detach().contiguous() for n, p in model.named_parameters()}
-    for optimizer in optimizers:
-        for p, entry in optimizer.state.items():
-            state |= {f"optimizer/{names[id(p)]}/{key}": value.contiguous() for key, value in entry.items()}
-    return state
-
-
-def load_trainer_state(path: Path, model, optimizers) -> None:
-    """The reverse of trainer_state. Every parameter must be there, optimizer entries only where there were any."""
-    state, params = load_file(path), dict(model.named_parameters())
-    owner = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    for key, value in state.items():
-        use, name, *entry = key.split("/")
-        if name not in params:
-            raise ValueError(f"{path}: {name} is not a parameter of this model; "
-                             "--resume needs the --init that the run began with")
-        p = params[name]
-        if use == "model":
-            p.data.copy_(value)
-        else:
-            owner[id(p)].state[p][entry[0]] = value.to(p.device) if value.ndim else value
-    missing = [n for n in params if f"model/{n}" not in state]
-    if missing:
-        raise ValueError(f"{path}: no {missing[0]} (and {len(missing) - 1} more); the checkpoint is of another model")

@@ -28,6 +28,7 @@ import evaluate
 import losses
 import model as model_file
 import phases
+import ranks
 import run
 
 BASE = Path("runs/base")
@@ -59,7 +60,10 @@ class Config:
     warmup: float = 0.1             # share of the steps with a rising learning rate
     weight_decay: float = 0.01      # decoupled, as AdamW
     clip: float = 1.0               # largest gradient norm
-    bf16: bool = False              # compute in bfloat16 under autocast; weights stay fp32
+    bf16: bool = False              # compute in bfloat16; weights, gradients and optimizer stay fp32
+    recompute: bool = True          # keep no activations inside a block for the backward: less memory, 4/3 of the work
+    offload: bool = False           # several GPUs: weights and optimizer state wait in the CPU's memory
+    gpus: int = 0                   # of --dry-run: show the memory for so many; 0 = the processes there are
     seed: int = 0                   # order of the data
     save_every: int = 0             # steps between checkpoints besides the validated ones; 0 = none
     log_every: int = 1              # steps between printed lines; metrics.jsonl has every step
@@ -81,7 +85,8 @@ def preset(given: dict) -> dict:
         return {}
     return {"data": f"{folder}/train.jsonl", "val": f"{folder}/val.jsonl", "problems": f"{folder}/eval.jsonl",
             "steps": 1000, "batch": 32, "micro_tokens": 2048, "max_len": 256, "max_new": 128, "optimizer": "muon",
-            "lr": 2e-3, "schedule": "constant", "warmup": 0.0, "eval_every": 100, "log_every": 25}
+            "lr": 2e-3, "schedule": "constant", "warmup": 0.0, "eval_every": 100, "log_every": 25,
+            "recompute": False}
 
 
 def base_config(cfg: Config) -> Config:
@@ -92,14 +97,18 @@ def base_config(cfg: Config) -> Config:
                    overwrite=False, resume=BASE.exists(), dry_run=False)
 
 
+def write_built_in(folder: Path) -> None:
+    countdown.write(folder)
+    words = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
+    run.write_json(folder / "config.json", {**TINY, "vocab_size": words})
+
+
 def make_built_in(cfg: Config) -> Config:
     """Write the built-in problems and train the tiny base model, each once; returns cfg with the base as its init."""
     folder = evaluate.BUILT_IN
     if not (folder / "countdown.json").exists():
         print(f"writing the built-in problems and expert trajectories to {folder}", flush=True)
-        countdown.write(folder)
-        words = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
-        run.write_json(folder / "config.json", {**TINY, "vocab_size": words})
+        ranks.from_first(lambda: write_built_in(folder))
     if not (BASE / "checkpoints" / f"step_{base_config(cfg).steps:06d}").exists():
         print(f"no base model in {BASE}: making it once, from plain text (about a minute)", flush=True)
         if not main(base_config(cfg)):
@@ -135,32 +144,50 @@ def show_example(example, tokenizer) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- maths
-def batch_loss(model, rows, denominator: int, device, bf16: bool = False) -> torch.Tensor:
-    """Scalar: minus the summed log-prob of the response tokens of these rows, over `denominator` (nats a token)."""
-    ids, mask = data.collate(rows, device)                 # (B, T), (B, T)
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        logp, _, chosen = model_file.response_logp(model, ids, mask)  # (B, R) nats
-    weights = torch.full((len(rows),), 1 / denominator, dtype=torch.float64, device=device)
+def batch_loss(net, batch, denominator: int, device) -> torch.Tensor:
+    """Scalar: minus the summed log-prob of the response tokens of a micro-batch, over `denominator` (nats a token)."""
+    ids, mask = batch                                      # (B, T), (B, T)
+    logp, _, chosen = model_file.response_logp(net, ids.to(device, non_blocking=True), mask)  # (B, R) nats
+    weights = torch.full((len(ids),), 1 / denominator, dtype=torch.float64, device=device)
     return losses.aggregate(losses.sft_loss(logp), chosen, weights)
 
 
+def micro_batches(rows, micro_tokens: int, pin: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """This process's share of the rows, as (ids, mask) of like length; every process gets as many."""
+    parts = data.deal([len(r.prompt) + len(r.response) for r in rows], micro_tokens, ranks.rank(), ranks.world())
+    batches = [data.collate([rows[i] for i in part]) for part in parts]
+    return [(ids.pin_memory(), mask) for ids, mask in batches] if pin else batches
+
+
 @torch.no_grad()
-def validation_loss(model, rows, micro_tokens: int, device, bf16: bool = False) -> float:
+def validation_loss(net, rows, micro_tokens: int, device) -> float:
     """Mean loss over all response tokens of the validation set, nats a token."""
     n_tokens = sum(len(r.response) for r in rows)
-    lengths = [len(r.prompt) + len(r.response) for r in rows]
-    return sum(batch_loss(model, [rows[i] for i in part], n_tokens, device, bf16).item()
-               for part in data.cut(lengths, micro_tokens))
+    return ranks.totals(sum(batch_loss(net, batch, n_tokens, device).item()
+                            for batch in micro_batches(rows, micro_tokens, False)))[0]
+
+
+def train_step(cfg: Config, net, model, optimizers, batches, n_trained: int, lr: float, device) -> tuple[float, float]:
+    """One optimizer step over these micro-batches: (loss in nats a token, gradient norm before clipping)."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for n, batch in enumerate(batches, 1):
+        ranks.reduce_now(net, n == len(batches))
+        loss = batch_loss(net, batch, n_trained, device)
+        loss.backward()
+        total += loss.detach()
+    norm = run.update(model, optimizers, lr, cfg.clip)
+    ranks.refresh(net, model)
+    return ranks.add_up(total).item(), norm
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
-def validate(cfg, book, step, model, tokenizer, val, problems, device, totals) -> None:
+def validate(cfg, book, step, net, tokenizer, val, problems, device, totals) -> None:
     """Validation loss, the regime it is in so far, and pass@1 on --problems; logged as a val and an eval line."""
-    lines = {"val": {**totals, "val_loss": validation_loss(model, val, cfg.micro_tokens, device, cfg.bf16)}}
+    lines = {"val": {**totals, "val_loss": validation_loss(net, val, cfg.micro_tokens, device)}}
     shown = ""
     if problems:
         seed = run.seed_of(cfg.seed, "eval")
-        summary, records = evaluate.evaluate(model, tokenizer, problems, 1, 0.7, cfg.max_new, seed)
+        summary, records = evaluate.evaluate(net, tokenizer, problems, 1, 0.7, cfg.max_new, seed)
         lines["eval"] = {**totals, **summary}
         shown = f"  pass@1 {summary['pass1']:.1f} (se {summary['pass1_se']:.1f})"
         book.log_samples(step, records[:20])
@@ -181,79 +208,82 @@ def diagnose(book) -> phases.Diagnosis:
 
 def main(cfg: Config) -> bool:
     """Train; False when a signal or --dry-run ended it early."""
-    device = run.start_process()
+    device = ranks.start()
     if not cfg.init:
         cfg = make_built_in(cfg)
-    if cfg.from_scratch:
-        model = model_file.init_model(model_file.read_config(cfg.init), cfg.seed).to(device)
-        tokenizer = data.Tokenizer(cfg.init)
-    else:
-        model, tokenizer, _ = evaluate.open_model(cfg.init, device)
+    folder = evaluate.find(cfg.init)
+    tokenizer = evaluate.open_tokenizer(folder)
     train, val, val_set = load_examples(cfg, tokenizer)
     problems = data.problems(cfg.problems, tokenizer, cfg.max_len)[0] if cfg.problems else []
     steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch))
     lengths = [len(r.prompt) + len(r.response) for r in train]
-    n_params, mean_length = sum(p.numel() for p in model.parameters()), sum(lengths) / len(lengths)
-    print(f"{n_params / 1e6:.2f}M parameters on {device}; {steps} steps x {cfg.batch} = "
-          f"{steps * cfg.batch / len(train):.1f} epochs; mean length {mean_length:.0f} tokens, longest {max(lengths)}")
+    print(f"{steps} steps x {cfg.batch} = {steps * cfg.batch / len(train):.1f} epochs on {ranks.world()} x {device}; "
+          f"mean length {sum(lengths) / len(lengths):.0f} tokens, longest {max(lengths)}")
     show_example(train[0], tokenizer)
     if cfg.dry_run:
         print(f"tokenizing prompt and response as one text would change the ids of "
               f"{data.joint_mismatch(cfg.data, tokenizer):.1f}% of the rows")
         return False
+    model = evaluate.open_trained(folder, device, cfg, cfg.seed if cfg.from_scratch else None)
+    net = ranks.compute(model, cfg.bf16, cfg.recompute)
     optimizers = run.make_optimizers(model, cfg.optimizer, cfg.lr, weight_decay=cfg.weight_decay)
     book = run.Run(cfg, cfg.resume, cfg.overwrite, val_set=val_set, base=cfg.init)
     totals, start, stop = {"tokens": 0, "flops": 0.0, "flops_hw": 0.0}, 0, run.catch_signals()
     if book.resumed:
         state = book.load(model, optimizers)
+        ranks.refresh(net, model)
         start, totals = state["step"], {k: state[k] for k in totals}
         print(f"resuming {cfg.out} after step {start}", flush=True)
 
     def save(step):
-        return book.save(step, lambda folder: evaluate.save_model(model, tokenizer, folder), model, optimizers,
+        dtype = torch.bfloat16 if cfg.bf16 else torch.float32
+        return book.save(step, lambda to: evaluate.save_model(model, tokenizer, to, dtype), model, optimizers,
                          **totals, seed=cfg.seed)
 
+    def prepare(step):
+        rows = [train[i] for i in data.plan(len(train), cfg.seed, step * cfg.batch, cfg.batch)]
+        return rows, micro_batches(rows, cfg.micro_tokens, device.type == "cuda")
+
+    coming = data.prefetch(prepare, range(start, steps))
     for step in range(start, steps + 1):
+        stopping = ranks.any_of(stop)
         if step % cfg.eval_every == 0 or step == steps:
             save(step)
             if not any(row["step"] == step for row in book.of_kind("val")):
-                validate(cfg, book, step, model, tokenizer, val, problems, device, totals)
+                validate(cfg, book, step, net, tokenizer, val, problems, device, totals)
                 book.prune(cfg.keep, {diagnose(book).recommended_step})
-            if cfg.until and phases.reached(diagnose(book), cfg.until):
+            if cfg.until and ranks.any_of(phases.reached(diagnose(book), cfg.until)):
                 print(f"--until {cfg.until}: reached at step {step}")
                 break
-        elif stop or (cfg.save_every and step % cfg.save_every == 0):
+        elif stopping or (cfg.save_every and step % cfg.save_every == 0):
             save(step)
-        if step == steps or stop:
+        if step == steps or stopping:
             break
-        rows = [train[i] for i in data.plan(len(train), cfg.seed, step * cfg.batch, cfg.batch)]
+        rows, batches = next(coming)
         sizes = [len(r.prompt) + len(r.response) for r in rows]
-        n_trained, total_loss = sum(len(r.response) for r in rows), 0.0
-        for part in data.cut(sizes, cfg.micro_tokens):
-            loss = batch_loss(model, [rows[i] for i in part], n_trained, device, cfg.bf16)
-            loss.backward()
-            total_loss += loss.detach()
         lr = run.lr_at(step, steps, cfg.lr, cfg.schedule, cfg.warmup)
-        norm = run.update(model, optimizers, lr, cfg.clip)
+        n_trained = sum(len(r.response) for r in rows)
+        loss, norm = train_step(cfg, net, model, optimizers, batches, n_trained, lr, device)
         book.watch(norm, step + 1)
+        passes = 4 if cfg.recompute else 3   # a backward is two forwards
         totals = {"tokens": totals["tokens"] + sum(sizes),
                   "flops": totals["flops"] + 3 * model_file.forward_flops(model.config, sizes),
-                  "flops_hw": totals["flops_hw"] + 3 * model_file.hardware_flops(model.config, sizes)}
-        row = book.log(step + 1, "train", **totals, loss=float(total_loss), grad_norm=norm, lr=lr,
+                  "flops_hw": totals["flops_hw"] + passes * model_file.hardware_flops(model.config, sizes)}
+        row = book.log(step + 1, "train", **totals, loss=loss, grad_norm=norm, lr=lr,
                        epoch=(step + 1) * cfg.batch / len(train))
         if (step + 1) % cfg.log_every == 0:
             print(f"step {step + 1:5d}/{steps}  loss {row['loss']:.4f}  grad {norm:.2f}  lr {lr:.1e}  "
                   f"epoch {row['epoch']:.2f}  {totals['tokens'] / max(1e-9, book.seconds):,.0f} tok/s  "
                   f"{book.eta(step + 1, steps)}", flush=True)
-    finish(cfg, book, stop)
-    return not stop
+    finish(cfg, book, stopping)
+    return not stopping
 
 
-def finish(cfg: Config, book, stop: list) -> None:
+def finish(cfg: Config, book, stopped: bool) -> None:
     """Where the run stands, which checkpoint RL should start from, and the next command to type."""
-    if stop:
+    if stopped:
         out = "" if cfg.out == "runs/sft" else f" --out {cfg.out}"
-        print(f"stopped by {stop[0]}, saved. Go on with: torchrun sft.py --resume{out}")
+        print(f"stopped and saved. Go on with: torchrun sft.py --resume{out}")
         return
     end = diagnose(book)
     print("regimes: " + "  ".join(f"{s} {r}" for s, r in zip(end.steps, end.regimes)))

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LEVELS = {0: {"folder", "mathexpr", "losses", "run", "phases", "ceiling", "countdown"}, 1: {"model", "verify", "data", "figures"}, 2: {"rollout"},
+LEVELS = {0: {"folder", "mathexpr", "losses", "phases", "ceiling", "countdown", "ranks"}, 1: {"model", "run", "verify", "figures"}, 2: {"rollout", "data"},
           3: {"evaluate"}, 4: {"sft", "bench"}, 5: {"rl"}}
 WITHOUT_TORCH = {"verify", "mathexpr", "phases", "ceiling", "countdown"}
 

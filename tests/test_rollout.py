@@ -249,8 +249,8 @@ import model as model_file, rollout
 from torch.distributed.fsdp import fully_shard
 torch.set_num_threads(1)
 rank, model = int(sys.argv[3]), model_file.load_model(sys.argv[2])
-prompts, lengths = [[3, 4, 5], [6]], [[4, 9, 30, 2], [3, 1, 2, 2]][rank]      # ranks need unequal numbers of steps
-alone = rollout.generate(model, prompts, 2, lengths, 1.0, seed=rank)
+prompts, lengths = [[3, 4, 5], [6], [7, 8]], [4, 9, 3, 1, 30, 2]               # ranks need unequal numbers of steps
+alone = rollout.generate(model, prompts, 2, lengths, 1.0, seed=1)
 expected = {scale: model(torch.tensor([[3, 4, 5]])) for scale in (1, 2) if [p.data.mul_(scale) for p in model.parameters()]}
 [p.data.div_(2) for p in model.parameters()]
 dist.init_process_group("gloo", init_method="file://" + sys.argv[4], rank=rank, world_size=2)
@@ -260,7 +260,7 @@ fully_shard(model)
 for scale in (1, 2):                                                            # training goes on with other weights
     for p in model.parameters():
         p.data.mul_(scale)
-    sampled = rollout.generate(model, prompts, 2, lengths, 1.0, seed=rank)
+    sampled = rollout.generate(model, prompts, 2, lengths, 1.0, seed=1)
     assert scale == 2 or [[r.ids for r in g] for g in sampled] == [[r.ids for r in g] for g in alone]
     assert type(model.model.layers[0].mlp.up_proj.weight.data).__name__ == "DTensor"
     torch.testing.assert_close(model(torch.tensor([[3, 4, 5]])), expected[scale], atol=1e-4, rtol=1e-4)   # a collective
@@ -268,7 +268,7 @@ dist.barrier()
 """
 
 
-def test_sharded_ranks_sample_as_alone_and_may_take_unequal_numbers_of_steps(small_task, tmp_path):
+def test_sharded_ranks_share_the_prompts_and_return_what_one_process_samples(small_task, tmp_path):
     root = str(Path(rollout.__file__).parent)
     ranks = [subprocess.Popen([sys.executable, "-c", SHARDED, root, str(small_task), str(r), str(tmp_path / "store")],
                               stderr=subprocess.PIPE, text=True) for r in range(2)]

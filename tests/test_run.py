@@ -113,7 +113,7 @@ def test_resume_passes_over_a_truncated_checkpoint_and_says_so(tmp_path, capsys)
     for step in (1, 2):
         book.save(step, lambda folder: None, model, [])
         book.log(step, "train", loss=1.0)
-    file = book.path(2) / "trainer" / "state.safetensors"
+    file = book.path(2) / "trainer" / "state-00000-of-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
     again = book_of(tmp_path, resume=True)
     assert again.resumed["step"] == 1 and "damaged" in capsys.readouterr().out
