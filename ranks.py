@@ -143,7 +143,7 @@ def shard(model, bf16: bool, offload: bool = False) -> None:
            "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
     for block in model.model.layers:
         fully_shard(block, **how)
-    fully_shard(model, **how)
+    fully_shard(model, **how, reshard_after_forward=False)   # the head is used after the forward
     for module in _groups(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)   # gloo has no scaled sum
@@ -151,6 +151,12 @@ def shard(model, bf16: bool, offload: bool = False) -> None:
 
 def _groups(model) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def settle(model) -> None:
+    """Let go of what a forward without a backward has gathered: parameters() gives the rows of this process again."""
+    for module in _groups(model):
+        module.reshard()
 
 
 def local(p: torch.Tensor) -> torch.Tensor:

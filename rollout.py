@@ -334,12 +334,12 @@ def _gathered(model):
     sharded = [m for m in model.modules() if hasattr(m, "unshard")]
     try:
         for m in sharded:
-            m.set_reshard_after_forward(False)
+            m.set_reshard_after_forward(False, recurse=False)
             m.unshard()
         yield
     finally:
         for m in sharded:
-            m.set_reshard_after_forward(True)
+            m.set_reshard_after_forward(m is not model, recurse=False)   # the head is used after the model's forward
             m.reshard()
 
 

@@ -255,6 +255,7 @@ class Run:
         """Write a checkpoint aside, flush it, rename it. save_model(folder) writes weights, config and tokenizer."""
         final = self.path(step)
         aside = final.with_suffix(".tmp")
+        ranks.settle(model)
         state = [value for _, value in ranks.named_state(model, optimizers)]
         n_bytes, = ranks.totals(sum(ranks.local(value).nbytes for value in state))
         n_bytes += sum(p.numel() * p.element_size() for p in model.parameters())   # the model folder, at most
