@@ -126,8 +126,9 @@ class Row(NamedTuple):
 
 
 # ----------------------------------------------------------------------------------------------------------- collect
-def sample_round(cfg, objective, net, tokenizer, pool, numbers, step: int) -> tuple[list, list[dict]]:
-    """Groups of rollouts for these prompts (numbers in the endless stream), and the records of all responses.
+def sample_round(cfg, objective, net, tokenizer, pool, numbers, step: int) -> tuple[list, list[dict], float]:
+    """Groups of rollouts for these prompts (numbers in the endless stream), the records of all responses, and the
+    seconds that judging them took.
 
     A method with a demonstration row leaves it a place; Prefix-RFT's hybrid rollout starts with some of its tokens.
     """
@@ -144,7 +145,7 @@ def sample_round(cfg, objective, net, tokenizer, pool, numbers, step: int) -> tu
             requests.append(problem.prompt + head), counts.append(count), prefixes.append(head), owners.append(owner)
     sampled = rollout.generate(net, requests, counts, cfg.max_new, cfg.temperature, tokenizer.eos_ids,
                                run.seed_of(cfg.seed, "rollout", step, numbers[0]), cfg.rows)
-    groups, records = [[] for _ in problems], []
+    began, groups, records = time.monotonic(), [[] for _ in problems], []
     for owner, prefix, responses in zip(owners, prefixes, sampled):
         for r in responses:
             r = r._replace(ids=prefix + r.ids, logp=[0.0] * len(prefix) + r.logp)
@@ -154,7 +155,7 @@ def sample_round(cfg, objective, net, tokenizer, pool, numbers, step: int) -> tu
             groups[owner].append(Row(problems[owner].prompt, r.ids, r.logp, correct, correct + penalty, numbers[owner],
                                      n_prefix=len(prefix), finished=r.finished))
             records.append({**record, "reward": correct + penalty})
-    return groups, records
+    return groups, records, time.monotonic() - began
 
 
 def expert_row(problem, tokenizer, number: int) -> Row:
@@ -166,14 +167,15 @@ def expert_row(problem, tokenizer, number: int) -> Row:
 
 def collect(cfg, objective, net, tokenizer, pool, cursor: int, step: int) -> tuple[list, int, dict, list, list]:
     """(groups to train on, new prompt cursor, numbers for the log, records and lengths of all responses)."""
-    records, generated, dynamic = [], [], objective.dynamic_sampling
+    records, generated, seconds, dynamic = [], [], [], objective.dynamic_sampling
     n_prompts = cfg.gen_prompts if dynamic else cfg.prompts
 
     def rounds():
         while True:
             first = cursor + len(generated)
-            groups, judged = sample_round(cfg, objective, net, tokenizer, pool, range(first, first + n_prompts), step)
-            generated.extend(groups), records.extend(judged)
+            numbers = range(first, first + n_prompts)
+            groups, judged, took = sample_round(cfg, objective, net, tokenizer, pool, numbers, step)
+            generated.extend(groups), records.extend(judged), seconds.append(took)
             yield [(group, [row.correct for row in group]) for group in groups]
 
     if dynamic:
@@ -187,7 +189,7 @@ def collect(cfg, objective, net, tokenizer, pool, cursor: int, step: int) -> tup
              "rounds": n_rounds, "discarded": len(dropped) + len(surplus),
              "length": sum(len(row.response) for row in rows) / len(rows),
              "truncated": sum(not row.finished for row in rows) / n,
-             "unparsed": sum(record["answer"] is None for record in records) / n}
+             "unparsed": sum(record["answer"] is None for record in records) / n, "score_s": round(sum(seconds), 4)}
     if objective.demo in ("row", "gate"):
         for group in groups:
             problem = pool[data.plan(len(pool), cfg.seed, group[0].group, 1)[0]]
@@ -417,6 +419,7 @@ def main(cfg: Config) -> None:
             show_first(groups[0][0], tokenizer)
         book.log_samples(step + 1, [{**record, "kind": "train"} for record in records[:8]])
         plans, extra = plan_updates(cfg, objective, net, reference, groups, device)
+        planned = time.monotonic()
         result = update(cfg, objective, net, model, optimizers, plans, book, step, device) if plans else {"updates": 0}
         rows = [row for rows, _, _ in plans for row in rows]
         trained = [row.length for row in rows]
@@ -424,9 +427,11 @@ def main(cfg: Config) -> None:
         hw = model_file.hardware_flops(model.config, generated + extra + (4 if cfg.recompute else 3) * trained)
         totals = {"tokens": totals["tokens"] + sum(generated), "flops_hw": totals["flops_hw"] + hw,
                   "flops": totals["flops"] + flops_of(model.config, generated, trained, experts)}
-        line = book.log(step + 1, "train", **totals, **stats, **result, sample_s=round(sampled - began, 2),
-                        update_s=round(time.monotonic() - sampled, 2))
-        print_step(cfg, line, book)
+        line = {**totals, **stats, **result, "sample_s": round(sampled - began - stats["score_s"], 4),
+                "logp_s": round(planned - sampled, 4), "update_s": round(time.monotonic() - planned, 4),
+                **run.peak_memory(device)}
+        book.log(step + 1, "train", **line)
+        print_step(cfg, step + 1, line, book)
     finish(cfg, book, stopping)
 
 
@@ -437,14 +442,14 @@ def show_first(row: Row, tokenizer) -> None:
           f"{tokenizer.decode(row.response)}{end}<<  reward {row.reward:g}\n", flush=True)
 
 
-def print_step(cfg, row: dict, book) -> None:
-    head = f"step {row['step']:4d}/{cfg.steps}  reward {row['reward']:5.1f}  signal {row['signal']:3.0f}%  "
+def print_step(cfg, step: int, row: dict, book) -> None:
+    head = f"step {step:4d}/{cfg.steps}  reward {row['reward']:5.1f}  signal {row['signal']:3.0f}%  "
     if not row["updates"]:
         print(f"{head}no prompt had both right and wrong answers in {row['rounds']} rounds: no update", flush=True)
         return
     print(f"{head}rounds {row['rounds']}  length {row['length']:4.0f}  cut {row['truncated']:4.1f}%  unparsed "
           f"{row['unparsed']:4.1f}%  entropy {row['entropy']:.3f}  grad {row['grad_norm']:.2f}  "
-          f"{row['sample_s']:.1f}+{row['update_s']:.1f} s  {book.eta(row['step'], cfg.steps)}", flush=True)
+          f"{row['sample_s']:.1f}+{row['logp_s'] + row['update_s']:.1f} s  {book.eta(step, cfg.steps)}", flush=True)
 
 
 def finish(cfg, book, stopped: bool) -> None:

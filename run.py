@@ -153,6 +153,11 @@ def catch_signals() -> list:
     return caught
 
 
+def peak_memory(device) -> dict:
+    """{"peak_mb": the most that tensors have taken on this GPU so far}; nothing on the CPU, where the system knows."""
+    return {"peak_mb": round(torch.cuda.max_memory_allocated(device) / 2**20)} if device.type == "cuda" else {}
+
+
 # -------------------------------------------------------------------------------------------------------- run directory
 class Run:
     """One run directory: metrics, samples, checkpoints. `resumed`: trainer.json of the one to go on from, or None."""
@@ -215,7 +220,7 @@ class Run:
 
     def log_together(self, step: int, kinds: dict[str, dict]) -> list[dict]:
         """Append a line of each kind in one write: a kill leaves all of them or none."""
-        seconds = round(self.seconds, 2)
+        seconds = round(self.seconds, 4)
         rows = [{"step": step, "kind": kind, **numbers, "seconds": seconds} for kind, numbers in kinds.items()]
         for row in rows:
             row |= {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
@@ -255,6 +260,9 @@ class Run:
         """Write a checkpoint aside, flush it, rename it. save_model(folder) writes weights, config and tokenizer."""
         final = self.path(step)
         aside = final.with_suffix(".tmp")
+        if self.skipped:  # the weights may be what made the gradients NaN; --resume must find the ones before
+            print(f"step {step}: not saved, as the last update was skipped", flush=True)
+            return final
         ranks.settle(model)
         state = [value for _, value in ranks.named_state(model, optimizers)]
         n_bytes, = ranks.totals(sum(ranks.local(value).nbytes for value in state))

@@ -16,6 +16,7 @@ Shapes: B rows, T tokens, D model width. Losses in nats a token; compute in FLOP
 """
 import hashlib
 import json
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -167,17 +168,20 @@ def validation_loss(net, rows, micro_tokens: int, device) -> float:
                             for batch in micro_batches(rows, micro_tokens, False)))[0]
 
 
-def train_step(cfg: Config, net, model, optimizers, batches, n_trained: int, lr: float, device) -> tuple[float, float]:
-    """One optimizer step over these micro-batches: (loss in nats a token, gradient norm before clipping)."""
-    total = torch.zeros((), dtype=torch.float64, device=device)
+def train_step(cfg: Config, net, model, optimizers, batches, n_trained: int, lr: float, device) -> dict:
+    """One optimizer step over these micro-batches; its numbers for the log, the loss in nats a token."""
+    began, total = time.monotonic(), torch.zeros((), dtype=torch.float64, device=device)
     for n, batch in enumerate(batches, 1):
         ranks.reduce_now(net, n == len(batches))
         loss = batch_loss(net, batch, n_trained, device)
         loss.backward()
         total += loss.detach()
+    loss = ranks.add_up(total).item()   # the step's one wait for the device, but for the norm
+    trained = time.monotonic()
     norm = run.update(model, optimizers, lr, cfg.clip)
     ranks.refresh(net, model)
-    return ranks.add_up(total).item(), norm
+    return {"loss": loss, "grad_norm": norm, "lr": lr, "train_s": round(trained - began, 4),
+            "update_s": round(time.monotonic() - trained, 4), **run.peak_memory(device)}
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
@@ -259,21 +263,23 @@ def main(cfg: Config) -> bool:
             save(step)
         if step == steps or stopping:
             break
+        began = time.monotonic()
         rows, batches = next(coming)
+        waited = time.monotonic() - began
         sizes = [len(r.prompt) + len(r.response) for r in rows]
         lr = run.lr_at(step, steps, cfg.lr, cfg.schedule, cfg.warmup)
         n_trained = sum(len(r.response) for r in rows)
-        loss, norm = train_step(cfg, net, model, optimizers, batches, n_trained, lr, device)
-        book.watch(norm, step + 1)
+        done = train_step(cfg, net, model, optimizers, batches, n_trained, lr, device)
+        book.watch(done["grad_norm"], step + 1)
         passes = 4 if cfg.recompute else 3   # a backward is two forwards
         totals = {"tokens": totals["tokens"] + sum(sizes),
                   "flops": totals["flops"] + 3 * model_file.forward_flops(model.config, sizes),
                   "flops_hw": totals["flops_hw"] + passes * model_file.hardware_flops(model.config, sizes)}
-        row = book.log(step + 1, "train", **totals, loss=loss, grad_norm=norm, lr=lr,
-                       epoch=(step + 1) * cfg.batch / len(train))
+        epoch = (step + 1) * cfg.batch / len(train)
+        book.log(step + 1, "train", **totals, **done, epoch=epoch, data_s=round(waited, 4))
         if (step + 1) % cfg.log_every == 0:
-            print(f"step {step + 1:5d}/{steps}  loss {row['loss']:.4f}  grad {norm:.2f}  lr {lr:.1e}  "
-                  f"epoch {row['epoch']:.2f}  {totals['tokens'] / max(1e-9, book.seconds):,.0f} tok/s  "
+            print(f"step {step + 1:5d}/{steps}  loss {done['loss']:.4f}  grad {done['grad_norm']:.2f}  lr {lr:.1e}  "
+                  f"epoch {epoch:.2f}  {totals['tokens'] / max(1e-9, book.seconds):,.0f} tok/s  "
                   f"{book.eta(step + 1, steps)}", flush=True)
     finish(cfg, book, stopping)
     return not stopping
