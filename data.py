@@ -22,7 +22,8 @@ Shapes: B rows, T tokens.
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -43,8 +44,8 @@ INSTRUCTION = "Please reason step by step, and put your final answer within \\bo
 
 class Example(NamedTuple):
     """One training row: the model reads `prompt` and is trained on `response`, whose last id is EOS."""
-    prompt: list[int]
-    response: list[int]
+    prompt: Sequence[int]
+    response: Sequence[int]
 
 
 class Problem(NamedTuple):
@@ -249,14 +250,15 @@ def sft_examples(path: str, tokenizer: Tokenizer, max_len: int) -> tuple[list[Ex
     for n, row in enumerate(read_rows(path), 1):
         if "text" in row and _pair(row) is None:
             ids = tokenizer.encode(row["text"], start=True) + [tokenizer.eos]
-            example = Example(ids[:1], ids[1:])
+            parts = ids[:1], ids[1:]
         else:
             pair = _pair(row)
             if pair is None:
                 raise ValueError(f"{path}:{n}: no prompt and response; a row needs messages, prompt and response, "
                                  f"or text (found: {sorted(row)})")
             prompt_ids, prompt_text = tokenizer.prompt(pair[0])
-            example = Example(prompt_ids, tokenizer.encode(_continuation(prompt_text, pair[1])) + [tokenizer.eos])
+            parts = prompt_ids, tokenizer.encode(_continuation(prompt_text, pair[1])) + [tokenizer.eos]
+        example = Example(*(array("i", part) for part in parts))   # a list would take nine times the memory
         if len(example.prompt) + len(example.response) > max_len:
             n_long += 1
         else:
@@ -355,6 +357,6 @@ def collate(rows: list[Example], device="cpu") -> tuple[torch.Tensor, torch.Tens
     ids, mask = (torch.zeros(max(1, len(rows)), T, dtype=dtype) for dtype in (torch.long, torch.bool))
     for b, row in enumerate(rows):
         n_prompt, n = len(row.prompt), len(row.prompt) + len(row.response)
-        ids[b, :n] = torch.tensor(row.prompt + row.response)
+        ids[b, :n] = torch.tensor([*row.prompt, *row.response])
         mask[b, n_prompt:n] = True
     return ids.to(device), mask

@@ -299,8 +299,9 @@ def train_on(cfg, objective, net, rows: list[Row], batch: losses.Rows, weights, 
         logp, entropy = logp.detach(), entropy.detach()
         log_ratio = losses.log_ratio(objective, logp, logp if mine.old_logp is None else mine.old_logp, own)
         ratio = log_ratio.exp()
-        numbers = (own, entropy, (ratio > high) | (ratio < low), ratio - 1 - log_ratio, (logp - mine.rollout_logp).abs())
-        sums += torch.stack([loss.detach().double(), *((x * own).sum().double() for x in numbers)])
+        clipped, gap = (ratio > high) | (ratio < low), (logp - mine.rollout_logp).abs()
+        numbers = [(x * own).sum().double() for x in (own, entropy, clipped, ratio - 1 - log_ratio, gap)]
+        sums += torch.stack([loss.detach().double(), *numbers])
     return dict(zip(names, ranks.add_up(sums).tolist()))
 
 
@@ -381,8 +382,8 @@ def main(cfg: Config) -> None:
     objective = replace(losses.OBJECTIVES[cfg.algo], **cfg.options)
     pool, val = load_problems(cfg, tokenizer)
     differs = {k: v for k, v in vars(objective).items() if v != vars(losses.OBJECTIVES["grpo"])[k]}
-    print(f"{cfg.algo} on {ranks.world()} x {device}: {cfg.steps} steps x {cfg.prompts} prompts x {cfg.group} responses, "
-          f"{cfg.prompts // cfg.update_prompts} updates a step, temperature {cfg.temperature}, lr {cfg.lr:g}; "
+    print(f"{cfg.algo} on {ranks.world()} x {device}: {cfg.steps} steps x {cfg.prompts} prompts x {cfg.group} "
+          f"responses, {cfg.prompts // cfg.update_prompts} updates a step, temperature {cfg.temperature}, lr {cfg.lr:g}; "
           f"GRPO with {', '.join(f'{k}={v}' for k, v in differs.items()) or 'its defaults'}", flush=True)
     if cfg.dry_run:
         print(f"first prompt: {tokenizer.decode(pool[0].prompt)}\nits answer: {pool[0].gold}")

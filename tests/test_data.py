@@ -19,7 +19,7 @@ def test_the_response_and_its_eos_are_trained_and_nothing_else(small):
     ids, mask = data.collate(examples[:5])
     for row, example, picked in zip(ids, examples, mask):
         n_prompt, n = len(example.prompt), len(example.prompt) + len(example.response)
-        assert row[picked].tolist() == example.response and example.response[-1] == tokenizer.eos
+        assert row[picked].tolist() == list(example.response) and example.response[-1] == tokenizer.eos
         assert picked.nonzero()[:, 0].tolist() == list(range(n_prompt, n))
         assert "Make" in tokenizer.decode(row[:n_prompt].tolist()) and "boxed" in tokenizer.decode(row[picked].tolist())
 

@@ -16,9 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from test_pipeline import coin, lines_of, task  # noqa: F401  fixtures
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from test_pipeline import coin, lines_of, task  # noqa: E402, F401  fixtures
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
