@@ -456,7 +456,7 @@ def print_step(cfg, step: int, row: dict, book) -> None:
 def finish(cfg, book, stopped: bool) -> None:
     """Where the run stands and the next command to type."""
     if stopped:
-        print(f"stopped and saved. Go on with: torchrun rl.py --resume --init {cfg.init} --out {cfg.out}")
+        print(f"stopped and saved. Go on with: {run.again()}")
         return
     points = book.of_kind("eval")
     best = max(points, key=lambda row: row["pass1"])

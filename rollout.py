@@ -186,6 +186,7 @@ class Flight:
         self.slot_bytes = (2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
                            * model.head.element_size())
         if cache_bytes is None and self.device.type == "cuda":
+            torch.cuda.empty_cache()   # what training has left in torch's own store counts as free
             cache_bytes = int(0.8 * torch.cuda.mem_get_info(self.device)[0])
         self.budget = cache_bytes
         worst = max(requests, key=self._slots, default=Request(0, 0, 1))

@@ -25,6 +25,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -151,6 +152,13 @@ def catch_signals() -> list:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, remember)
     return caught
+
+
+def again() -> str:
+    """The command that goes on with this run."""
+    given = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
+    start = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}" if ranks.world() > 1 else "python"
+    return shlex.join([*start.split(), *given, "--resume"])
 
 
 def peak_memory(device) -> dict:

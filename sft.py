@@ -288,8 +288,7 @@ def main(cfg: Config) -> bool:
 def finish(cfg: Config, book, stopped: bool) -> None:
     """Where the run stands, which checkpoint RL should start from, and the next command to type."""
     if stopped:
-        out = "" if cfg.out == "runs/sft" else f" --out {cfg.out}"
-        print(f"stopped and saved. Go on with: torchrun sft.py --resume{out}")
+        print(f"stopped and saved. Go on with: {run.again()}")
         return
     end = diagnose(book)
     print("regimes: " + "  ".join(f"{s} {r}" for s, r in zip(end.steps, end.regimes)))
