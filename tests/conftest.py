@@ -29,12 +29,10 @@ def signals_as_before():
         signal.signal(number, handler)
 
 
-@pytest.fixture(scope="session")
-def small_task(tmp_path_factory):
-    """A folder with few built-in problems and trajectories, the tokenizer, and a random model of 30,000 parameters."""
+def write_small_task(folder):
+    """Few built-in problems and trajectories, the tokenizer, and a random model of 30,000 parameters."""
     import countdown
     import model
-    folder = tmp_path_factory.mktemp("task")
     countdown.write(folder, countdown.Config(trajectories=200, val=40, rl=100, test=20, base=40))
     words = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
     (folder / "config.json").write_text(json.dumps({**SMALL, "vocab_size": words}))
@@ -46,6 +44,12 @@ def small_task(tmp_path_factory):
     model.save_model(net, folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_task(tmp_path_factory):
+    """The folder of write_small_task; nobody writes into it but `task`."""
+    return write_small_task(tmp_path_factory.mktemp("task"))
 
 
 @pytest.fixture()

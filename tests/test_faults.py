@@ -116,19 +116,13 @@ def test_a_run_that_explodes_stops_by_itself_with_its_last_good_checkpoint(task,
 def main(kills: int) -> None:
     """Kill both scripts so often, at moments spread over their whole length, and print what came of it."""
     import tempfile
-    import countdown
-    import model as model_file
-    from conftest import SMALL
-    folder = Path(tempfile.mkdtemp())
-    countdown.write(folder, countdown.Config(trajectories=200, val=40, rl=100, test=20, base=40))
-    words = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
-    (folder / "config.json").write_text(json.dumps({**SMALL, "vocab_size": words}))
-    model_file.save_model(model_file.init_model(model_file.read_config(folder), 0), folder)
-    rows = [{"prompt": f"Make {n} ->", "answer": "1", "response": "\\boxed{ 1 }"} for n in range(40)]
-    for name in ("mixed.jsonl", "eval.jsonl"):
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for command in (sft_command, rl_command):
-        out = folder / command.__name__
+    from conftest import write_small_task
+    from test_pipeline import write_coin
+    root = Path(tempfile.mkdtemp())
+    (root / "task").mkdir(), (root / "coin").mkdir()
+    folders = [write_small_task(root / "task"), write_coin(root / "coin", root / "task")]
+    for command, folder in zip((sft_command, rl_command), folders):
+        out = root / command.__name__
         seconds = run_to_end(command(folder, out / "whole"))
         moments = [seconds * random.uniform(0.3, 0.95) for _ in range(kills)]
         kill_and_resume(command, folder, out / "whole", out / "cut", moments)

@@ -36,10 +36,8 @@ def task(small_task):
     return small_task
 
 
-@pytest.fixture(scope="session")
-def coin(small_task, tmp_path_factory):
+def write_coin(folder, small_task):
     """A model that answers 1 or 2 about equally often, and problems whose answer is 1: groups with right and wrong answers from the start."""
-    folder = tmp_path_factory.mktemp("coin")
     rows = [{"prompt": f"Make {n} ->", "response": f"<think> {n} = {n} </think> \\boxed{{ {1 + n % 2} }}"} for n in range(40)]
     rows += [{**row, "response": row["response"].replace("{ 1 }", "{ x }").replace("{ 2 }", "{ 1 }").replace("{ x }", "{ 2 }")} for row in rows]
     (folder / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -51,6 +49,11 @@ def coin(small_task, tmp_path_factory):
         if file.is_file():
             file.rename(folder / file.name)
     return folder
+
+
+@pytest.fixture(scope="session")
+def coin(small_task, tmp_path_factory):
+    return write_coin(tmp_path_factory.mktemp("coin"), small_task)
 
 
 def weights_of(out, step):
