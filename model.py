@@ -129,11 +129,15 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
         self.recompute = False   # keep only x for the backward, and run the block once more there
+        self.compiled = None     # what runs where nothing is cached, if not _run itself
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv=None, at=None, mask: Tensor | None = None) -> Tensor:
+        if kv is not None:
+            return self._run(x, cos, sin, kv, at, mask)
+        run = self.compiled or self._run
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._run, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
-        return self._run(x, cos, sin, kv, at, mask)
+            return checkpoint(run, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+        return run(x, cos, sin)
 
     def _run(self, x: Tensor, cos: Tensor, sin: Tensor, kv=None, at=None, mask: Tensor | None = None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, kv, at, mask)

@@ -182,13 +182,14 @@ def reduce_now(net, last: bool) -> None:
         module.set_requires_gradient_sync(last)   # recurses into the blocks
 
 
-def compute(model, bf16: bool, recompute: bool = False):
+def compute(model, bf16: bool, recompute: bool = False, compiled: bool = False):
     """The model that runs: itself in fp32 or when sharded; else a bfloat16 copy, whose gradients are added to the
     model's own in fp32 as soon as they are made, so that micro-batches add up without rounding. recompute: blocks run
-    once more in the backward instead of keeping their activations."""
+    once more in the backward instead of keeping their activations. compiled: torch.compile on each block."""
     net = model if not bf16 or _groups(model) else _copy_in_bf16(model)
     for block in net.model.layers:
         block.recompute = recompute
+        block.compiled = torch.compile(block._run, dynamic=True) if compiled else None
     return net
 
 

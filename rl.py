@@ -79,6 +79,7 @@ class Config:
     keep: int = 0               # checkpoints to keep; 0 = all. The newest and the best one always stay
     bf16: bool = False          # sample and compute in bfloat16; weights, gradients and optimizer stay fp32
     recompute: bool = True      # keep no activations inside a block for the backward: less memory, 4/3 of the work
+    compile: bool = False       # torch.compile each block: a minute or two at first, then faster updates
     offload: bool = False       # several GPUs: weights and optimizer state wait in the CPU's memory
     gpus: int = 0               # of --dry-run: show the memory for so many; 0 = the processes there are
     options: dict = field(default_factory=dict)
@@ -389,7 +390,7 @@ def main(cfg: Config) -> None:
         print(f"first prompt: {tokenizer.decode(pool[0].prompt)}\nits answer: {pool[0].gold}")
         return
     model = evaluate.open_trained(folder, device, cfg)
-    net = ranks.compute(model, cfg.bf16, cfg.recompute)
+    net = ranks.compute(model, cfg.bf16, cfg.recompute, cfg.compile)
     reference = None
     if objective.kl_coef:
         reference = ranks.compute(evaluate.open_trained(folder, device, cfg).requires_grad_(False), cfg.bf16)

@@ -63,6 +63,7 @@ class Config:
     clip: float = 1.0               # largest gradient norm
     bf16: bool = False              # compute in bfloat16; weights, gradients and optimizer stay fp32
     recompute: bool = True          # keep no activations inside a block for the backward: less memory, 4/3 of the work
+    compile: bool = False           # torch.compile each block: a minute or two at first, then faster steps
     offload: bool = False           # several GPUs: weights and optimizer state wait in the CPU's memory
     gpus: int = 0                   # of --dry-run: show the memory for so many; 0 = the processes there are
     seed: int = 0                   # order of the data
@@ -229,7 +230,7 @@ def main(cfg: Config) -> bool:
               f"{data.joint_mismatch(cfg.data, tokenizer):.1f}% of the rows")
         return False
     model = evaluate.open_trained(folder, device, cfg, cfg.seed if cfg.from_scratch else None)
-    net = ranks.compute(model, cfg.bf16, cfg.recompute)
+    net = ranks.compute(model, cfg.bf16, cfg.recompute, cfg.compile)
     optimizers = run.make_optimizers(model, cfg.optimizer, cfg.lr, weight_decay=cfg.weight_decay)
     book = run.Run(cfg, cfg.resume, cfg.overwrite, val_set=val_set, base=cfg.init)
     totals, start, stop = {"tokens": 0, "flops": 0.0, "flops_hw": 0.0}, 0, run.catch_signals()
