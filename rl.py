@@ -257,28 +257,43 @@ def weigh(objective, rows: list[Row], entropy, device) -> tuple[torch.Tensor, lo
     return index, batch, losses.batch_weights(objective, batch.mask.sum(1), groups[index], is_expert[index])
 
 
-def plan_updates(cfg, objective, net, reference, groups, device) -> tuple[list, list[int]]:
-    """The round's optimizer steps as (rows, batch, weights), all made before the first; lengths of extra forwards."""
-    plans, extra, over_batch = [], [], objective.entropy_weights == "batch"
+def without_idle(objective, index, batch: losses.Rows, weights) -> tuple:
+    """weigh()'s answer without the rows that move nothing: advantage 0 (a group that agrees) and no other term in the
+    loss. The weights were made with them, so the gradient is the same for less work. Where all rows are idle they
+    stay: an optimizer with momentum moves on without a gradient."""
+    moves = batch.advantages.reshape(len(batch.mask), -1).ne(0).any(1)
+    if objective.demo != "none" or objective.entropy_coef or objective.kl_coef or not moves.any():
+        return index, batch, weights
+    keep = moves.nonzero()[:, 0]
+    return index[keep], losses.take(batch, keep), weights[:, keep]
+
+
+def plan_updates(cfg, objective, net, reference, groups, device) -> tuple[list, list[int], list[int]]:
+    """The round's optimizer steps as (rows, batch, weights), all made before the first; the lengths of extra forwards;
+    the lengths of all rows that the method trains on."""
+    plans, extra, trained, over_batch = [], [], [], objective.entropy_weights == "batch"
+
+    def look(with_model, rows, width, entropy=False):
+        extra.extend(row.length for row in rows)
+        return tuple(F.pad(x, (0, width - x.shape[1])) for x in forward_rows(cfg, with_model, rows, device, entropy))
+
     for first in range(0, len(groups), cfg.update_prompts):
         rows = [row for group in groups[first:first + cfg.update_prompts] for row in group]
-        old = entropy = None
-        needs_entropy = objective.demo == "prefix" or over_batch
-        if first > 0 or needs_entropy:
-            old, entropy = forward_rows(cfg, net, rows, device, needs_entropy)
-            extra += [row.length for row in rows]
+        width, old, entropy = max(len(row.response) for row in rows), None, None
+        if objective.demo == "prefix" or over_batch:
+            old, entropy = look(net, rows, width, True)
         index, batch, weights = weigh(objective, rows, entropy, device)
+        trained += [rows[i].length for i in index.tolist()]
+        index, batch, weights = without_idle(objective, index, batch, weights)
         rows = [rows[i] for i in index.tolist()]
         if first > 0:
-            batch = batch._replace(old_logp=old[index])
+            batch = batch._replace(old_logp=look(net, rows, width)[0] if old is None else old[index])
         if over_batch:
             batch = batch._replace(mean_entropy=losses.mean_entropy(entropy[index], batch.mask, "batch"))
         if reference is not None:
-            logp, _ = forward_rows(cfg, reference, rows, device)
-            batch = batch._replace(ref_logp=F.pad(logp, (0, batch.mask.shape[1] - logp.shape[1])))
-            extra += [row.length for row in rows]
+            batch = batch._replace(ref_logp=look(reference, rows, width)[0])
         plans.append((rows, batch, weights))
-    return plans, extra
+    return plans, extra, trained
 
 
 def train_on(cfg, objective, net, rows: list[Row], batch: losses.Rows, weights, device) -> dict:
@@ -420,13 +435,13 @@ def main(cfg: Config) -> None:
         if step == start and groups:
             show_first(groups[0][0], tokenizer)
         book.log_samples(step + 1, [{**record, "kind": "train"} for record in records[:8]])
-        plans, extra = plan_updates(cfg, objective, net, reference, groups, device)
+        plans, extra, trained = plan_updates(cfg, objective, net, reference, groups, device)
         planned = time.monotonic()
         result = update(cfg, objective, net, model, optimizers, plans, book, step, device) if plans else {"updates": 0}
         rows = [row for rows, _, _ in plans for row in rows]
-        trained = [row.length for row in rows]
         experts = [row.length for row in rows if row.is_expert and objective.demo == "row"]
-        hw = model_file.hardware_flops(model.config, generated + extra + (4 if cfg.recompute else 3) * trained)
+        passes = (4 if cfg.recompute else 3) * [row.length for row in rows]   # a backward is two forwards
+        hw = model_file.hardware_flops(model.config, generated + extra + passes)
         totals = {"tokens": totals["tokens"] + sum(generated), "flops_hw": totals["flops_hw"] + hw,
                   "flops": totals["flops"] + flops_of(model.config, generated, trained, experts)}
         line = {**totals, **stats, **result, "sample_s": round(sampled - began - stats["score_s"], 4),

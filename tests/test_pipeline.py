@@ -147,6 +147,22 @@ def test_rl_gradients_do_not_depend_on_how_the_update_is_cut(small, task, tmp_pa
     assert largest > 0 and all((g - gradients[0]).abs().max() < 2e-6 * max(1, largest) for g in gradients)
 
 
+def test_rows_without_an_advantage_are_left_out_of_the_work_and_not_of_the_mean(small, task, tmp_path):
+    model, tokenizer, _ = small
+    problems, _ = data.problems(f"{task}/mixed.jsonl", tokenizer, 64)
+    groups = rows_for("grpo", tokenizer, problems)
+    groups[1:3] = [[row._replace(correct=1.0, reward=1.0) for row in group] for group in groups[1:3]]      # these agree
+    cfg, objective, gradients = rl_config(task, tmp_path, update_prompts=4), replace(losses.OBJECTIVES["grpo"], entropy_coef=0.0), []
+    (rows, batch, weights), = rl.plan_updates(cfg, objective, model, None, groups, torch.device("cpu"))[0]
+    everything = [row for group in groups for row in group]
+    assert len(rows) == 8 and len(everything) == 16
+    for args in ((rows, batch, weights), (everything, *rl.weigh(objective, everything, None, torch.device("cpu"))[1:])):
+        model.zero_grad()
+        rl.train_on(cfg, objective, model, *args, torch.device("cpu"))
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert gradients[0].abs().max() > 1e-3 and (gradients[0] - gradients[1]).abs().max() < 2e-6
+
+
 def test_a_round_without_signal_leaves_weights_optimizer_and_steps_alone(task, tmp_path, capsys):
     impossible = [{"prompt": f"Make {n} from 1 1 1 ->", "answer": "59", "numbers": [1, 1, 1]} for n in range(1, 30)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in impossible))
