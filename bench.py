@@ -110,15 +110,14 @@ def measure(cfg: Rollout, rows: int) -> dict:
     model = model_file.load_model(cfg.model, DTYPES[cfg.dtype], device)
     prompts, lengths = workload(cfg, model.config.vocab_size)
     rollout.generate(model, prompts[:1], 2, 3, seed=cfg.seed)   # warm-up
-    calls = []
-    hook = model.register_forward_hook(lambda module, args, kwargs, out: calls.append(args[0].shape), with_kwargs=True)
+    forwards: list[tuple[str, int]] = []
     before, usage, started = resident_mb(), resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-    groups = rollout.generate(model, prompts, cfg.group, lengths, seed=cfg.seed, rows=rows)
+    groups = rollout.generate(model, prompts, cfg.group, lengths, seed=cfg.seed, rows=rows,
+                              on_forward=lambda what, n, cache: forwards.append((what, n)))
     wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
-    hook.remove()
     tokens = sum(len(r.ids) for group in groups for r in group)
     assert tokens == sum(lengths), "the sampler did not return the lengths asked for"
-    steps = [shape[0] for shape in calls if shape[1] == 1]
+    steps = [n for what, n in forwards if what == "step"]
     c, size = model.config, model.head.element_size()
     slot = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * size
     weights = sum(p.numel() for p in model.parameters()) * size

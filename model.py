@@ -13,9 +13,6 @@ fields of ModelConfig (folder.py, which also refuses by name what is not impleme
     model = load_model("runs/sft/checkpoints/step_000400")      # or init_model(ModelConfig(...), seed=0)
     hidden = model(ids)                                         # (B, T, D)
     logp = token_logp(hidden[:, :-1], model.head, ids[:, 1:])   # (B, T-1) nats
-    cache = Cache(model.config, rows=B, slots=T + 64)           # decoding, under torch.inference_mode()
-    hidden = model(ids, cache=cache)                            # prefill: a row's tokens go to slots 0..T-1
-    hidden = model(new, positions, cache)                       # new (B, 1) at positions (B, 1), each row at its own
 
 Shapes: B rows, T tokens, V vocabulary, D hidden width, H query heads, Hkv key/value heads, K head width, L layers,
 N = tokens of all rows in one list, n = a chunk of them.
@@ -32,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 import ranks
 from folder import ModelConfig, config_dict, read_config, read_weights, write_folder
 
-__all__ = ["ModelConfig", "read_config", "config_dict", "Cache", "Model", "init_model", "load_model", "save_model",
+__all__ = ["ModelConfig", "read_config", "config_dict", "Model", "init_model", "load_model", "save_model",
            "head_logits", "token_logp", "response_logp", "forward_flops", "hardware_flops"]
 CHUNK_LOGITS = 2**25   # logits that token_logp holds at once: 128 MB in fp32, 220 tokens of Qwen's 152k vocabulary
 
@@ -84,28 +81,15 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(K, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(K, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv=None, at=None, mask: Tensor | None = None) -> Tensor:
-        """x (B, T, D) -> (B, T, D). kv: this layer's cached (keys, values), to be written at = (rows (B, 1), slots).
-        With mask (B, 1, T, S) the queries read the cache's slots 0..S-1, without it the row itself, causally."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         B, T, D = x.shape
         H, Hkv, K = self.shape
         q = rotate(self.q_norm(self.q_proj(x).view(B, T, H, K)), cos, sin)
         k = rotate(self.k_norm(self.k_proj(x).view(B, T, Hkv, K)), cos, sin)
         v = self.v_proj(x).view(B, T, Hkv, K)
-        if kv is not None:
-            rows, slots = at
-            kv[0][rows, :, slots] = k   # into (B, Hkv, slots, K): indexed dimensions come first, so k fits as it is
-            kv[1][rows, :, slots] = v
-        if mask is None:
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=Hkv < H)   # (B, H, T, K)
-            return self.o_proj(y.transpose(1, 2).reshape(B, T, H * K))
-        # The n query heads that share a key head are laid along the query axis: the cache is read once and never copied
-        n, S = H // Hkv, mask.shape[-1]
-        q = q.view(B, T, Hkv, n, K).permute(0, 2, 3, 1, 4).reshape(B, Hkv, n * T, K)
-        mask = mask if T == 1 else mask.repeat(1, 1, n, 1)
-        y = F.scaled_dot_product_attention(q, kv[0][:B, :, :S], kv[1][:B, :, :S], attn_mask=mask)
-        return self.o_proj(y.view(B, Hkv, n, T, K).permute(0, 3, 1, 2, 4).reshape(B, T, H * K))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=Hkv < H)   # (B, H, T, K)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, H * K))
 
 
 class MLP(nn.Module):
@@ -129,55 +113,17 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
         self.recompute = False   # keep only x for the backward, and run the block once more there
-        self.compiled = None     # what runs where nothing is cached, if not _run itself
+        self.compiled = None     # what runs, if not _run itself
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, kv=None, at=None, mask: Tensor | None = None) -> Tensor:
-        if kv is not None:
-            return self._run(x, cos, sin, kv, at, mask)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         run = self.compiled or self._run
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(run, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
         return run(x, cos, sin)
 
-    def _run(self, x: Tensor, cos: Tensor, sin: Tensor, kv=None, at=None, mask: Tensor | None = None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, kv, at, mask)
+    def _run(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
         return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class Cache:
-    """Keys and values of `rows` sequences with `slots` positions each; k and v are lists over layers of tensors
-    (rows, Hkv, slots, K). The token at position p of a row lives in slot p; used = 1 + the largest position written so
-    far, and no more is ever read. Fresh slots are zero: a masked slot weighs 0, but 0 x NaN would still be NaN.
-    For use under torch.inference_mode(): writing in place would break a backward."""
-    def __init__(self, config: ModelConfig, rows: int, slots: int, dtype: torch.dtype = torch.float32, device="cpu"):
-        shape = rows, config.num_key_value_heads, slots, config.head_dim
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.rows, self.slots, self.used = rows, slots, 0
-
-    def select(self, index: Tensor) -> "Cache":
-        """Keep, repeat or reorder rows, in place: row i becomes what row index[i] was; index (n,) long. A prompt's row
-        repeated n times shares one prefill; finished rows are simply left out. Returns the cache itself."""
-        return self._rebuild(lambda old: old.index_select(0, index), len(index), self.slots)
-
-    def grow(self, slots: int) -> "Cache":
-        """Make room for positions 0..slots-1 (at least `used`), in place. Returns the cache itself."""
-        return self._rebuild(lambda old: old, self.rows, slots)
-
-    def put(self, rows: Tensor, source: "Cache", index: Tensor, slots: int) -> None:
-        """Row rows[i] takes over positions 0..slots-1 of the source's row index[i]; both (n,) long. The source may be
-        this cache, where no row is read after it was written."""
-        for mine, other in zip(self.k + self.v, source.k + source.v):
-            mine[:, :, :slots].index_copy_(0, rows, other[:, :, :slots].index_select(0, index))
-        self.used = max(self.used, slots)
-
-    def _rebuild(self, choose, rows: int, slots: int) -> "Cache":
-        for tensors in (self.k, self.v):
-            for i, old in enumerate(tensors):   # tensor by tensor: the peak is one tensor above the result
-                tensors[i] = old.new_zeros(rows, old.shape[1], slots, old.shape[3])
-                tensors[i][:, :, :self.used] = choose(old[:, :, :self.used])
-        self.rows, self.slots = rows, slots
-        return self
 
 
 class Model(nn.Module):
@@ -198,35 +144,17 @@ class Model(nn.Module):
         """The output matrix (V, D)."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def forward(self, ids: Tensor, positions: Tensor | None = None, cache: Cache | None = None,
-                top: int | None = None) -> Tensor:
-        """ids (B, T) long, positions (B, T) long (None: 0..T-1 in each row) -> hidden (B, T, D) after the final norm.
-
-        Without a cache attention is causal along the row and positions only turn the angles. With one, keys and values
-        are written into its first B rows at slot = position, and a query sees all slots up to its own position.
-        Positions None with a cache is a prefill from slot 0. top: 1 + the largest position, where the caller knows it;
-        None asks the device, and waits. Raises ValueError where rows or positions do not fit the cache."""
-        B, T = ids.shape
-        at = mask = None
-        places = torch.arange(T, device=ids.device)[None] if positions is None else positions   # (1 or B, T)
-        if cache is not None:
-            top = T if positions is None else top or int(positions.max()) + 1
-            if B > cache.rows or top > cache.slots:
-                raise ValueError(f"{B} rows up to position {top - 1} do not fit a cache of {cache.rows} rows x "
-                                 f"{cache.slots} slots; select() the rows or grow() the slots first")
-            cache.used = max(cache.used, top)
-            at = torch.arange(B, device=ids.device)[:, None], places
-            if positions is not None:   # a prefill from slot 0 sees only itself: causal, without reading the cache
-                seen = torch.arange(top, device=ids.device) <= positions[:, None, :, None]   # (B, 1, T, top)
-                # added to the scores: from booleans, every layer would make these numbers again
-                mask = torch.zeros(seen.shape, dtype=cache.k[0].dtype, device=ids.device).masked_fill_(~seen, -math.inf)
+    def forward(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """ids (B, T) long, positions (B or 1, T) long (None: 0..T-1 in each row) -> hidden (B, T, D) after the final
+        norm. Attention is causal along the row; positions only turn the angles."""
+        places = torch.arange(ids.shape[1], device=ids.device)[None] if positions is None else positions
         x = self.model.embed_tokens(ids)   # (B, T, D)
-        cos, sin = self._angles(places, x.dtype)
-        for i, block in enumerate(self.model.layers):
-            x = block(x, cos, sin) if cache is None else block(x, cos, sin, (cache.k[i], cache.v[i]), at, mask)
+        cos, sin = self.angles(places, x.dtype)
+        for block in self.model.layers:
+            x = block(x, cos, sin)
         return self.model.norm(x)
 
-    def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """positions (B or 1, T) -> cos and sin (B or 1, T, 1, K) for rotate()."""
         if self.inv_freq.device != positions.device:
             self.inv_freq = self.inv_freq.to(positions.device)

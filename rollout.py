@@ -27,7 +27,6 @@ Shapes: R rows in the cache, n of them live, D hidden width, V vocabulary. Log-p
 """
 from collections import deque
 from collections.abc import Callable
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -35,11 +34,12 @@ import torch.nn.functional as F
 
 import ranks
 import run
-from model import Cache, head_logits
+from decode import Cache, Decoder, Graphs, decoder_of
 
 BLOCK = 64        # slots by which the cache grows
 PREFILL = 2048    # prompt tokens read at once, padding included; at least one prompt
 PIECE = 128       # tokens of the vocabulary whose probabilities are summed first, see draw()
+DRAWN = 2**18     # logits worked on at once on the CPU: 1 MB, so that a core's own cache holds what draw() makes
 
 
 class Response(NamedTuple):
@@ -64,6 +64,10 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p:
     The token is the first whose cumulated probability exceeds uniform: sought among sums over pieces of the vocabulary,
     then within one piece, so that no running sum over V is made. Temperature 0 is greedy and reports log-probs at 1.
     """
+    rows = max(1, DRAWN // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    if len(logits) > rows:   # 64 x 32,000 at once: 14 ms, most of it for fresh pages of memory; in parts 5 ms
+        parts = [draw(*part, temperature, top_p, top_k) for part in zip(logits.split(rows), uniform.split(rows))]
+        return tuple(torch.cat(values) for values in zip(*parts))
     z = logits.float() - logits.amax(-1, keepdim=True)                       # (n, V) <= 0
     if temperature not in (0, 1):
         z /= temperature
@@ -112,7 +116,8 @@ def _cut(p: torch.Tensor, total: torch.Tensor, top_p: float, top_k: int) -> torc
 def generate(model, prompts: list[list[int]], n: int | list[int] = 1, max_new: int | list[int] = 512,
              temperature: float = 1.0, eos_ids=(), seed: int = 0, rows: int = 512, top_p: float = 1.0, progress=None,
              top_k: int = 0, cache_bytes: int | None = None,
-             on_response: Callable[[int, Response], None] | None = None) -> list[list[Response]]:
+             on_response: Callable[[int, Response], None] | None = None, on_forward=None,
+             bucketed: bool | None = None) -> list[list[Response]]:
     """Sample n responses (one number for all prompts, or one each) to each prompt (token ids): one list per prompt.
     Several processes share the prompts out and all return all responses.
 
@@ -122,6 +127,8 @@ def generate(model, prompts: list[list[int]], n: int | list[int] = 1, max_new: i
     | cache_bytes | for keys and values of the rows in flight; None: 80% of what is free on CUDA, no bound on the CPU  |
     | progress    | progress(done, total), called whenever responses have ended                                        |
     | on_response | on_response(number of the prompt, response), called as each one ends: what is to survive a Ctrl-C  |
+    | on_forward  | on_forward("read" or "step", rows computed, the cache), called before each: what a meter counts     |
+    | bucketed    | round a step's rows and attention length up, as CUDA graphs need it; None: on CUDA only            |
 
     Raises ValueError where a prompt is empty or one request alone does not fit cache_bytes. KeyboardInterrupt passes
     through, with the model as it was before.
@@ -132,8 +139,10 @@ def generate(model, prompts: list[list[int]], n: int | list[int] = 1, max_new: i
     done, was_training = 0, model.training
     model.eval()
     try:
-        with _gathered(model), _decode_layout(model):
-            flight = Flight(model, prompts, mine, rows, cache_bytes, seed, eos_ids, (temperature, top_p, top_k))
+        with decoder_of(model) as decoder:
+            flight = Flight(decoder, prompts, mine, rows, cache_bytes, seed, eos_ids, (temperature, top_p, top_k))
+            flight.bucketed = decoder.device.type == "cuda" if bucketed is None else bucketed
+            flight.on_forward = on_forward or flight.on_forward
             waiting = flight.queue(mine)
             while waiting or flight.live:
                 flight.fit(waiting)
@@ -146,6 +155,7 @@ def generate(model, prompts: list[list[int]], n: int | list[int] = 1, max_new: i
                 done += len(ended)
                 if progress and ended:
                     progress(done, len(mine))
+            del flight   # its cache makes room for the weights' own layout
     finally:
         model.train(was_training)
     for others in ranks.gather([[r.number, *responses[r.number]] for r in mine]) if ranks.world() > 1 else ():
@@ -180,11 +190,11 @@ class Live(NamedTuple):
 class Flight:
     """The responses in flight: rows 0..n-1 of the cache and of every tensor below, row r serving live[r]."""
 
-    def __init__(self, model, prompts, requests, rows, cache_bytes, seed, eos_ids, how):
-        config, self.device = model.config, model.head.device
-        self.model, self.prompts, self.seed, self.how, self.eos = model, prompts, seed, how, set(eos_ids)
+    def __init__(self, decoder: Decoder, prompts, requests, rows, cache_bytes, seed, eos_ids, how):
+        config, self.device = decoder.config, decoder.device
+        self.decoder, self.prompts, self.seed, self.how, self.eos = decoder, prompts, seed, how, set(eos_ids)
         self.slot_bytes = (2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-                           * model.head.element_size())
+                           * decoder.dtype.itemsize)
         if cache_bytes is None and self.device.type == "cuda":
             torch.cuda.empty_cache()   # what training has left in torch's own store counts as free
             cache_bytes = int(0.8 * torch.cuda.mem_get_info(self.device)[0])
@@ -198,16 +208,21 @@ class Flight:
         self.rows, width = min(rows, len(requests)), max((r.limit for r in requests), default=0)
         self.live: list[Live] = []
         self.steps = 0
-        self.cache = Cache(config, 0, 0, model.head.dtype, self.device)
+        self.cache = self._new_cache(0, 0)
+        self.graphs, self.bucketed, self.on_forward = Graphs(self.device), False, lambda *what: None
         self.ready: dict[int, int] = {}   # prompts read ahead, and their rows in self.prompt_cache
 
         def per_row(*shape, dtype=torch.long):
-            return torch.empty(self.rows, *shape, dtype=dtype, device=self.device)
+            return torch.zeros(self.rows, *shape, dtype=dtype, device=self.device)
         self.token, self.position, self.drawn, self.limit = (per_row() for _ in range(4))
+        self.alive, self.ended = per_row(), per_row(dtype=torch.bool)   # alive: 1 where the row serves a request, else 0
         self.uniform = per_row(width, dtype=torch.float64)
         self.out = [per_row(width, dtype=dtype) for dtype in (torch.long, torch.float32, torch.float32)]
-        self.per_row = [self.token, self.position, self.drawn, self.limit, self.uniform, *self.out]
+        self.moved = [self.token, self.position, self.drawn, self.limit, self.uniform, *self.out]
         self.eos_ids = torch.tensor(sorted(self.eos), dtype=torch.long, device=self.device)
+
+    def _new_cache(self, rows: int, slots: int) -> Cache:
+        return Cache(self.decoder.config, rows, slots, self.decoder.dtype, self.device)
 
     def _slots(self, request: Request) -> int:
         """Slots that a request fills at most: the last token drawn is never fed."""
@@ -239,8 +254,9 @@ class Flight:
             del self.live[rows:]
             again = self.queue([*back, *waiting])
             waiting.clear(), waiting.extend(again)
+        self.graphs.forget()
         if not self.live:
-            self.cache = Cache(self.model.config, rows, slots, self.model.head.dtype, self.device)
+            self.cache = self._new_cache(rows, slots)
             return
         cache.used = min(self.top(), cache.used)
         if rows != cache.rows:
@@ -267,7 +283,7 @@ class Flight:
             self.token[rows] = self._index(self.prompts[r.prompt][-1] for r in begun)
             self.position[rows] = self._index(len(self.prompts[r.prompt]) - 1 for r in begun)
             self.limit[rows] = self._index(r.limit for r in begun)
-            self.drawn[rows] = 0
+            self.drawn[rows], self.alive[rows] = 0, 1
             for row, r in enumerate(begun, first):   # on the CPU's generator, so that a GPU draws the same
                 stream = run.generator(self.seed, "request", r.number)
                 self.uniform[row, :r.limit] = torch.rand(r.limit, generator=stream, dtype=torch.float64).to(self.device)
@@ -284,27 +300,37 @@ class Flight:
                     break
                 chosen.append(request.prompt)
         self.ready = {prompt: i for i, prompt in enumerate(chosen)}
-        self.prompt_cache = Cache(self.model.config, len(chosen), T, self.model.head.dtype, self.device)
-        ids = torch.tensor([self.prompts[p][:-1] + [0] * (T + 1 - len(self.prompts[p])) for p in chosen],
+        self.prompt_cache = self._new_cache(len(chosen), T)
+        ids = torch.tensor([list(self.prompts[p][:-1]) + [0] * (T + 1 - len(self.prompts[p])) for p in chosen],
                            dtype=torch.long, device=self.device)   # (P, T)
         if T:
-            self.model(ids, cache=self.prompt_cache)
+            self.on_forward("read", len(chosen), self.prompt_cache)
+            self.decoder.read(ids, self.prompt_cache)
 
     def step(self) -> list[int]:
         """Feed every live row its newest token and draw the next one. Returns the rows that ended, ascending."""
-        n = len(self.live)
-        token, position, drawn = self.token[:n], self.position[:n], self.drawn[:n]   # views: written below
-        hidden = self.model(token[:, None], position[:, None], self.cache, self.top())[:, 0]   # (n, D)
+        live, top = len(self.live), self.top()
+        rows = live
+        if self.bucketed:   # few different sizes, so that few graphs serve: free rows decode at position 0, in vain
+            rows = min(1 << (live - 1).bit_length(), self.cache.rows)
+            top = min(-(-top // BLOCK) * BLOCK, self.cache.slots)
+        self.on_forward("step", rows, self.cache)
+        self.graphs.run((rows, top), lambda: self._advance(rows, top))
+        self.steps += 1
+        return self.ended[:live].nonzero()[:, 0].tolist()   # the one wait for the device a step
+
+    def _advance(self, n: int, top: int) -> None:
+        """The first n rows by a token. Everything it reads and writes stays where it is: a CUDA graph may hold it."""
+        token, position, drawn, alive = self.token[:n], self.position[:n], self.drawn[:n], self.alive[:n]   # views
+        logits = self.decoder.step(token, position, self.cache, top)                 # (n, V)
         uniform = self.uniform[:n].gather(1, drawn[:, None])[:, 0]
-        chosen = draw(head_logits(hidden, self.model.head), uniform, *self.how)      # token, logp, entropy: (n,) each
+        chosen = draw(logits, uniform, *self.how)                                    # token, logp, entropy: (n,) each
         for store, values in zip(self.out, chosen):
             store[:n].scatter_(1, drawn[:, None], values[:, None])
         token.copy_(chosen[0])
-        position += 1
-        drawn += 1
-        self.steps += 1
-        ended = (drawn == self.limit[:n]) | torch.isin(token, self.eos_ids)
-        return ended.nonzero()[:, 0].tolist()   # the one wait for the device a step
+        position += alive
+        drawn += alive
+        torch.logical_or(drawn == self.limit[:n], (token[:, None] == self.eos_ids).any(1), out=self.ended[:n])
 
     def release(self, ended: list[int]) -> list[tuple[Request, Response]]:
         """Take the responses of these rows out, and move the last rows into their places."""
@@ -320,42 +346,12 @@ class Flight:
         if holes:
             to, source = self._index(holes), self._index(last)
             self.cache.put(to, self.cache, source, min(self.top(), self.cache.slots))
-            for x in self.per_row:
+            for x in self.moved:
                 x.index_copy_(0, to, x.index_select(0, source))
+        free = slice(n, n + len(ended))
+        self.alive[free] = self.position[free] = self.drawn[free] = 0
         responses = []
         for i, row in enumerate(taken):
             ids, logp, entropy = (x[i, :self.steps - row.began].tolist() for x in values)
             responses.append((row.request, Response(ids, logp, entropy, ids[-1] in self.eos)))
         return responses
-
-
-@contextmanager
-def _gathered(model):
-    """FSDP2: all parameters whole for the round, so that no step communicates and ranks may take unequal numbers."""
-    sharded = [m for m in model.modules() if hasattr(m, "unshard")]
-    try:
-        for m in sharded:
-            m.set_reshard_after_forward(False, recurse=False)
-            m.unshard()
-        yield
-    finally:
-        for m in sharded:
-            m.set_reshard_after_forward(m is not model, recurse=False)   # the head is used after the model's forward
-            m.reshard()
-
-
-@contextmanager
-def _decode_layout(model):
-    """On the CPU, in fp32: matrices transposed in memory while sampling. With few rows MKL multiplies by them 1.2 to 2
-    times faster so (64 to 8 rows); turning them costs about as much as a step. Shapes and values stay. Not for sharded
-    models: FSDP2 gathers into the storage that it knows."""
-    matrices = [p for p in model.parameters() if p.ndim == 2 and p.device.type == "cpu" and p.dtype == torch.float32]
-    if any(hasattr(m, "unshard") for m in model.modules()):
-        matrices = []
-    try:
-        for p in matrices:
-            p.data = p.data.T.contiguous().T
-        yield
-    finally:
-        for p in matrices:
-            p.data = p.data.contiguous()

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LEVELS = {0: {"folder", "mathexpr", "losses", "phases", "ceiling", "countdown", "ranks"}, 1: {"model", "run", "verify", "figures"}, 2: {"rollout", "data"},
-          3: {"evaluate"}, 4: {"sft", "bench"}, 5: {"rl"}}
+LEVELS = {0: {"folder", "mathexpr", "losses", "phases", "ceiling", "countdown", "ranks"}, 1: {"model", "run", "verify", "figures"}, 2: {"decode", "data"}, 3: {"rollout"},
+          4: {"evaluate"}, 5: {"sft", "bench"}, 6: {"rl"}}
 WITHOUT_TORCH = {"verify", "mathexpr", "phases", "ceiling", "countdown"}
 
 

@@ -1,4 +1,4 @@
-"""The decoder against a loop-by-loop reference and against transformers; the cache, token log-probs and FLOPs by their properties."""
+"""The decoder against a loop-by-loop reference and against transformers; token log-probs and FLOPs by their properties."""
 import cmath
 import json
 import math
@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import decode
 import model as m
 
 BASE = dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
@@ -135,77 +136,6 @@ def test_padding_never_changes_a_row(family):
     assert torch.equal(model(one)[real], model(two)[real])
     alone = torch.cat([model(one[b:b + 1, :n])[0] for b, n in enumerate(lengths)])
     torch.testing.assert_close(model(one)[real], alone, atol=2e-5, rtol=1e-5)
-
-
-# ---- the cache -------------------------------------------------------------------------------------------------------
-def decode(model, ids, prompts, cache, until):
-    """Prefill ids[b, :prompts[b]], everything behind it garbage, then each row's own tokens one by one. The hidden
-    states (B, n) of positions prompts[b] - 1 ... until[b] - 1, as a list of rows."""
-    B, T = len(ids), int(prompts.max())
-    garbage = torch.where(torch.arange(T) < prompts[:, None], ids[:, :T], random_ids(B, T, 9))
-    rows, at = [[h[n - 1]] for h, n in zip(model(garbage, cache=cache), prompts)], prompts.clone()
-    while (at < until).any():
-        here = at.minimum(until - 1)   # a finished row repeats its last token, as a batch with stragglers does
-        hidden = model(ids.gather(1, here[:, None]), here[:, None], cache)
-        for b in torch.nonzero(at < until)[:, 0].tolist():
-            rows[b].append(hidden[b, 0])
-        at += 1
-    return [torch.stack(row) for row in rows]
-
-
-@pytest.mark.parametrize("family", CONFIGS)
-def test_cached_equals_uncached_for_ragged_rows(family):
-    model, ids = random_model(CONFIGS[family]), random_ids(3, 14)
-    prompts, until = torch.tensor([3, 7, 5]), torch.tensor([14, 10, 12])
-    with torch.inference_mode():
-        full = model(ids)
-        rows = decode(model, ids, prompts, m.Cache(model.config, 3, 14), until)
-        for b, row in enumerate(rows):
-            torch.testing.assert_close(row, full[b, prompts[b] - 1:until[b]], atol=2e-5, rtol=1e-5)
-        logp = m.token_logp(full, model.head, ids.roll(-1, 1))
-        for b, row in enumerate(rows):
-            n = prompts[b] - 1
-            torch.testing.assert_close(m.token_logp(row[:-1], model.head, ids[b, n + 1:until[b]]), logp[b, n:until[b] - 1],
-                                       atol=2e-5, rtol=1e-5)
-
-
-def test_a_prompt_may_be_prefilled_in_pieces():
-    model, ids, cache = random_model(CONFIGS["qwen3"]), random_ids(2, 12), m.Cache(CONFIGS["qwen3"], 2, 12)
-    with torch.inference_mode():
-        pieces = [model(ids[:, :5], cache=cache), model(ids[:, 5:9], torch.arange(5, 9).expand(2, 4), cache),
-                  model(ids[:, 9:], torch.arange(9, 12).expand(2, 3), cache)]
-        torch.testing.assert_close(torch.cat(pieces, 1), model(ids), atol=2e-5, rtol=1e-5)
-    assert cache.used == 12
-
-
-def test_selected_and_grown_rows_go_on_like_their_originals():
-    model, ids, cache = random_model(CONFIGS["qwen2"]), random_ids(3, 10), m.Cache(CONFIGS["qwen2"], 3, 6)
-    index = torch.tensor([2, 0, 0, 2, 2])   # row 1 has finished, the others are repeated
-    with torch.inference_mode():
-        full = model(ids)
-        model(ids[:, :6], cache=cache)
-        assert cache.select(index) is cache and cache.grow(10) is cache
-        assert (cache.rows, cache.slots, cache.used) == (5, 10, 6) and cache.k[0].shape == (5, 2, 10, 6)
-        for t in range(6, 10):
-            hidden = model(ids[index, t:t + 1], torch.full((5, 1), t), cache)
-            torch.testing.assert_close(hidden[:, 0], full[index, t], atol=2e-5, rtol=1e-5)
-
-
-def test_a_step_at_earlier_positions_loses_nothing_of_the_cache():
-    model, ids, cache = random_model(CONFIGS["qwen2"]), random_ids(1, 8), m.Cache(CONFIGS["qwen2"], 1, 8)
-    with torch.inference_mode():
-        model(ids[:, :7], cache=cache)
-        model(ids[:, 2:3], torch.tensor([[2]]), cache)
-        assert cache.used == 7
-        cache.select(torch.tensor([0]))
-        torch.testing.assert_close(model(ids[:, 7:], torch.tensor([[7]]), cache), model(ids)[:, 7:], atol=2e-5, rtol=1e-5)
-
-
-def test_what_does_not_fit_the_cache_is_named():
-    model, cache = random_model(CONFIGS["qwen2"]), m.Cache(CONFIGS["qwen2"], 2, 4)
-    for ids, positions in ((random_ids(2, 5), None), (random_ids(2, 1), torch.full((2, 1), 4)), (random_ids(3, 2), None)):
-        with pytest.raises(ValueError, match="2 rows x 4 slots"):
-            model(ids, positions, cache)
 
 
 # ---- token log-probs -------------------------------------------------------------------------------------------------
@@ -388,11 +318,12 @@ def test_transformers_gives_the_same_logits_and_greedy_tokens_and_loads_what_we_
         padded = peer(ids.where(real, 0), attention_mask=real.long()).logits
         assert relative(logits_of(ours, ids)[real], padded[real]) < 1e-5
         assert relative(logits_of(ours, ids[:1], far), peer(ids[:1], position_ids=far).logits) < 1e-5
-        cache, tokens = m.Cache(ours.config, 3, 32), ids[:, :16]
-        hidden = ours(tokens, cache=cache)
-        for t in range(16, 32):
-            new = m.head_logits(hidden[:, -1], ours.head).argmax(-1, keepdim=True)
-            tokens, hidden = torch.cat((tokens, new), 1), ours(new, torch.full((3, 1), t), cache)
+        cache, tokens = decode.Cache(ours.config, 3, 32), ids[:, :16]
+        with decode.decoder_of(ours) as decoder:
+            logits = decoder.logits(decoder.read(tokens, cache)[:, -1])
+            for t in range(16, 32):
+                new = logits.argmax(-1)
+                tokens, logits = torch.cat((tokens, new[:, None]), 1), decoder.step(new, torch.full((3,), t), cache, t + 1)
         greedy = peer.generate(ids[:, :16], attention_mask=torch.ones(3, 16, dtype=torch.long), max_new_tokens=16, do_sample=False,
                                eos_token_id=None, pad_token_id=0)
         assert torch.equal(tokens, greedy)

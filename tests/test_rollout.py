@@ -53,18 +53,15 @@ def ids_of(groups):
 
 
 class Meter:
-    """Counts what a model computes while it samples: rows of each decode step, prompts read, the largest cache."""
-    def __init__(self, model):
+    """Counts what is computed: rows of each decode step, prompts read, the largest cache. Handed on as on_forward."""
+    def __init__(self):
         self.steps, self.prompts, self.largest, self.longest = [], 0, 0, 0
-        self.hook = model.register_forward_hook(self.count, with_kwargs=True)
 
-    def count(self, model, args, kwargs, out):
-        if "cache" in kwargs:   # a prefill
-            self.prompts += len(args[0])
+    def __call__(self, what, rows, cache):
+        if what == "read":
+            self.prompts += rows
             return
-        ids, positions, cache, top = args
-        assert top == int(positions.max()) + 1
-        self.steps.append(len(ids))
+        self.steps.append(rows)
         self.largest = max(self.largest, sum(x.nbytes for x in cache.k + cache.v))
         self.longest = max(self.longest, cache.slots)
 
@@ -83,6 +80,16 @@ def test_a_response_does_not_depend_on_rows_order_or_neighbours(small):
     together = rollout.generate(model, prompts, 4, 25, 1.0, eos_ids=[0], seed=5)
     first_only = rollout.generate(model, prompts[:1], 4, 25, 1.0, eos_ids=[0], seed=5)
     assert [r.ids for r in first_only[0]] == [r.ids for r in together[0]]
+
+
+def test_steps_of_padded_size_give_the_same_responses(small):
+    model, _, _ = small
+    prompts, meter = prompts_of(7), Meter()
+    how = dict(temperature=1.0, eos_ids=range(0, 160, 9), seed=5)
+    exact = rollout.generate(model, prompts, 4, 25, **how)
+    for rows, cache_bytes in ((512, None), (11, None), (512, 20 * 65 * 2 * 2 * 2 * 8 * 4)):   # 28 rows, 11, 20 to 11
+        assert ids_of(rollout.generate(model, prompts, 4, 25, **how, rows=rows, cache_bytes=cache_bytes, bucketed=True, on_forward=meter)) == ids_of(exact)
+    assert {1, 2, 4, 8, 11, 28} <= set(meter.steps) and not {3, 5, 6, 7, 9} & set(meter.steps)
 
 
 def test_another_seed_gives_other_responses_and_the_group_is_diverse(small):
@@ -150,8 +157,8 @@ def test_model_returns_to_training_mode(small):
 def test_no_row_is_computed_in_vain_and_each_prompt_is_read_once(small):
     model, _, _ = small
     prompts, lengths = prompts_of(8), ragged(64, 24, 64)
-    meter = Meter(model)
-    groups = rollout.generate(model, prompts, 8, lengths, 1.0, eos_ids=[], seed=0, rows=16)
+    meter = Meter()
+    groups = rollout.generate(model, prompts, 8, lengths, 1.0, eos_ids=[], seed=0, rows=16, on_forward=meter)
     assert [len(r.ids) for g in groups for r in g] == lengths
     assert sum(meter.steps) == sum(lengths)                                        # 1 row computed per token
     assert meter.prompts == len(prompts)
@@ -169,8 +176,8 @@ def test_a_response_cut_earlier_is_the_beginning_of_the_longer_one(small):
 
 def test_the_cache_grows_with_the_longest_live_row_not_with_max_new(small):
     model, _, _ = small
-    meter = Meter(model)
-    groups = rollout.generate(model, [[3, 4, 5]] * 4, 2, 4000, 1.0, eos_ids=range(0, 160, 8), seed=0)
+    meter = Meter()
+    groups = rollout.generate(model, [[3, 4, 5]] * 4, 2, 4000, 1.0, eos_ids=range(0, 160, 8), seed=0, on_forward=meter)
     assert max(len(r.ids) for g in groups for r in g) < 125
     assert meter.longest <= 128
 
@@ -182,9 +189,8 @@ def test_little_memory_gives_the_same_responses_within_it(small):
     plenty = rollout.generate(model, prompts, 3, lengths, 1.0, eos_ids=[], seed=4)
     need = max(len(p) for p in prompts) + max(lengths)
     for budget in (slot * need, slot * 3 * need, slot * 8 * 100):
-        meter = Meter(model)
-        tight = rollout.generate(model, prompts, 3, lengths, 1.0, eos_ids=[], seed=4, cache_bytes=budget)
-        meter.hook.remove()
+        meter = Meter()
+        tight = rollout.generate(model, prompts, 3, lengths, 1.0, eos_ids=[], seed=4, cache_bytes=budget, on_forward=meter)
         assert ids_of(tight) == ids_of(plenty)
         assert 0.5 * budget < meter.largest <= budget
 
@@ -192,8 +198,8 @@ def test_little_memory_gives_the_same_responses_within_it(small):
 def test_memory_that_a_long_response_held_goes_back_to_the_waiting_ones(small):
     model, _, _ = small
     lengths, slot = [150] + [10] * 89, 2 * 2 * 2 * 8 * 4
-    meter = Meter(model)
-    groups = rollout.generate(model, [[3, 4]] * 90, 1, lengths, 1.0, seed=0, cache_bytes=slot * 456)
+    meter = Meter()
+    groups = rollout.generate(model, [[3, 4]] * 90, 1, lengths, 1.0, seed=0, cache_bytes=slot * 456, on_forward=meter)
     assert [len(g[0].ids) for g in groups] == lengths
     assert meter.largest <= slot * 456
     assert meter.steps[:63] == [7] * 63 and meter.steps[70:100] == [3] * 30        # 456 slots: 7 rows of 64, 3 of 151
@@ -245,7 +251,7 @@ def test_bf16_log_probs_are_those_of_the_trainers_bf16_forward(small_task):
 SHARDED = """
 import sys, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
-import model as model_file, rollout
+import model as model_file, ranks, rollout
 from torch.distributed.fsdp import fully_shard
 torch.set_num_threads(1)
 rank, model = int(sys.argv[3]), model_file.load_model(sys.argv[2])
@@ -264,6 +270,7 @@ for scale in (1, 2):                                                            
     assert scale == 2 or [[r.ids for r in g] for g in sampled] == [[r.ids for r in g] for g in alone]
     assert type(model.model.layers[0].mlp.up_proj.weight.data).__name__ == "DTensor"
     torch.testing.assert_close(model(torch.tensor([[3, 4, 5]])), expected[scale], atol=1e-4, rtol=1e-4)   # a collective
+    ranks.settle(model)
 dist.barrier()
 """
 
