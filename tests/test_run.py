@@ -141,6 +141,13 @@ def test_a_failed_save_leaves_the_earlier_checkpoint_and_names_the_remedy(tmp_pa
     assert sorted(f.name for f in book.checkpoints.iterdir()) == ["step_000001"]
 
 
+def test_a_disk_without_room_is_named_before_anything_is_written(tmp_path):
+    book = run.Run(Config(out=str(tmp_path / "r")))
+    with pytest.raises(OSError, match="needs 1000000000.0 GB and .* free.*--keep"):
+        book._make_room(book.path(1), book.path(1).with_suffix(".tmp"), 1e18)
+    assert not list(book.checkpoints.iterdir())
+
+
 def test_prune_keeps_the_newest_and_the_protected(tmp_path):
     book = book_of(tmp_path)
     for step in range(1, 7):
