@@ -99,6 +99,13 @@ def open_trained(folder: Path, device, cfg, seed: int | None = None):
     return model_file.load_model(folder, torch.float32, place, shard)
 
 
+def open_frozen(folder: Path, device, cfg):
+    """The folder's model for forwards only, in the type that it computes in, sharded as the trained one."""
+    if ranks.world() > 1:
+        return open_trained(folder, device, cfg).requires_grad_(False)
+    return model_file.load_model(folder, torch.bfloat16 if cfg.bf16 else torch.float32, device).requires_grad_(False)
+
+
 def pick_checkpoint(run_dir: Path) -> tuple[Path, str]:
     """(checkpoint, why) of a run directory: an SFT run's recommended one (phases.py), any other run's newest."""
     steps = {int(f.name[5:]): f for f in sorted((run_dir / "checkpoints").glob("step_*[0-9]")) if not run.damaged(f)}

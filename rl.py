@@ -406,9 +406,7 @@ def main(cfg: Config) -> None:
         return
     model = evaluate.open_trained(folder, device, cfg)
     net = ranks.compute(model, cfg.bf16, cfg.recompute, cfg.compile)
-    reference = None
-    if objective.kl_coef:
-        reference = ranks.compute(evaluate.open_trained(folder, device, cfg).requires_grad_(False), cfg.bf16)
+    reference = evaluate.open_frozen(folder, device, cfg) if objective.kl_coef else None
     optimizers = run.make_optimizers(model, "adamw", cfg.lr, (0.9, 0.999), cfg.weight_decay)
     book = run.Run(cfg, cfg.resume, cfg.overwrite, start=str(folder))
     totals, start, cursor, stop = {"tokens": 0, "flops": 0.0, "flops_hw": 0.0}, 0, 0, run.catch_signals()
