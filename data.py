@@ -218,6 +218,13 @@ def _pair(row: dict) -> tuple[str | list[dict], str] | None:
     return None if prompt is None or response is None else (prompt, str(response))
 
 
+def prompt_text(row: dict) -> str | None:
+    """The problem of a row in any accepted spelling, as Problem.text has it: the last message of a conversation."""
+    messages = row.get("messages")
+    prompt = [m for m in messages if m["role"] != "assistant"] if messages else _find(row, PROMPT)
+    return prompt[-1]["content"] if isinstance(prompt, list) and prompt else prompt or None
+
+
 def _opened(prompt_text: str) -> str:
     """The start of the answer that a prompt already holds: some chat templates end in <think>."""
     return "<think>" if prompt_text.rstrip().endswith("<think>") else ""

@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LEVELS = {0: {"folder", "mathexpr", "losses", "phases", "ceiling", "countdown", "ranks"}, 1: {"model", "run", "verify", "figures"}, 2: {"decode", "data"}, 3: {"rollout"},
-          4: {"evaluate"}, 5: {"sft", "bench"}, 6: {"rl"}}
-WITHOUT_TORCH = {"verify", "mathexpr", "phases", "ceiling", "countdown"}
+LEVELS = {0: {"folder", "mathexpr", "losses", "phases", "ceiling", "countdown", "ranks"}, 1: {"model", "run", "verify", "figures", "findings"},
+          2: {"decode", "data", "report"}, 3: {"rollout", "curate"}, 4: {"evaluate", "study"}, 5: {"sft", "bench"}, 6: {"rl"}}
+WITHOUT_TORCH = {"verify", "mathexpr", "phases", "ceiling", "countdown", "findings", "report"}
 
 
 def imports_of(path: Path) -> set[str]:

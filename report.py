@@ -1,0 +1,311 @@
+r"""What a study found: report.md and its figures, from the run directories that study.py left.
+
+    python report.py runs/study             writes report.md, figure2.png, figure3.png and losses.png beside the runs
+
+Every number stands beside the paper's (arXiv 2512.11470, Qwen2.5-7B). Its Llama-3.2-3B and Qwen2.5-14B rows cannot be
+reproduced with a tiny model and are marked so. The claims, and when one holds, are in findings.py. The figures need
+matplotlib; without it the report is text only and says so."""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import figures
+import findings
+from findings import MARGIN_R, MIXED, SETS, Study, by_exam, loss_and_ceiling, read_run
+
+THEIRS = {"small": "S1K", "easy": "Easy102K", "middle": "Uniform102K", "hard": "Hard102K", "large": "SFT889K"}
+COLOURS = {"small": "#9e9ac8", "easy": "#74c476", "middle": "#3182bd", "hard": "#e6550d", "large": "#252525",
+           "SFT": "#31a354", "SFT-then-RL": "#08519c", "RL": "#d94801", "luffy": "#8856a7", "upt": "#c994c7",
+           "srft": "#a6761d", "prefix_rft": "#737373"}
+# The paper's Table 4: (SFT step, SFT compute in EFLOP, P_sft, PL_rl); A_post is their sum
+TABLE4 = {
+    "S1K": [(62, .6, 68.6, 8.7), (124, 1.1, 70.9, 6.0), (186, 1.7, 72.9, 4.0), (248, 2.3, 74.1, 2.5),
+            (310, 2.9, 73.1, 3.3)],
+    "Easy102K": [(360, 19.8, 70.7, 6.0), (720, 39.5, 73.3, 5.3), (1080, 59.3, 74.2, 4.6), (1440, 79.0, 74.8, 2.0),
+                 (1800, 98.8, 74.4, 3.4)],
+    "Uniform102K": [(360, 34.7, 72.2, 4.8), (720, 69.3, 74.5, 3.0), (1080, 104.0, 74.8, 4.8), (1440, 138.7, 75.7, 1.8),
+                    (1800, 173.4, 75.5, 3.8)],
+    "Hard102K": [(360, 89.3, 73.2, 4.9), (720, 178.5, 74.7, 3.1), (1080, 267.8, 76.2, 6.7), (1440, 357.0, 76.9, 3.4),
+                 (1800, 446.3, 76.1, 2.7)],
+    "SFT889K": [(360, 34.9, 69.2, 13.4), (720, 69.8, 71.9, 8.8), (1080, 104.8, 73.0, 7.1), (1440, 139.7, 73.3, 7.0),
+                (1800, 174.6, 74.1, 6.9), (3600, 349.2, 76.5, 6.6), (5400, 523.8, 77.5, 5.3), (7200, 698.4, 77.3, 6.7),
+                (9000, 873.0, 76.7, 6.7), (10800, 1047.6, 77.7, 5.4), (12600, 1222.2, 77.1, 5.9),
+                (14080, 1365.8, 76.2, 7.8)]}
+PARADIGMS = {"SFT": 76.9, "RL": 74.3, "luffy": 72.7, "SFT-then-RL": 78.1}      # peak or ceiling, its Figure 2
+# minimum validation loss and highest A_post by data scale; Pearson -0.94, Spearman -1.00
+LOSSES = {"S1K": (.51, 77.3), "Uniform102K": (.42, 79.7), "Uniform220K": (.41, 82.6), "Uniform440K": (.39, 82.8),
+          "SFT889K": (.37, 84.0)}
+# Llama-3.2-3B: SFT -> SFT-then-RL, its Table 1
+LLAMA = {"S1K": (24.2, 25.0), "Easy102K": (52.4, 53.9), "Uniform102K": (53.6, 55.3), "Hard102K": (55.6, 56.4),
+         "SFT889K": (67.7, 70.4)}
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+def table(head: list[str], rows) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows]) + "\n"
+
+
+def spread(study: Study, names, part="test") -> str:
+    """Mean over seeds, and each seed where there are several."""
+    values = [study.exams[name][part].mean() for name in names] if names else []
+    if not values or not np.isfinite(values).all():
+        return "-"
+    return f"{np.mean(values):.1f}" + (f" ({', '.join(f'{v:.1f}' for v in values)})" if len(values) > 1 else "")
+
+
+def paradigm_table(study: Study) -> str:
+    rows = [["base model", spread(study, ["base"]), spread(study, ["base"], "ood"), "-"]]
+    rows += [[name, spread(study, names), spread(study, names, "ood"), PARADIGMS.get(name, "-")]
+             for name, names in study.arms.items()]
+    rows += [[f"from SFT: {algo}", spread(study, names), spread(study, names, "ood"), "-"]
+             for algo in MIXED if (names := study.seeds(f"then-{algo}"))]
+    return table(["arm", "test, mean (seeds)", "out of distribution", "paper (peak)"], rows)
+
+
+def table1(study: Study) -> str:
+    rows = []
+    for name, theirs in THEIRS.items():
+        best = max(TABLE4[theirs], key=lambda row: row[2] + row[3])
+        ours = study.seeds(f"rl-{name}-stable")
+        rows.append([name, spread(study, study.seeds(f"sft-{name}")), spread(study, ours), spread(study, ours, "ood"),
+                     theirs, f"{best[2]} -> {best[2] + best[3]:.1f}", "{} -> {}".format(*LLAMA[theirs])])
+    rows.append(["not reproduced", *"---", "Qwen2.5-14B, Uniform55K: RL from SFT step 0, 172, 1720",
+                 "74.5, 78.8, 79.8", "-"])
+    return table(["set", "SFT, Stable", "SFT-then-RL", "the same, OOD", "paper's set", "its P_sft -> highest A_post",
+                  "Llama-3.2-3B (not reproduced)"], rows)
+
+
+def table4(study: Study) -> str:
+    rows = []
+    for s in study.starts:
+        theirs = TABLE4[THEIRS[s.set]]
+        p = {"adaptive": theirs[0], "stable": max(theirs, key=lambda row: row[2]), "late": theirs[-1]}[s.start]
+        fit = s.fit
+        parts = [fit.text(key, ".1f") for key in ("plasticity", "a_post")]
+        if fit.status != "ok":
+            parts[1] = f"{parts[1]} ({fit.status})"
+        rows.append([s.set, s.start, s.seed, s.step, s.regime, f"{s.flops:.2e}", f"{fit.p_sft:.1f}", *parts,
+                     f"{s.best:.1f}", f"{p[0]}: {p[2]} + {p[3]} = {p[2] + p[3]:.1f}"])
+    return table(["set", "start", "seed", "SFT step", "regime", "SFT FLOPs", "P_sft", "PL_rl [90%]", "A_post [90%]",
+                  "best on dev", "paper (its first, best-SFT, last step)"], rows)
+
+
+def findings_table(found: list[findings.Finding]) -> str:
+    return table(["claim", "test", "effect [90%]", "verdict"],
+                 [[f.claim, f.test, f"{f.effect:+.2f} [{f.low:+.2f}, {f.high:+.2f}]" if f.margin == MARGIN_R else
+                   f"{f.effect:+.1f} [{f.low:+.1f}, {f.high:+.1f}]", f"**{f.verdict}**"] for f in found])
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+def unit_of(value: float) -> tuple[float, str]:
+    """FLOPs as a power of a thousand, for an axis."""
+    exponent = 3 * int(math.log10(max(value, 1)) // 3)
+    return 10.0 ** exponent, f"1e{exponent} FLOPs"
+
+
+def paradigm_figure(study: Study, pyplot):
+    """Figure 2: every paradigm along its compute on dev, its end on the test problems, and the paper's."""
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(14, 4.4), width_ratios=[1.5, 1, .8])
+    curves = {"SFT": [], "SFT-then-RL": []}
+    for seed in range(study.about["seeds"]):
+        rows = read_run(study.out / f"sft-middle-{seed}", "eval")
+        curves["SFT"].append(([r["flops"] for r in rows], [r["pass1"] for r in rows]))
+        begin = next(s for s in study.starts if (s.set, s.start, s.seed) == ("middle", "stable", seed))
+        points = study.points[begin.name]
+        curves["SFT-then-RL"].append((begin.flops + points.flops, points.performance))
+    for name, runs in study.arms.items():
+        if name not in curves:
+            curves[name] = [(study.points[run].flops, study.points[run].performance) for run in runs]
+    unit, words = unit_of(max(np.max(x) for runs in curves.values() for x, _ in runs))
+    for name, runs in curves.items():
+        for i, (x, y) in enumerate(runs):
+            left.plot(np.array(x) / unit, y, "-", color=COLOURS[name], lw=1.6 if i == 0 else .8,
+                      label=name if i == 0 else None, zorder=3 if name == "SFT-then-RL" else 2)
+    left.set(xlabel=f"compute from the base model ({words})", ylabel="pass@1 on dev (points)",
+             title="along the run, a line a seed")
+    left.legend(fontsize=8, frameon=False)
+    names = list(study.arms)
+    for i, name in enumerate(names):
+        mean, *ends = study.level(study.arms[name])
+        middle.barh(i, mean, color=COLOURS[name], alpha=.8)
+        middle.plot(np.maximum(ends, 0), [i, i], color="black", lw=1.5)
+    middle.axvline(study.rates(["base"]).mean(), color="grey", ls=":", lw=1)
+    middle.set_yticks(range(len(names)), names, fontsize=9)
+    middle.invert_yaxis()
+    middle.set(xlabel="pass@1 on test (points), 90%", title="at equal compute (dotted: base)")
+    for i, name in enumerate(names):
+        if name in PARADIGMS:
+            right.barh(i, PARADIGMS[name], color=COLOURS[name], alpha=.8)
+            right.text(PARADIGMS[name], i, f" {PARADIGMS[name]}", va="center", fontsize=8)
+    known = [i for i, name in enumerate(names) if name in PARADIGMS]
+    right.set_yticks(known, [names[i] for i in known], fontsize=9)
+    right.set_ylim(middle.get_ylim())
+    right.set(xlim=(65, 81), xlabel="performance (points, cut at 65)", title="the paper, Qwen2.5-7B")
+    return figure
+
+
+def regime_figure(study: Study, pyplot):
+    """Figure 3: the regimes of each set, then P_sft, PL_rl and A_post by SFT compute, ours and the paper's."""
+    sets = [name for name in SETS if f"sft-{name}-0" in study.sft]
+    figure, axes = pyplot.subplot_mosaic([sets, ["ours", "ours", "gain", "theirs", "theirs"]], figsize=(18, 8))
+    for name in sets:
+        figures.regimes_panel(axes[name], name, study.sft[f"sft-{name}-0"])
+    unit, words = unit_of(max(s.flops for s in study.starts))
+    for name in sets:
+        mine = sorted((s for s in study.starts if s.set == name and s.seed == 0), key=lambda s: s.flops)
+        x, colour = np.array([s.flops / unit for s in mine]), COLOURS[name]
+        axes["ours"].plot(x, [s.fit.p_sft for s in mine], "o--", color=colour, ms=4, lw=.8)
+        bars = [(at, s) for at, s in zip(x, mine) if s.fit.a_post_low is not None]
+        if not bars:
+            continue
+        at, bars = np.array([b[0] for b in bars]), [b[1] for b in bars]
+        for panel, key in (("ours", "a_post"), ("gain", "plasticity")):
+            low, high = (np.array([getattr(s.fit, f"{key}_{end}") for s in bars]) for end in ("low", "high"))
+            centre = np.array([getattr(s.fit, key) or (a + b) / 2 for s, a, b in zip(bars, low, high)])
+            around = [np.maximum(centre - low, 0), np.maximum(high - centre, 0)]
+            axes[panel].errorbar(at, centre, around, fmt="s-", color=colour, ms=5, lw=1.4, elinewidth=.8, capsize=2,
+                                 label=name)
+    for name, theirs in THEIRS.items():
+        x, p, gain = np.array([row[1:] for row in TABLE4[theirs]]).T
+        axes["theirs"].plot(x, p, "o--", color=COLOURS[name], ms=4, lw=.8)
+        axes["theirs"].plot(x, p + gain, "s-", color=COLOURS[name], ms=5, lw=1.4, label=theirs)
+    axes["ours"].set(xlabel=f"SFT compute ({words})", ylabel="performance (points)",
+                     title="P_sft (dashed), A_post (solid, 90%)")
+    axes["gain"].set(xlabel=f"SFT compute ({words})", ylabel="PL_rl (points, 90%)", title="plasticity")
+    axes["theirs"].set(xlabel="SFT compute (1e18 FLOPs)", ylabel="performance (points)", xscale="log",
+                       title="the paper's Table 4")
+    for panel in ("ours", "theirs"):
+        axes[panel].legend(fontsize=8, framealpha=.7)
+    return figure
+
+
+def loss_figure(study: Study, pyplot):
+    """The minimum validation loss against the ceiling, ours and the paper's."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+    for name, (loss, middle, low, high) in loss_and_ceiling(study)[0].items():
+        left.plot([loss, loss], [low, high], color=COLOURS[name], lw=1.5)
+        left.plot(loss, middle, "o", color=COLOURS[name], label=name)
+    for name, (loss, ceil) in LOSSES.items():
+        right.plot(loss, ceil, "o", color="#333333")
+        right.annotate(name, (loss, ceil), xytext=(6, -12 if name == "Uniform220K" else 3), textcoords="offset points",
+                       fontsize=8)
+    left.set(xlabel="minimum validation loss (nats a token)", ylabel="A_post from Stable (points, 90%)", title="ours")
+    left.legend(fontsize=8, frameon=False)
+    right.set(xlabel="minimum validation loss (nats a token)", ylabel="highest A_post (points)", xlim=(.36, .55),
+              title="the paper: Pearson -0.94")
+    return figure
+
+
+def draw(study: Study) -> list[str]:
+    """Write the figures; their names, or [] without matplotlib (said aloud)."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no figures: they need matplotlib (pip install matplotlib, then python report.py " f"{study.out})")
+        return []
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    made = {"figure2.png": paradigm_figure, "figure3.png": regime_figure, "losses.png": loss_figure}
+    for name, make in made.items():
+        figure = make(study, pyplot)
+        figure.tight_layout()
+        figure.savefig(study.out / name, dpi=90)
+        pyplot.close(figure)
+    return list(made)
+
+
+# --------------------------------------------------------------------------------------------------------------- report
+def write(out) -> str:
+    """Write report.md and the figures of a finished study; a line that says where and what came out."""
+    study = Study(out)
+    found, drawn = findings.all_of(study), draw(study)
+    marks = [json.loads(f.read_text()) for f in (study.out / "done").glob("*.json")]
+    sd, df = study.seed_noise
+    losses, _ = loss_and_ceiling(study)
+    picture = lambda name: f"![]({name})\n" if name in drawn else ""
+    rows = [[name, f"{loss:.4f}", f"{middle:.1f} [{low:.1f}, {high:.1f}]"]
+            for name, (loss, middle, low, high) in losses.items()]
+    count = {verdict: sum(f.verdict == verdict for f in found) for verdict in ("holds", "does not hold", "cannot tell")}
+    text = f"""# The paper in miniature
+
+`{command(study)}`: {len(marks)} jobs, {sum(m['cpu_s'] for m in marks) / 60:.0f} core minutes{wall(study)}.
+{about(study)}
+
+## Findings
+
+{', '.join(f'{n} {verdict}' for verdict, n in count.items())}. The rules, fixed before the results: {RULES}
+
+{findings_table(found)}
+Between seeds: standard deviation {sd:.1f} points ({f'pooled, {df} degrees of freedom' if df else 'assumed'}).
+
+## Paradigms against compute (the paper's Figure 2)
+
+{picture('figure2.png')}
+{paradigm_table(study)}
+## Regimes, P_sft, PL_rl and A_post by SFT compute (Figure 3)
+
+{picture('figure3.png')}
+## SFT and SFT-then-RL from the minimum of the validation loss (Table 1)
+
+{table1(study)}
+## Every starting point (Table 4)
+
+{table4(study)}
+## The validation loss and the ceiling
+
+{picture('losses.png')}
+{table(['set', 'minimum validation loss', 'A_post from Stable [90%]'], rows)}
+"""
+    (study.out / "report.md").write_text(text)
+    return f"{study.out / 'report.md'}: " + ", ".join(f"{n} {verdict}" for verdict, n in count.items())
+
+
+RULES = ("a claim holds if its whole 90% interval lies above 0, does not hold if it lies below 1 point (0.5 for the "
+         "correlation), else it cannot be told. The intervals cover problems (bootstrap, paired) and seeds (pooled).")
+
+
+def command(study: Study) -> str:
+    if study.about["init"]:
+        return f"python study.py --init {study.about['init']} --data {study.about['data']} ... --out {study.out}"
+    return "python study.py" + " --quick" * study.about["quick"] + f" --out {study.out}"
+
+
+def wall(study: Study) -> str:
+    path = study.out / "wall.txt"
+    return f", {sum(map(float, path.read_text().split())) / 60:.0f} minutes of wall time" if path.exists() else ""
+
+
+def about(study: Study) -> str:
+    """What stood behind the sets, in a few lines."""
+    c = study.counts
+    lines = [f"Sets: small, middle, large = {', '.join(map(str, c['sizes']))} trajectories, nested; easy, middle "
+             f"(= Uniform) and hard have equal size. Final evaluation: {c['test']} test and {c['ood']} "
+             f"out-of-distribution problems x {study.about['exam_n']} samples."]
+    for name in ("data", "problems"):
+        lines.append(f"Curation of {name}: " + ", ".join(f"{n} {key}" for key, n in c["curated"][name].items()) + ".")
+    path = study.out / "logs" / "difficulty.txt"
+    if path.exists():
+        lines.append(f"Difficulty: {path.read_text().strip().splitlines()[-1].partition(': ')[2]}.")
+    return "\n".join(lines)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", default="runs/study", help="a finished study (default runs/study)")
+    try:
+        print(write(parser.parse_args(argv).out))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
