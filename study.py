@@ -358,7 +358,11 @@ def main(cfg: Config) -> None:
     run.write_json(out / "study.json", about)
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # as Ctrl-C
     make_sets(cfg)
-    work(cfg, jobs, done)
+    try:
+        work(cfg, jobs, done)
+    except KeyboardInterrupt:
+        print(f"\nstopped with {len(done)} of {len(jobs)} jobs done; the same command goes on", file=sys.stderr)
+        sys.exit(130)
     lock.close()
     print(report.write(out))
 
