@@ -6,7 +6,8 @@
 Choices: 1) pass@1 = the mean over problems of the share of right answers among n samples; its standard error is over
 problems. 2) pass@k is Chen et al.'s unbiased estimate, 1 - C(n-c, k) / C(n, k) for c right of n. 3) The strict verdict
 counts; the lenient one is printed beside it. 4) An answer that ran into --max-new without EOS counts as verified, as a
-user would read it, and `truncated` says how many there were; training asks for EOS too.
+user would read it, and `truncated` says how many there were; training asks for EOS too. 5) Ctrl-C: the responses that
+have ended are judged and written to --out, in the order of their problems. They are no sample: short ones end first.
 """
 import json
 import math
@@ -36,6 +37,7 @@ class Config:
     n: int = 4                  # samples a problem
     temperature: float = 0.7    # 0 = greedy
     top_p: float = 1.0          # share of the probability that is sampled from
+    top_k: int = 0              # draw from the likeliest so many tokens only; 0 = from all
     max_new: int = 8192         # tokens a response, at most
     max_prompt: int = 1024      # tokens a prompt; longer ones are dropped and counted
     limit: int = 0              # evaluate the first so many problems only; 0 = all
@@ -44,9 +46,9 @@ class Config:
     bf16: bool = False          # load the weights in bfloat16
 
     def __post_init__(self):
-        if self.n < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"--n {self.n} --temperature {self.temperature} --top-p {self.top_p}: "
-                             "n >= 1, temperature >= 0, 0 < top-p <= 1")
+        if self.n < 1 or self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ValueError(f"--n {self.n} --temperature {self.temperature} --top-p {self.top_p} --top-k {self.top_k}"
+                             ": n >= 1, temperature >= 0, 0 < top-p <= 1, top-k >= 0")
         if self.n > 1 and self.temperature == 0:
             raise ValueError(f"--temperature 0 is greedy: {self.n} samples would be the same; use --n 1")
 
@@ -155,10 +157,12 @@ def judge(problem, response, tokenizer) -> dict:
 
 
 def evaluate(model, tokenizer, problems, n: int, temperature: float, max_new: int, seed: int = 0, rows: int = 512,
-             top_p: float = 1.0, progress=None) -> tuple[dict, list[dict]]:
-    """Sample, verify, summarise: (summary, one record a response). pass1, pass1_se, lenient, truncated in 0..100."""
+             top_p: float = 1.0, progress=None, top_k: int = 0, on_response=None) -> tuple[dict, list[dict]]:
+    """Sample, verify, summarise: (summary, one record a response). pass1, pass1_se, lenient, truncated in 0..100.
+    progress, on_response: see rollout.generate()."""
     prompts = [p.prompt for p in problems]
-    groups = rollout.generate(model, prompts, n, max_new, temperature, tokenizer.eos_ids, seed, rows, top_p, progress)
+    groups = rollout.generate(model, prompts, n, max_new, temperature, tokenizer.eos_ids, seed, rows, top_p, progress,
+                              top_k, on_response=on_response)
     flat = [judge(problem, response, tokenizer) for problem, group in zip(problems, groups) for response in group]
     P = len(problems)
     share = torch.tensor([r["correct"] for r in flat], dtype=torch.float64).view(P, n)
@@ -188,6 +192,12 @@ def show_progress(what: str):
     return advance
 
 
+def write_samples(path: str, records: list[dict]) -> None:
+    """One JSON line a response, where a path was given; by the first process only."""
+    if path and ranks.rank() == 0:
+        Path(path).write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
 def main(cfg: Config) -> None:
     device = ranks.start()
     folder = find(cfg.init)
@@ -199,10 +209,17 @@ def main(cfg: Config) -> None:
           + (f"; {n_long} prompts over {cfg.max_prompt} tokens left out" if n_long else ""), flush=True)
     started = time.monotonic()
     seed, progress = run.seed_of(cfg.seed, "evaluate"), show_progress("sampling")
-    summary, records = evaluate(model, tokenizer, problems, cfg.n, cfg.temperature, cfg.max_new, seed,
-                                cfg.rows, cfg.top_p, progress)
-    if cfg.out and ranks.rank() == 0:
-        Path(cfg.out).write_text("".join(json.dumps(r) + "\n" for r in records))
+    ended: list[tuple] = []  # (number of the problem, response)
+    try:
+        summary, records = evaluate(model, tokenizer, problems, cfg.n, cfg.temperature, cfg.max_new, seed, cfg.rows,
+                                    cfg.top_p, progress, cfg.top_k, lambda *one: ended.append(one))
+    except KeyboardInterrupt:
+        records = [judge(problems[i], r, tokenizer) for i, r in sorted(ended, key=lambda one: one[0])]
+        write_samples(cfg.out, records)
+        print(f"\nstopped with {len(records)} of {len(problems) * cfg.n} responses; "
+              + (f"they are in {cfg.out}" if cfg.out else "--out FILE would have kept them"), file=sys.stderr)
+        sys.exit(130)
+    write_samples(cfg.out, records)
     rest = "  ".join(f"{k.replace('pass_at_', 'pass@')} {v:.1f}" for k, v in summary.items()
                      if k not in ("pass1", "pass1_se", "n", "problems"))
     print(f"pass@1 {summary['pass1']:.1f} (standard error {summary['pass1_se']:.1f})  {rest}  "

@@ -127,7 +127,7 @@ def generate(model, prompts: list[list[int]], n: int | list[int] = 1, max_new: i
     | cache_bytes | for keys and values of the rows in flight; None: 80% of what is free on CUDA, no bound on the CPU  |
     | progress    | progress(done, total), called whenever responses have ended                                        |
     | on_response | on_response(number of the prompt, response), called as each one ends: what is to survive a Ctrl-C  |
-    | on_forward  | on_forward("read" or "step", rows computed, the cache), called before each: what a meter counts     |
+    | on_forward  | on_forward("read" or "step", rows computed, the cache), called before each: for meters           |
     | bucketed    | round a step's rows and attention length up, as CUDA graphs need it; None: on CUDA only            |
 
     Raises ValueError where a prompt is empty or one request alone does not fit cache_bytes. KeyboardInterrupt passes
@@ -215,7 +215,7 @@ class Flight:
         def per_row(*shape, dtype=torch.long):
             return torch.zeros(self.rows, *shape, dtype=dtype, device=self.device)
         self.token, self.position, self.drawn, self.limit = (per_row() for _ in range(4))
-        self.alive, self.ended = per_row(), per_row(dtype=torch.bool)   # alive: 1 where the row serves a request, else 0
+        self.alive, self.ended = per_row(), per_row(dtype=torch.bool)   # alive: 1 where the row serves a request
         self.uniform = per_row(width, dtype=torch.float64)
         self.out = [per_row(width, dtype=dtype) for dtype in (torch.long, torch.float32, torch.float32)]
         self.moved = [self.token, self.position, self.drawn, self.limit, self.uniform, *self.out]
