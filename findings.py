@@ -5,8 +5,9 @@ The rules, fixed on 2026-11-23 before any result of the study was seen:
     cannot tell: anything else. 1 point because the smallest advantage that the paper builds on is 1.2 (78.1 - 76.9).
  2) An effect is a difference of two arms, paired over problems. For the problems, its interval comes from 2,000
     bootstrap draws of them.
- 3) Seeds: three of them bootstrap badly, so the standard deviation between seeds is pooled over all arms that have
-    several and added to every arm, those with one seed too, as Student's t. With none: 2.0 points (docs/LOG.md).
+ 3) Seeds: three of them bootstrap badly, so their standard deviation is pooled over SFT alone and RL from Stable at the
+    three scales, and added to every arm, those with one seed too, as Student's t. With none: 2.0 points (docs/LOG.md).
+    Runs from the base vary less, so their intervals are rather too wide.
  4) Every arm counts with its checkpoint that is best on dev, and is measured on other problems. "The best mixed
     method" is chosen on dev as well, so the choice cannot flatter it.
  5) A ceiling is a posterior (ceiling.py), and its draws enter the effect; one that is not identified has wide draws,
@@ -120,8 +121,8 @@ class Study:
 
     @cached_property
     def seed_noise(self) -> tuple[float, int]:
-        """(standard deviation between seeds in points, degrees of freedom or 0 = assumed), over arms with several."""
-        arms = [*self.arms.values(), *(self.seeds(f"rl-{name}-stable") for name in ("small", "large"))]
+        """(standard deviation between seeds in points, degrees of freedom or 0 = assumed): rule 3."""
+        arms = [self.seeds(name) for name in ("pure-middle", *(f"rl-{scale}-stable" for scale in SETS))]
         means = [[self.exams[name]["test"].mean() for name in arm] for arm in arms if len(arm) > 1]
         df = sum(len(arm) - 1 for arm in means)
         return (math.sqrt(sum(np.var(arm) * len(arm) for arm in means) / df), df) if df else (SEED_SD, 0)

@@ -161,17 +161,17 @@ def regime_figure(study: Study, pyplot):
     for name in sets:
         mine = sorted((s for s in study.starts if s.set == name and s.seed == 0), key=lambda s: s.flops)
         x, colour = np.array([s.flops / unit for s in mine]), COLOURS[name]
-        axes["ours"].plot(x, [s.fit.p_sft for s in mine], "o--", color=colour, ms=4, lw=.8)
+        axes["ours"].plot(x, [s.fit.p_sft for s in mine], "o--", color=colour, ms=4, lw=.8, label=name)
         bars = [(at, s) for at, s in zip(x, mine) if s.fit.a_post_low is not None]
         if not bars:
             continue
         at, bars = np.array([b[0] for b in bars]), [b[1] for b in bars]
         for panel, key in (("ours", "a_post"), ("gain", "plasticity")):
             low, high = (np.array([getattr(s.fit, f"{key}_{end}") for s in bars]) for end in ("low", "high"))
-            centre = np.array([getattr(s.fit, key) or (a + b) / 2 for s, a, b in zip(bars, low, high)])
+            middle = (low + high) / 2           # where it is not identified
+            centre = np.array([getattr(s.fit, key) or other for s, other in zip(bars, middle)])
             around = [np.maximum(centre - low, 0), np.maximum(high - centre, 0)]
-            axes[panel].errorbar(at, centre, around, fmt="s-", color=colour, ms=5, lw=1.4, elinewidth=.8, capsize=2,
-                                 label=name)
+            axes[panel].errorbar(at, centre, around, fmt="s-", color=colour, ms=5, lw=1.4, elinewidth=.8, capsize=2)
     for name, theirs in THEIRS.items():
         x, p, gain = np.array([row[1:] for row in TABLE4[theirs]]).T
         axes["theirs"].plot(x, p, "o--", color=COLOURS[name], ms=4, lw=.8)
@@ -197,7 +197,8 @@ def loss_figure(study: Study, pyplot):
         right.annotate(name, (loss, ceil), xytext=(6, -12 if name == "Uniform220K" else 3), textcoords="offset points",
                        fontsize=8)
     left.set(xlabel="minimum validation loss (nats a token)", ylabel="A_post from Stable (points, 90%)", title="ours")
-    left.legend(fontsize=8, frameon=False)
+    if left.lines:      # none where no run has a ceiling
+        left.legend(fontsize=8, frameon=False)
     right.set(xlabel="minimum validation loss (nats a token)", ylabel="highest A_post (points)", xlim=(.36, .55),
               title="the paper: Pearson -0.94")
     return figure
@@ -227,7 +228,7 @@ def write(out) -> str:
     study = Study(out)
     found, drawn = findings.all_of(study), draw(study)
     marks = [json.loads(f.read_text()) for f in (study.out / "done").glob("*.json")]
-    sd, df = study.seed_noise
+    minutes, (sd, df) = sum(mark["cpu_s"] for mark in marks) / 60, study.seed_noise
     losses, _ = loss_and_ceiling(study)
     picture = lambda name: f"![]({name})\n" if name in drawn else ""
     rows = [[name, f"{loss:.4f}", f"{middle:.1f} [{low:.1f}, {high:.1f}]"]
@@ -235,7 +236,7 @@ def write(out) -> str:
     count = {verdict: sum(f.verdict == verdict for f in found) for verdict in ("holds", "does not hold", "cannot tell")}
     text = f"""# The paper in miniature
 
-`{command(study)}`: {len(marks)} jobs, {sum(m['cpu_s'] for m in marks) / 60:.0f} core minutes{wall(study)}.
+`{(study.out / 'command.txt').read_text().strip()}`: {len(marks)} jobs, {minutes:.0f} core minutes{wall(study)}.
 {about(study)}
 
 ## Findings
@@ -269,12 +270,6 @@ Between seeds: standard deviation {sd:.1f} points ({f'pooled, {df} degrees of fr
 
 RULES = ("a claim holds if its whole 90% interval lies above 0, does not hold if it lies below 1 point (0.5 for the "
          "correlation), else it cannot be told. The intervals cover problems (bootstrap, paired) and seeds (pooled).")
-
-
-def command(study: Study) -> str:
-    if study.about["init"]:
-        return f"python study.py --init {study.about['init']} --data {study.about['data']} ... --out {study.out}"
-    return "python study.py" + " --quick" * study.about["quick"] + f" --out {study.out}"
 
 
 def wall(study: Study) -> str:

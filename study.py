@@ -100,10 +100,10 @@ def preset(given: dict) -> dict:
     if given.get("init"):
         return {}
     common = {"sft": "--batch 32 --micro-tokens 2048 --max-len 256 --optimizer muon --lr 2e-3 --schedule constant "
-              f"--warmup 0 --log-every 100 {TASK}", "exam": TASK,
+              f"--warmup 0 --log-every 100 --no-recompute {TASK}", "exam": TASK,
               "near": 0.0}  # its prompts differ in nothing but their numbers, so all are near
     rl = f"--prompts 64 --update-prompts 32 --gen-prompts 64 --temperature 1 --max-prompt 64 --micro-tokens 4096 " \
-         f"--lr 1e-4 --steps 1000 --eval-n 2 --keep 1 {TASK}"
+         f"--lr 1e-4 --steps 1000 --eval-n 2 --keep 1 --no-recompute {TASK}"
     if given.get("quick"):
         return {**common, "seeds": 1, "sizes": "400,1200,3600", "rl": f"{rl} --eval-every 1", "rl_flops": 8e11,
                 "sft_small": "--steps 120 --eval-every 10", "sft_middle": "--steps 300 --eval-every 25",
@@ -157,6 +157,8 @@ def plan(cfg: Config) -> list[Job]:
         plain = algo == "dapo"
         flops = cfg.rl_flops * (1 if name.startswith(("rl", "then")) else 2.1)     # SFT to Stable costs about as much
         limit = ["--max-flops", budget] if budget else []
+        if algo == "prefix_rft" and flops:      # its prefix shrinks over --steps: they must be those it will take
+            limit += ["--steps", str(math.ceil(1.1 * flops / (7.7e10 if name.startswith("base") else 1.9e11)))]
         rounds = flops / 2.7e11 / flag(cfg.rl, "--eval-every", 20)
         add(name, "rl.py", cfg.rl, "--init", start, "--algo", algo, "--seed", str(seed), "--data",
             f"{sets}/{'problems' if plain else 'middle'}.jsonl", "--val", f"{sets}/dev.jsonl", *limit, needs=needs,
@@ -336,10 +338,11 @@ def work(cfg: Config, jobs: list[Job], done: dict[str, dict]) -> None:
 
 
 def eta(cfg: Config, jobs: list[Job], done: dict[str, dict]) -> str:
-    """Minutes left: what is planned, times how the plan has held so far."""
+    """Minutes left: what is planned, times how the plan has held so far (10 minutes of holding exactly added first)."""
     planned = sum(job.minutes for job in jobs if job.name in done)
     left = sum(job.minutes for job in jobs if job.name not in done) / cfg.workers
-    return f"about {left * sum(d['cpu_s'] for d in done.values()) / 60 / planned:.0f} min left" if planned else ""
+    held = (sum(mark["cpu_s"] for mark in done.values()) / 60 + 10) / (planned + 10)
+    return "" if cfg.init else f"about {left * held:.0f} min left"
 
 
 def main(cfg: Config) -> None:
@@ -356,6 +359,7 @@ def main(cfg: Config) -> None:
         differ = ", ".join(f"--{name.replace('_', '-')}" for name in about if known.get(name) != about[name])
         raise ValueError(f"{out} holds a study with other settings ({differ}); give those, or another --out")
     run.write_json(out / "study.json", about)
+    (out / "command.txt").write_text(shlex.join(["python", "study.py", *sys.argv[1:]]) + "\n")
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # as Ctrl-C
     make_sets(cfg)
     try:
