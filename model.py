@@ -30,8 +30,10 @@ import ranks
 from folder import ModelConfig, config_dict, read_config, read_weights, write_folder
 
 __all__ = ["ModelConfig", "read_config", "config_dict", "Model", "init_model", "load_model", "save_model",
-           "head_logits", "token_logp", "response_logp", "forward_flops", "hardware_flops"]
+           "head_logits", "token_logp", "sum_logp", "response_logp", "response_logp_sum", "forward_flops",
+           "hardware_flops"]
 CHUNK_LOGITS = 2**25   # logits that token_logp holds at once: 128 MB in fp32, 220 tokens of Qwen's 152k vocabulary
+PIECE_LOGITS = 2**20   # of them worked on at once on the CPU: 4 MB, about a core's cache
 
 
 # ---- the network -----------------------------------------------------------------------------------------------------
@@ -65,8 +67,9 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # rms_norm computes in fp32 and rounds once; the weight multiplies the rounded value, as in transformers
-        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
+        # One operation, in fp32, rounded once: on CUDA it keeps x and a number a row, and no normalised values
+        # differs: transformers rounds before it multiplies by the weight, which shows in bf16 only
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -101,7 +104,14 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, D, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():   # the compiler decides for itself
+            return self._join(gate, up)
+        # Their product is made again in backward (the matrix product behind it is not): half of the MLP's activations
+        return checkpoint(self._join, gate, up, use_reentrant=False, preserve_rng_state=False)
+
+    def _join(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -199,12 +209,14 @@ def _shapes(config: ModelConfig) -> dict[str, torch.Size]:
 
 
 # ---- token log-probs -------------------------------------------------------------------------------------------------
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a (n, m) @ b (m, k) in fp32 (float64 for float64). On CUDA a half-precision product keeps its fp32 accumulator;
-    the CPU has no such kernel and rounds once to the input's type, as the logits of transformers are."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).to(torch.promote_types(a.dtype, torch.float32))
+def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a (n, m) @ b (m, k) in fp32 (float64 for float64), written into out where one is given. On CUDA a half-precision
+    product keeps its fp32 accumulator; the CPU has no such kernel and rounds once to the input's type, as the logits of
+    transformers are."""
+    if a.dtype not in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out=out)
+    product = torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a, b).float()
+    return product if out is None else out.copy_(product)
 
 
 def head_logits(hidden: Tensor, head: Tensor, temperature: float = 1.0) -> Tensor:
@@ -214,23 +226,52 @@ def head_logits(hidden: Tensor, head: Tensor, temperature: float = 1.0) -> Tenso
     return logits if temperature == 1.0 else logits / temperature
 
 
+def _chunks(hidden: Tensor, head: Tensor, temperature: float, chunk: int):
+    """(slice s, log_p (n, V) of its tokens, fp32) of all tokens in turn. One buffer is filled again and again: pages
+    that a fresh one of 128 MB would have to be given by the system cost as much as the arithmetic on it."""
+    N, V = len(hidden), len(head)
+    buffer = hidden.new_empty(min(chunk, N), V, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    for s in (slice(i, min(i + chunk, N)) for i in range(0, N, chunk)):
+        logits = _product(hidden[s], head.T, buffer[:s.stop - s.start])
+        for piece, in _pieces(logits):
+            piece.copy_(F.log_softmax(piece if temperature == 1.0 else piece.div_(temperature), -1))
+        yield s, logits
+
+
+def _pieces(*tensors: Tensor):
+    """Views of the same few rows of all tensors in turn; the first is (n, V). On the CPU several operations after one
+    another then find their numbers in the cache; CUDA takes all rows at once."""
+    n, V = tensors[0].shape
+    return zip(*(x.split(max(1, n if x.is_cuda else PIECE_LOGITS // V)) for x in tensors))
+
+
+def _head_gradients(d_logits: Tensor, hidden: Tensor, head: Tensor, d_hidden: Tensor | None, d_head: Tensor | None):
+    """Through logits = hidden head^T for some tokens: d_hidden (n, D) is written, d_head (V, D) fp32 is added to."""
+    d_logits = d_logits.to(hidden.dtype)   # (n, V)
+    if d_hidden is not None:
+        d_hidden.copy_(d_logits @ head)
+    if d_head is not None and d_head.dtype == d_logits.dtype:
+        d_head.addmm_(d_logits.T, hidden)
+    elif d_head is not None:
+        d_head += _product(d_logits.T, hidden)
+
+
 class _TokenLogp(torch.autograd.Function):
-    """token_logp() on flat inputs. Between forward and backward only the inputs and two numbers a token are kept; each
-    chunk's logits are computed a second time in backward."""
+    """token_logp() on flat inputs. Between forward and backward the inputs, two numbers a token and the last chunk's
+    log-probs are kept: backward begins with that chunk, at whose side it needs the memory anyway, and computes the
+    others' logits a second time. A micro-batch of one chunk computes no logits twice."""
     @staticmethod
     def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, temperature: float, chunk: int, entropy: bool):
         N, work = len(hidden), head.to(hidden.dtype)
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        logp, lse, spread = (torch.zeros(N, dtype=wide, device=hidden.device) for _ in range(3))   # (N,) each
-        for s in (slice(i, i + chunk) for i in range(0, N, chunk)):
-            logits = head_logits(hidden[s], work, temperature)   # (n, V)
-            lse[s] = logits.logsumexp(-1)
-            logp[s] = logits.gather(1, targets[s, None])[:, 0] - lse[s]
-            if entropy:
-                logits -= lse[s, None]
-                spread[s] = -(logits.exp() * logits).sum(-1)   # H = -sum p log p
-        ctx.save_for_backward(hidden, head, targets, lse, spread)
-        ctx.settings = temperature, chunk, entropy
+        logp, spread = (torch.zeros(N, dtype=wide, device=hidden.device) for _ in range(2))   # (N,) each
+        log_p = s = None
+        for s, log_p in _chunks(hidden, work, temperature, chunk):
+            logp[s] = log_p.gather(1, targets[s, None])[:, 0]
+            if entropy:   # H = -sum p log p
+                spread[s] = -torch.cat([(piece.exp() * piece).sum(-1) for piece, in _pieces(log_p)])
+        ctx.save_for_backward(hidden, head, targets, spread)
+        ctx.settings, ctx.last = (temperature, chunk, entropy), (s, log_p) if N else None
         if not entropy:
             ctx.mark_non_differentiable(spread)
         return logp, spread
@@ -238,25 +279,58 @@ class _TokenLogp(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g_logp: Tensor, g_entropy: Tensor):
-        hidden, head, targets, lse, spread = ctx.saved_tensors
+        hidden, head, targets, spread = ctx.saved_tensors
         temperature, chunk, entropy = ctx.settings
         work = head.to(hidden.dtype)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_head = torch.zeros_like(head, dtype=lse.dtype) if ctx.needs_input_grad[1] else None   # fp32 sum over chunks
-        for s in (slice(i, i + chunk) for i in range(0, len(hidden), chunk)):
-            log_p = head_logits(hidden[s], work, temperature).sub_(lse[s, None])   # (n, V)
-            g = g_logp[s, None]
-            if entropy:   # dH/dz_j = -p_j (log p_j + H) and dlogp/dz_j = [j = target] - p_j, z = logits / temperature
-                p = log_p.exp()
-                d_z = log_p.add_(spread[s, None]).mul_(-g_entropy[s, None]).sub_(g).mul_(p)
+        d_head = torch.zeros_like(head, dtype=spread.dtype) if ctx.needs_input_grad[1] else None   # summed in fp32
+
+        def add(s: slice, log_p: Tensor) -> None:
+            """dlogp/dz_j = [j = target] - p_j and dH/dz_j = -p_j (log p_j + H), z = logits / temperature."""
+            g = g_logp[s, None] / temperature
+            if entropy:
+                for piece, H, g_H, own in _pieces(log_p, spread[s, None], g_entropy[s, None] / temperature, g):
+                    p = piece.exp()
+                    piece.add_(H).mul_(-g_H).sub_(own).mul_(p)
             else:
-                d_z = log_p.exp_().mul_(-g)
-            d_z = d_z.scatter_add_(1, targets[s, None], g).div_(temperature).to(hidden.dtype)
-            if d_hidden is not None:
-                d_hidden[s] = d_z @ work
-            if d_head is not None:
-                d_head += _product(d_z.T, hidden[s])
+                log_p.exp_().mul_(-g)
+            log_p.scatter_add_(1, targets[s, None], g)
+            _head_gradients(log_p, hidden[s], work, None if d_hidden is None else d_hidden[s], d_head)
+
+        first, ctx.last = ctx.last, None   # used up: a second backward through this graph computes all logits again
+        if first is not None:
+            add(*first)
+            hidden = hidden[:first[0].start]
+            del first   # its memory serves the next chunk
+        for s, log_p in _chunks(hidden, work, temperature, chunk):
+            add(s, log_p)
         return d_hidden, None if d_head is None else d_head.to(head.dtype), None, None, None, None
+
+
+class _SumLogp(torch.autograd.Function):
+    """sum_logp() on flat inputs: a sum's gradient is known before the backward, so it is made while the logits exist."""
+    @staticmethod
+    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, chunk: int, learning: bool):
+        work, total = head.to(hidden.dtype), torch.zeros((), dtype=torch.float64, device=hidden.device)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        d_hidden = torch.empty_like(hidden) if learning and ctx.needs_input_grad[0] else None
+        d_head = torch.zeros_like(head, dtype=wide) if learning and ctx.needs_input_grad[1] else None   # fp32 sum
+        for s, log_p in _chunks(hidden, work, 1.0, chunk):
+            total += log_p.gather(1, targets[s, None]).sum(dtype=torch.float64)
+            if d_hidden is not None or d_head is not None:
+                d_logits = log_p.exp_().neg_()
+                d_logits.scatter_add_(1, targets[s, None], torch.ones_like(targets[s, None], dtype=wide))
+                _head_gradients(d_logits, hidden[s], work, None if d_hidden is None else d_hidden[s], d_head)
+        ctx.save_for_backward(d_hidden, d_head)
+        ctx.head_type = head.dtype
+        return total.to(wide)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor):
+        d_hidden, d_head = ctx.saved_tensors   # scaled in place: a second backward through one graph is refused anyway
+        return (None if d_hidden is None else d_hidden.mul_(g),
+                None if d_head is None else d_head.mul_(g).to(ctx.head_type), None, None, None)
 
 
 def token_logp(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int | None = None,
@@ -269,27 +343,46 @@ def token_logp(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float
     | chunk   | tokens   | taken at once; None = as many as keep their logits below 128 MB                      |
     | returns | (...)    | logp, or with entropy=True the pair (logp, entropy): nats, fp32, both differentiable |
 
-    The peak is about three (chunk, V) tensors, plus the head's gradient in backward."""
-    chunk = chunk or max(1, CHUNK_LOGITS // head.shape[0])
-    flat = hidden.reshape(-1, hidden.shape[-1])   # (N, D)
+    The peak is one (chunk, V) tensor, plus the head's gradient in backward."""
+    chunk, flat = chunk or max(1, CHUNK_LOGITS // head.shape[0]), hidden.reshape(-1, hidden.shape[-1])   # (N, D)
     logp, spread = _TokenLogp.apply(flat, head, targets.reshape(-1), temperature, chunk, entropy)
     return (logp.view(targets.shape), spread.view(targets.shape)) if entropy else logp.view(targets.shape)
+
+
+def sum_logp(hidden: Tensor, head: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
+    """token_logp(...).sum() as a scalar, with each chunk's logits computed once instead of twice: all that a loss needs
+    in which every token weighs the same."""
+    chunk, flat = chunk or max(1, CHUNK_LOGITS // head.shape[0]), hidden.reshape(-1, hidden.shape[-1])   # (N, D)
+    return _SumLogp.apply(flat, head, targets.reshape(-1), chunk, torch.is_grad_enabled())
+
+
+def _trained(model: Model, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the tokens that mask (B, T) trains: the hidden states that choose them (n, D), their ids (n,) and the mask of
+    each row moved left (B, R). Positions that nobody trains never reach the head."""
+    picked = mask[:, 1:]                                              # the state at t - 1 chooses token t
+    at, lengths = picked.flatten().nonzero()[:, 0], picked.sum(1)
+    chosen = torch.arange(int(lengths.max()), device=mask.device) < lengths[:, None]
+    at, chosen = at.to(ids.device), chosen.to(ids.device)             # a mask on the CPU: nobody waited for the device
+    hidden = model(ids)[:, :-1].flatten(0, 1).index_select(0, at)     # (n, D)
+    return hidden, ids[:, 1:].flatten()[at], chosen
 
 
 def response_logp(model: Model, ids: Tensor, mask: Tensor, temperature: float = 1.0, entropy: bool = False):
     """Log-probs of each row's trained tokens, moved left: logp (B, R), entropy (B, R) or None, chosen (B, R) bool.
 
     ids, mask (B, T), mask True where the model chose the token; R = most such tokens of a row. chosen is False, and the
-    values 0, behind a row's last one. Positions that nobody trains never reach the head."""
-    picked = mask[:, 1:]                                              # the state at t - 1 chooses token t
-    at, lengths = picked.flatten().nonzero()[:, 0], picked.sum(1)
-    chosen = torch.arange(int(lengths.max()), device=mask.device) < lengths[:, None]
-    at, chosen = at.to(ids.device), chosen.to(ids.device)             # a mask on the CPU: nobody waited for the device
-    hidden = model(ids)[:, :-1].flatten(0, 1).index_select(0, at)     # (trained tokens, D)
-    values = token_logp(hidden, model.head, ids[:, 1:].flatten()[at], temperature, entropy=entropy)
+    values 0, behind a row's last one."""
+    hidden, targets, chosen = _trained(model, ids, mask)
+    values = token_logp(hidden, model.head, targets, temperature, entropy=entropy)
     logp, *rest = (torch.zeros(chosen.shape, device=ids.device).masked_scatter(chosen, v)
                    for v in (values if entropy else [values]))
     return logp, rest[0] if entropy else None, chosen
+
+
+def response_logp_sum(model: Model, ids: Tensor, mask: Tensor) -> Tensor:
+    """Scalar: the sum of response_logp's log-probs at temperature 1, for a loss that weighs all tokens alike."""
+    hidden, targets, _ = _trained(model, ids, mask)
+    return sum_logp(hidden, model.head, targets)
 
 
 # ---- compute ---------------------------------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ import torch
 import countdown
 import data
 import evaluate
-import losses
 import model as model_file
 import phases
 import ranks
@@ -149,9 +148,7 @@ def show_example(example, tokenizer) -> None:
 def batch_loss(net, batch, denominator: int, device) -> torch.Tensor:
     """Scalar: minus the summed log-prob of the response tokens of a micro-batch, over `denominator` (nats a token)."""
     ids, mask = batch                                      # (B, T), (B, T)
-    logp, _, chosen = model_file.response_logp(net, ids.to(device, non_blocking=True), mask)  # (B, R) nats
-    weights = torch.full((len(ids),), 1 / denominator, dtype=torch.float64, device=device)
-    return losses.aggregate(losses.sft_loss(logp), chosen, weights)
+    return -model_file.response_logp_sum(net, ids.to(device, non_blocking=True), mask) / denominator
 
 
 def micro_batches(rows, micro_tokens: int, pin: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LEVELS = {0: {"folder", "mathexpr", "losses", "phases", "ceiling", "countdown", "ranks"}, 1: {"model", "run", "verify", "figures", "findings"},
+LEVELS = {0: {"folder", "mathexpr", "losses", "phases", "ceiling", "countdown", "ranks"}, 1: {"memory", "model", "run", "verify", "figures", "findings"},
           2: {"decode", "data", "report"}, 3: {"rollout", "curate"}, 4: {"evaluate", "study"}, 5: {"sft", "bench"}, 6: {"rl"}}
 WITHOUT_TORCH = {"verify", "mathexpr", "phases", "ceiling", "countdown", "findings", "report"}
 

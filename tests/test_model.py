@@ -150,14 +150,65 @@ def naive(hidden, head, targets, temperature):
     return logp.gather(-1, targets[..., None])[..., 0], -(logp.exp() * logp).sum(-1)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 100])
-def test_token_logp_and_entropy_have_exact_values_and_gradients(chunk):
+@pytest.mark.parametrize("chunk, piece", [(1, 8), (3, 22), (100, 2**20), (100, 22)])   # piece 22: two rows of 11 logits
+def test_token_logp_and_entropy_have_exact_values_and_gradients(chunk, piece, monkeypatch):
+    monkeypatch.setattr(m, "PIECE_LOGITS", piece)
     hidden, head, targets = draw(7, 5, 11, torch.float64)
     for ours, theirs in zip(m.token_logp(hidden, head, targets, 0.7, chunk, entropy=True), naive(hidden, head, targets, 0.7)):
         torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(m.token_logp(hidden, head, targets, 0.7, chunk), naive(hidden, head, targets, 0.7)[0])
     assert torch.autograd.gradcheck(lambda h, w: m.token_logp(h, w, targets, 0.7, chunk, entropy=True), (hidden, head))
     assert torch.autograd.gradcheck(lambda h, w: m.token_logp(h, w, targets, 0.7, chunk), (hidden, head))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_a_sum_of_log_probs_has_exact_values_and_gradients(chunk):
+    hidden, head, targets = draw(7, 5, 11, torch.float64)
+    torch.testing.assert_close(m.sum_logp(hidden, head, targets, chunk), naive(hidden, head, targets, 1.0)[0].sum())
+    ours, theirs = m.sum_logp(hidden, head, targets, chunk), naive(hidden, head, targets, 1.0)[0].sum()
+    for a, b in zip(*(torch.autograd.grad(-0.3 * total, (hidden, head)) for total in (ours, theirs))):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(RuntimeError):   # the gradients were scaled in place: not wrong in silence
+        twice = m.sum_logp(hidden, head, targets, chunk)
+        twice.backward(retain_graph=True)
+        twice.backward()
+    hidden.grad = head.grad = None
+    none = m.sum_logp(hidden[:0], head, targets[:0])
+    none.backward()
+    assert none == 0 and (head.grad == 0).all()
+
+
+def test_the_summed_loss_is_the_sum_of_the_rows_log_probs():
+    model, ids = random_model(CONFIGS["qwen3"]), random_ids(3, 9)
+    mask = torch.arange(9) >= torch.tensor([[2], [5], [9]])   # the last row trains nothing
+    values, gradients = [], []
+    for total in (lambda: m.response_logp(model, ids, mask)[0].sum(), lambda: m.response_logp_sum(model, ids, mask)):
+        values.append(total())
+        gradients.append(torch.autograd.grad(values[-1], list(model.parameters())))
+    torch.testing.assert_close(*values)
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_logits_are_computed_once_for_a_sum_and_for_a_single_chunk():
+    hidden, head, targets = draw(60, 4, 100, torch.float32)
+
+    def one_chunk():
+        return m.token_logp(hidden, head, targets).sum()
+
+    def three_chunks():
+        return m.token_logp(hidden, head, targets, chunk=20).sum()
+
+    def summed():
+        return m.sum_logp(hidden, head, targets, chunk=20)
+
+    def matrix_products(loss):
+        with torch.profiler.profile() as profile:
+            loss().backward()
+        return sum(e.count for e in profile.key_averages() if e.key in ("aten::mm", "aten::addmm_", "aten::addmm"))
+
+    assert matrix_products(one_chunk) == 3 and matrix_products(summed) == 9   # logits, and the two gradients from them
+    assert matrix_products(three_chunks) == 11   # two of three chunks have their logits twice
 
 
 def test_token_logp_keeps_the_shape_of_its_targets_and_takes_no_tokens():
