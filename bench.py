@@ -3,11 +3,18 @@
     python bench.py rollout                                               the sampler on a 39M model with random weights
     python bench.py rollout --model FOLDER --dtype bf16 --batches 64      any model folder
     python bench.py rollout --peer --peer-python /path/to/python          beside transformers, installed for that python
+    python bench.py sft                                                   a training step, through sft.py itself
+    python bench.py sft --peer --peer-python ...                          beside TRL and a plain transformers loop
+    python bench.py rl --peer --peer-python ...                           a whole step of rl.py, beside TRL's GRPO
 
 Choices: 1) Every run is a process of its own, so peak memory is one run's; with --peer ours and theirs alternate, round
 after round, on the same prompts, lengths, weights and number of threads. 2) Each side counts at its best batch size.
 3) Lengths are drawn beforehand and forced, so no sampler is lucky. Useful tokens are those asked for: what a finished
 row computes on is not counted. 4) CPU-seconds stand beside wall time: on a shared machine they are the steadier figure.
+5) sft and rl run the real scripts on made-up rows of exact lengths (a tokenizer in which word "w7" is token 7) and read
+metrics.jsonl and the system's counters of that process, from the end of the first step on. TRL is given the same rows
+and counts at the better of packing on and off.
+MFU = FLOPs that the model needs (no recomputation) per second, over the best matrix product of the same type here.
 MBU = bytes that decoding has to read (all weights once a step, keys and values of the live rows) per second, over the
 bandwidth measured just after. The last line printed is JSON.
 """
@@ -26,6 +33,7 @@ from typing import Literal
 
 import torch
 
+import data
 import model as model_file
 import rollout
 import run
@@ -59,11 +67,16 @@ class Rollout:
     def __post_init__(self):
         if not all(b.isdigit() and int(b) for b in self.batches.split(",")):
             raise ValueError(f"--batches {self.batches}: give numbers of rows, such as 8,16,64")
-        if self.peer and shutil.which(self.peer_python) is None:
-            raise ValueError(f"--peer-python {self.peer_python}: no such program; name a python with transformers 5")
-        if self.model not in SHAPES and not (Path(self.model) / "config.json").exists():
-            raise ValueError(f"--model {self.model}: neither a shape ({', '.join(SHAPES)}) nor a folder with "
-                             "config.json")
+        check(self)
+
+
+def check(cfg) -> None:
+    """Refuse a model or an interpreter that is not there."""
+    if cfg.peer and shutil.which(cfg.peer_python) is None:
+        raise ValueError(f"--peer-python {cfg.peer_python}: no such program; name a python with transformers 5")
+    if cfg.model not in SHAPES and not (Path(cfg.model) / "config.json").exists():
+        raise ValueError(f"--model {cfg.model}: neither a shape ({', '.join(SHAPES)}) nor a folder with "
+                         "config.json")
 
 
 def workload(cfg: Rollout, vocab: int) -> tuple[list[list[int]], list[int]]:
@@ -210,7 +223,250 @@ def bench_rollout(cfg: Rollout) -> None:
                       **{k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}}))
 
 
-COMMANDS = {"rollout": (bench_rollout, Rollout)}
+# ------------------------------------------------------------------------------------------------------------- training
+@dataclass
+class Training:
+    model: str = "small"        # tiny, small (39M), 0.5b, 1.5b: random weights of that shape; or a model folder
+    dtype: Literal["fp32", "bf16"] = "fp32"  # to compute in; weights and optimizer stay fp32
+    steps: int = 2              # optimizer steps counted, after one that is not
+    micro_tokens: int = 1024    # tokens a micro-batch of ours, padding included
+    peer_rows: int = 4          # rows a forward of the peers
+    recompute: bool = False     # activation checkpointing, on all sides
+    flags: str = ""             # further flags for our script
+    repeats: int = 3            # rounds; the median counts
+    threads: int = 1            # of each process; two busy ones on shared cores slow each other down
+    seed: int = 0               # of rows and weights
+    peer: bool = False          # also run the peers
+    peer_python: str = sys.executable  # the interpreter that has transformers, trl, datasets and accelerate
+    json: bool = False          # print the last line only
+
+    def __post_init__(self):
+        check(self)
+
+
+@dataclass
+class Sft(Training):
+    rows: int = 24              # rows an optimizer step
+    longest: int = 256          # tokens of the longest row; lengths are 32 + geometric of mean longest / 4, cut there
+    fixed: bool = False         # all rows have the longest's length
+
+
+@dataclass
+class Rl(Training):
+    prompts: int = 8            # prompts a step
+    group: int = 8              # responses to each
+    prompt_tokens: int = 64     # tokens a prompt
+    max_new: int = 128          # tokens a response: all of them, but for a rare EOS
+
+
+def sft_rows(cfg: Sft, vocab: int) -> list[list[int]]:
+    """Token ids of all rows of all steps; each ends with EOS, which is token 0."""
+    g, n = run.generator(cfg.seed, "bench", "sft"), cfg.rows * (cfg.steps + 1)
+    lengths = torch.empty(n, dtype=torch.float64).exponential_(4 / cfg.longest, generator=g).long() + 32
+    lengths = lengths.clamp(max=cfg.longest) if not cfg.fixed else torch.full((n,), cfg.longest)
+    return [[*torch.randint(10, min(vocab, 4000), (n - 1,), generator=g).tolist(), 0] for n in lengths.tolist()]
+
+
+def words(ids: list[int]) -> str:
+    """The text whose tokens are these, for word_tokenizer()."""
+    return " ".join(f"w{i}" for i in ids)
+
+
+def word_tokenizer(folder: Path, vocab: int) -> None:
+    """tokenizer.json in which token i is the word "w<i>" and token 0 is EOS, so that texts have exact lengths."""
+    eos = {"id": 0, "content": "<eos>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+           "special": True}
+    table = {"<eos>": 0, **{f"w{i}": i for i in range(1, vocab)}}
+    whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [eos], "normalizer": None,
+             "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": None, "decoder": None,
+             "model": {"type": "WordLevel", "vocab": table, "unk_token": "<eos>"}}
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "pad_token": "<eos>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+
+
+def training_folder(cfg: Training, folder: Path) -> int:
+    """The model to train with the word tokenizer; a given folder's weights are linked, not copied. Returns V."""
+    if cfg.model in SHAPES:
+        make_folder(cfg, folder)
+    else:
+        folder.mkdir()
+        for path in [*Path(cfg.model).glob("*.safetensors*"), Path(cfg.model) / "config.json"]:
+            (folder / path.name).symlink_to(path.resolve())
+    vocab = model_file.read_config(folder).vocab_size
+    word_tokenizer(folder, vocab)
+    return vocab
+
+
+def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOPs a second of the best of 5 square matrix products."""
+    n = 2048 if device.type == "cpu" else 8192
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(6):
+        started = time.perf_counter()
+        float((a @ b)[0, 0])
+        best = max(best, 2 * n**3 / (time.perf_counter() - started))
+    return best
+
+
+def counters(pid: int) -> tuple[float, float]:
+    """(CPU seconds, MB of the largest memory so far) of another process, from /proc; 0 where there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0.0, 0.0
+    seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return seconds, int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def run_script(command: list[str], out: Path, n_lines: int, environment: dict) -> tuple[list[dict], float, float]:
+    """(train lines of a training script's metrics, CPU seconds between the first and the last, peak MB meanwhile).
+    The process is ended after the last: what follows is its final checkpoint."""
+    errors, marks, lines = out.parent / "stderr", [], []
+    with open(errors, "w") as log:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, env=environment)
+    while process.poll() is None and len(lines) < n_lines:
+        time.sleep(0.02)
+        path = out / "metrics.jsonl"
+        rows = run.read_jsonl(path, broken_tail=True) if path.exists() else []
+        lines = [row for row in rows if row["kind"] == "train"]
+        while len(marks) < len(lines):
+            marks.append(counters(process.pid))
+            if len(marks) == 1 and Path(f"/proc/{process.pid}/clear_refs").exists():
+                Path(f"/proc/{process.pid}/clear_refs").write_text("5")   # the peak is counted anew from here
+    process.kill()
+    process.wait()
+    if len(lines) < n_lines:
+        reason = (errors.read_text().strip().splitlines() or ["no message"])[-1]
+        raise ValueError(f"{' '.join(command[1:4])} ...: {reason[:200]}; see --flags")
+    return lines, marks[-1][0] - marks[0][0], lines[-1].get("peak_mb", marks[-1][1])
+
+
+def run_ours(cfg: Training, folder: Path, round: int) -> dict:
+    """Our script on the files in the folder: what it took from the end of its first step to the end of its last."""
+    name, out = type(cfg).__name__.lower(), folder / f"ours{round}"
+    flags = {"init": folder / "model", "data": folder / "rows.jsonl", "val": folder / "val.jsonl", "out": out / "run",
+             "steps": cfg.steps + 1, "micro-tokens": cfg.micro_tokens, "eval-every": 10**6, "lr": 1e-4,
+             "seed": cfg.seed}
+    if name == "sft":
+        flags |= {"batch": cfg.rows, "max-len": cfg.longest, "schedule": "constant", "warmup": 0.0}
+    else:
+        flags |= {"algo": "grpo", "prompts": cfg.prompts, "update-prompts": cfg.prompts, "group": cfg.group,
+                  "temperature": 1.0, "max-new": cfg.max_new, "rows": cfg.prompts * cfg.group, "eval-n": 1}
+    command = [sys.executable, str(Path(__file__).with_name(f"{name}.py")), *cfg.flags.split(),
+               "--recompute" if cfg.recompute else "--no-recompute"] + ["--bf16"] * (cfg.dtype == "bf16")
+    command += [str(word) for flag, value in flags.items() for word in ("--" + flag, value)]
+    out.mkdir()
+    lines, cpu, peak = run_script(command, out / "run", cfg.steps + 1, environment_of(cfg))
+    first, *rest = lines
+    tokens = rest[-1]["tokens"] - first["tokens"]
+    if name == "rl":
+        tokens = sum(line["length"] for line in rest) * cfg.prompts * cfg.group   # of responses
+    found = {"seconds": rest[-1]["seconds"] - first["seconds"], "cpu_seconds": cpu, "tokens": tokens, "peak_mb": peak,
+             "flops": (rest[-1]["flops_hw"] - first["flops_hw"]) * (0.75 if cfg.recompute and name == "sft" else 1)}
+    parts = ("data_s", "train_s", "update_s") if name == "sft" else ("sample_s", "score_s", "logp_s", "update_s")
+    shutil.rmtree(out)   # checkpoints of several hundred MB
+    return found | {part: statistics.mean(line[part] for line in rest) for part in parts}
+
+
+def environment_of(cfg) -> dict:
+    return {**os.environ, "OMP_NUM_THREADS": str(cfg.threads)}
+
+
+def run_peer(cfg: Training, folder: Path, side: str) -> dict:
+    """A peer's script on the same rows: side is pack, nopack or loop (SFT), trl (RL)."""
+    script = "sft_trl.py" if isinstance(cfg, Sft) else "grpo_trl.py"
+    command = [cfg.peer_python, str(PEERS / script), "--model", str(folder / "model"), "--work",
+               str(folder / "work.json"), "--micro", str(cfg.peer_rows), "--dtype", cfg.dtype, "--threads",
+               str(cfg.threads), *["--checkpointing"] * cfg.recompute]
+    command += ["--mode", side] if isinstance(cfg, Sft) else ["--group", str(cfg.group), "--max-new", str(cfg.max_new)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment_of(cfg))
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ValueError(f"{script}, {side}: {reason[:200]}; --peer-python names a python with transformers 5, trl, "
+                         "datasets and accelerate")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def write_work(cfg: Training, folder: Path, vocab: int) -> None:
+    """Rows or prompts as text for our script and as the peers read them."""
+    if isinstance(cfg, Sft):
+        rows = sft_rows(cfg, vocab)
+        ours, val = [{"text": words(row[:-1])} for row in rows], [{"text": "w11 w12 w13"}]
+        work = {"rows": rows, "per_step": cfg.rows, "seq": cfg.longest}
+    else:
+        g, n = run.generator(cfg.seed, "bench", "rl"), cfg.prompts * (cfg.steps + 1)
+        prompts = torch.randint(10, min(vocab, 4000), (n, cfg.prompt_tokens), generator=g).tolist()
+        ours = [{"prompt": words(prompt), "answer": "1"} for prompt in prompts]
+        val, work = ours[:1], {"prompts": [row["prompt"] for row in ours], "per_step": cfg.prompts}
+    (folder / "work.json").write_text(json.dumps(work))
+    for name, lines in (("rows", ours), ("val", val)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def padding(cfg: Sft, rows: list[list[int]]) -> float:
+    """Share of our micro-batches' tokens that are padding."""
+    slots = 0
+    for step in range(cfg.steps + 1):
+        lengths = [len(rows[i]) for i in data.plan(len(rows), cfg.seed, step * cfg.rows, cfg.rows)]
+        slots += sum(len(part) * max(lengths[i] for i in part) for part in data.cut(lengths, cfg.micro_tokens))
+    return 1 - sum(map(len, rows)) / slots
+
+
+def bench_training(cfg: Training) -> None:
+    """All sides in turn, round after round; medians, and TRL at the better of its modes."""
+    name, runs = type(cfg).__name__.lower(), {}
+    sides = ["ours"] + ((["pack", "nopack", "loop"] if name == "sft" else ["trl"]) if cfg.peer else [])
+    torch.set_num_threads(cfg.threads)
+    peak = matmul_peak(DTYPES[cfg.dtype], torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        vocab = training_folder(cfg, folder / "model")
+        write_work(cfg, folder, vocab)
+        for n in range(cfg.repeats):
+            for side in sides:
+                found = run_ours(cfg, folder, n) if side == "ours" else run_peer(cfg, folder, side)
+                found |= {rate: found["tokens"] / max(1e-9, found[cost]) for rate, cost in
+                          (("tokens_per_s", "seconds"), ("tokens_per_cpu_s", "cpu_seconds"))}
+                runs.setdefault(side, []).append(found)
+                if not cfg.json:
+                    print(f"round {n + 1}  {side:7s} {found['tokens_per_s']:8.1f} tokens/s  "
+                          f"{found['tokens_per_cpu_s']:8.1f} tokens/CPU-s  {found['peak_mb']:6.0f} MB", flush=True)
+    middle = {side: {key: statistics.median(found[key] for found in results) for key in results[0]}
+              for side, results in runs.items()}
+    result = middle.pop("ours")
+    result |= {"mfu": result.pop("flops") / result["seconds"] / peak, "matmul_gflops": peak / 1e9}
+    if name == "sft":
+        result["padding"] = padding(cfg, sft_rows(cfg, vocab))
+    for rival, modes in (("trl", middle.keys() - {"loop"}), ("loop", middle.keys() & {"loop"})):
+        if modes:
+            best = max(modes, key=lambda side: middle[side]["tokens_per_s"])
+            result |= {f"ratio_{rival}{end}": result[rate] / middle[best][rate] for rate, end in
+                       (("tokens_per_s", ""), ("tokens_per_cpu_s", "_cpu"))}
+            result |= {f"{rival}_{key}": middle[best][key] for key in ("tokens_per_s", "tokens_per_cpu_s", "peak_mb")}
+            result[f"{rival}_mode"] = best
+    tell(cfg, name, result)
+
+
+def tell(cfg: Training, name: str, result: dict) -> None:
+    """The result in a line or two, then as JSON."""
+    if not cfg.json:
+        split = "  ".join(f"{key[:-2]} {value:.2f} s" for key, value in result.items() if key.endswith("_s") and
+                          key.count("_") == 1 and "tokens" not in key)
+        print("{tokens_per_s:.1f} tokens/s, MFU {mfu:.0%} of {matmul_gflops:.0f} GFLOP/s, peak {peak_mb:.0f} MB"
+              .format(**result) + f"; a step: {split}")
+        for rival, title in (("trl", "TRL"), ("loop", "the plain loop")):
+            if f"ratio_{rival}" in result:
+                share = result["peak_mb"] / result[f"{rival}_peak_mb"]
+                print(f"{result[f'ratio_{rival}']:.2f}x {title} ({result[f'{rival}_mode']}; "
+                      f"{result[f'ratio_{rival}_cpu']:.2f}x in CPU time) in {share:.2f} of its memory")
+    print(json.dumps({"bench": name, "model": cfg.model, "dtype": cfg.dtype, "threads": cfg.threads,
+                      **{k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}}))
+
+
+COMMANDS = {"rollout": (bench_rollout, Rollout), "sft": (bench_training, Sft), "rl": (bench_training, Rl)}
 
 
 def start() -> None:

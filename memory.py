@@ -10,8 +10,8 @@ Counted, for each of `world` processes, as the engine works:
      one by one, and the next while one computes; their gradients stand whole until they are reduced. summed=True:
      gradients are reduced once after several micro-batches, so each process keeps a whole fp32 copy of them: fewer
      messages, 4 bytes a weight. One process in bf16: a copy of the weights, 2 bytes each, all the time.
-  3) Activations: what autograd keeps of each operation of model.Block, listed in block_bytes(), times tokens and layers;
-     with checkpointing each block's input, and one block's operations.
+  3) Activations: what autograd keeps of each operation of model.Block, listed in block_bytes(), times tokens and
+     layers; with checkpointing each block's input, and one block's operations.
   4) The head: token_logp's chunk of logits, and the head's gradient in fp32 until it is added to the others.
   5) RL: weights gathered for the rollout and its key-value cache. Neither stands beside gradients and activations: the
      peak is the larger of the two phases. A frozen reference model stays throughout, in shards, in what it computes in.
@@ -61,7 +61,7 @@ def activations(config: ModelConfig, micro_tokens: int, size: int, checkpointing
     c, D, block = config, config.hidden_size, block_bytes(config, size, fused_norm)
     ends = D * ((size if fused_norm else 8) + size)                  # the last norm, and what the head keeps
     layers = c.num_hidden_layers * (size * D if checkpointing else block)
-    room = size * (4 * c.intermediate_size + 2 * D)                  # product and gradients inside the MLP, the stream's
+    room = size * (4 * c.intermediate_size + 2 * D)                  # product and gradients inside the MLP, the ends'
     return micro_tokens * (layers + ends), micro_tokens * (room + (block if checkpointing else 0))
 
 
@@ -110,8 +110,9 @@ def table(config: ModelConfig, world: int = 1, micro_tokens: int = 16384, bf16: 
 
 def peak(parts: list[Part]) -> float:
     """Bytes at the worst moment: what always stands, and the larger phase."""
-    sums = {phase: sum(part.bytes for part in parts if part.phase == phase) for phase in ("always", "update", "rollout")}
-    return sums["always"] + max(sums["update"], sums["rollout"])
+    always, update, rollout = (sum(part.bytes for part in parts if part.phase == phase)
+                               for phase in ("always", "update", "rollout"))
+    return always + max(update, rollout)
 
 
 def report(parts: list[Part], capacity: float | None = None) -> str:

@@ -308,7 +308,7 @@ class _TokenLogp(torch.autograd.Function):
 
 
 class _SumLogp(torch.autograd.Function):
-    """sum_logp() on flat inputs: a sum's gradient is known before the backward, so it is made while the logits exist."""
+    """sum_logp() on flat inputs: a sum's gradient is known before backward, so it is made while the logits exist."""
     @staticmethod
     def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, chunk: int, learning: bool):
         work, total = head.to(hidden.dtype), torch.zeros((), dtype=torch.float64, device=hidden.device)

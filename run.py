@@ -65,7 +65,8 @@ def parse(Config, argv: list[str] | None = None, preset=None, options=None):
 
 
 def _add_flags(parser, Config) -> None:
-    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(Config), re.M))
+    source = "".join(inspect.getsource(each) for each in Config.__mro__ if dataclasses.is_dataclass(each))
+    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", source, re.M))
     hints = typing.get_type_hints(Config)
     for field in dataclasses.fields(Config):
         kind, options = hints[field.name], {}

@@ -77,8 +77,8 @@ def with_trl(model, work: dict, args) -> dict:
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=micro, gradient_accumulation_steps=per_step // micro,
         max_steps=n_steps, learning_rate=args.lr, weight_decay=0.01, lr_scheduler_type="constant", max_grad_norm=1.0,
         packing=packing, max_length=work["seq"], gradient_checkpointing=args.checkpointing, bf16=args.dtype == "bf16",
-        use_cpu=model.device.type == "cpu", report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, seed=0,
-        dataset_kwargs={"skip_prepare_dataset": not packing})
+        use_cpu=model.device.type == "cpu", report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True,
+        seed=0, dataset_kwargs={"skip_prepare_dataset": not packing})
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     trainer = SFTTrainer(model=model, args=settings, train_dataset=Dataset.from_dict({"input_ids": work["rows"]}),
                          processing_class=tokenizer, callbacks=[Marks()])
