@@ -72,7 +72,7 @@ class Matrix:
         biases = [m.bias for m in modules if getattr(m, "bias", None) is not None]
         self.bias, self.panels = torch.cat(biases) if biases else None, None
         if panels:
-            whole = torch.cat([w.data for w in self.weights])   # (N, K)
+            whole = torch.cat([w.data for w in self.weights]) if len(modules) > 1 else self.weights[0].data   # (N, K)
             self.sizes, N = [len(w) for w in self.weights], len(whole)
             wide = max((d for d in range(PANEL // 4, PANEL + 1) if N % d == 0), default=N)
             self.panels = whole.view(-1, wide, whole.shape[1]).transpose(1, 2).contiguous()   # (N / wide, K, wide)
@@ -223,8 +223,8 @@ class Graphs:
     what they need, is recorded the second time and replayed from then on. It must return nothing, write its results in
     place into tensors that outlive it, and ask the device nothing. On the CPU it is simply called."""
     def __init__(self, device: torch.device):
-        self.on, self.graphs = device.type == "cuda", {}
-        self.pool = torch.cuda.graph_pool_handle() if self.on else None   # one graph's scratch memory serves all
+        self.on = device.type == "cuda"
+        self.forget()
 
     def run(self, key, function) -> None:
         if not self.on or key not in self.graphs:
@@ -239,4 +239,5 @@ class Graphs:
 
     def forget(self) -> None:
         """To be called where a tensor that the functions use was replaced."""
-        self.graphs.clear()
+        self.graphs: dict = {}
+        self.pool = torch.cuda.graph_pool_handle() if self.on else None   # scratch memory that all graphs share

@@ -22,7 +22,8 @@ the token is where the cumulated distribution passes the next of them. Neighbour
 but rounding. 3) So when memory runs out, the last rows simply go back to the queue: begun again, they say the same.
 4) Log-probs are those of softmax(logits / temperature). top_p and top_k draw from another distribution, which the
 trainer does not have: they are for evaluation, and rl.py does not pass them. 5) # differs from vLLM: no paged cache. A
-row's slots are contiguous, so attention is one kernel of PyTorch; growing by blocks bounds what stands empty.
+row's slots are contiguous, so attention is one kernel of PyTorch; growing by blocks bounds what stands empty. 6) This
+file schedules and draws; the network's step, its cache and CUDA graphs are decode.py's.
 Shapes: R rows in the cache, n of them live, D hidden width, V vocabulary. Log-probs and entropies in nats.
 """
 from collections import deque
@@ -348,8 +349,8 @@ class Flight:
             self.cache.put(to, self.cache, source, min(self.top(), self.cache.slots))
             for x in self.moved:
                 x.index_copy_(0, to, x.index_select(0, source))
-        free = slice(n, n + len(ended))
-        self.alive[free] = self.position[free] = self.drawn[free] = 0
+        # free rows: a padded step computes them at position 0. fit() gives the cache no row that is not taken at once
+        self.alive[n:] = self.position[n:] = self.drawn[n:] = 0
         responses = []
         for i, row in enumerate(taken):
             ids, logp, entropy = (x[i, :self.steps - row.began].tolist() for x in values)

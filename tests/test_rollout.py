@@ -89,6 +89,9 @@ def test_steps_of_padded_size_give_the_same_responses(small):
     exact = rollout.generate(model, prompts, 4, 25, **how)
     for rows, cache_bytes in ((512, None), (11, None), (512, 20 * 65 * 2 * 2 * 2 * 8 * 4)):   # 28 rows, 11, 20 to 11
         assert ids_of(rollout.generate(model, prompts, 4, 25, **how, rows=rows, cache_bytes=cache_bytes, bucketed=True, on_forward=meter)) == ids_of(exact)
+    lengths, memory = [150] + [10] * 89, 456 * 2 * 2 * 2 * 8 * 4                    # rows go back to the queue, and free ones are used again
+    exact, padded = (rollout.generate(model, [[3, 4]] * 90, 1, lengths, 1.0, seed=0, cache_bytes=memory, bucketed=b) for b in (False, True))
+    assert ids_of(exact) == ids_of(padded)
     assert {1, 2, 4, 8, 11, 28} <= set(meter.steps) and not {3, 5, 6, 7, 9} & set(meter.steps)
 
 
