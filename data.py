@@ -345,6 +345,12 @@ def deal(lengths: list[int], budget: int, rank: int, world: int) -> list[list[in
     return cuts[rank] + [[]] * (max(map(len, cuts)) - len(cuts[rank]))
 
 
+def padding(lengths: list[int], budget: int) -> float:
+    """% of the tokens of cut()'s micro-batches that are padding."""
+    parts = [[lengths[i] for i in part] for part in cut(lengths, budget)]
+    return 100 * (1 - sum(lengths) / sum(len(part) * max(part) for part in parts))
+
+
 def prefetch(make: Callable, keys: Iterable) -> Iterator:
     """make(key) for each key, in order; the next one is made in a thread while the caller works with this one."""
     with ThreadPoolExecutor(1) as thread:

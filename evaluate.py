@@ -11,6 +11,7 @@ have ended are judged and written to --out, in the order of their problems. They
 """
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 
 import data
+import memory
 import model as model_file
 import phases
 import ranks
@@ -91,13 +93,18 @@ def open_tokenizer(folder: Path) -> data.Tokenizer:
 
 def open_trained(folder: Path, device, cfg, seed: int | None = None):
     """The folder's model in fp32 to be trained, sharded where several processes train; seed: with random weights."""
-    shard = (lambda model: ranks.shard(model, cfg.bf16, cfg.offload)) if ranks.world() > 1 else None
+    config, shard = model_file.read_config(folder), None
+    if ranks.world() > 1:
+        sums_first = memory.sums_first(config, capacity(device))
+
+        def shard(model):
+            ranks.shard(model, cfg.bf16, cfg.offload, sums_first)
     if cfg.offload and not (shard and device.type == "cuda"):
         raise ValueError("--offload works with several processes on GPUs; leave it out, "
                          "or start with torchrun --nproc_per_node=2 or more")
     place = "cpu" if cfg.offload else device
     if seed is not None:
-        return model_file.init_model(model_file.read_config(folder), seed, place, shard)
+        return model_file.init_model(config, seed, place, shard)
     return model_file.load_model(folder, torch.float32, place, shard)
 
 
@@ -106,6 +113,36 @@ def open_frozen(folder: Path, device, cfg):
     if ranks.world() > 1:
         return open_trained(folder, device, cfg).requires_grad_(False)
     return model_file.load_model(folder, torch.bfloat16 if cfg.bf16 else torch.float32, device).requires_grad_(False)
+
+
+def capacity(device) -> float:
+    """Bytes of memory that a process has: its GPU's, or its share of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def show_memory(cfg, folder: Path, device, optimizer: str, micro_batches: int, slots: int = 0, reference=False) -> None:
+    """What a process will need, from the shapes: a line at the start of a run, a table under --dry-run, there for
+    --gpus devices of 80 GB if given. slots (RL): tokens of a prompt and its response, at most."""
+    config, world = model_file.read_config(folder), cfg.gpus or ranks.world()
+    there, rows = 80e9 if cfg.gpus else capacity(device), 0
+
+    def table(rows):
+        return memory.table(config, world, cfg.micro_tokens, cfg.bf16, cfg.recompute, optimizer, cfg.offload,
+                            micro_batches > 1 and memory.sums_first(config, there), rows, slots, reference,
+                            fused_norm=bool(cfg.gpus) or device.type == "cuda")
+
+    if slots:   # the sampler takes fewer rows at a time where memory is short
+        rows = min(cfg.rows, -(-cfg.gen_prompts // world) * cfg.group)
+        *rest, cache = [part.bytes for part in table(1) if part.phase != "update"]
+        rows = max(1, min(rows, int(0.8 * (there - sum(rest)) / cache)))
+    parts = table(rows)
+    if cfg.dry_run:
+        print(f"memory of each of {world} processes:\n{memory.report(parts, there)}")
+        return
+    sizes = ", ".join(f"{part.name} {part.bytes / 1e9:.2f}" for part in parts)
+    print(f"memory in GB: {sizes}; peak {memory.peak(parts) / 1e9:.2f} of {there / 1e9:.1f}", flush=True)
 
 
 def pick_checkpoint(run_dir: Path) -> tuple[Path, str]:

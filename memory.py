@@ -108,6 +108,13 @@ def table(config: ModelConfig, world: int = 1, micro_tokens: int = 16384, bf16: 
     return parts
 
 
+def sums_first(config: ModelConfig, capacity: float) -> bool:
+    """Whether whole fp32 gradients are small enough (a tenth of the device) to be summed over a step's micro-batches on
+    each process before they are reduced, which saves messages. Otherwise every micro-batch is reduced."""
+    block, _, root = weights_of(config)
+    return 4 * (config.num_hidden_layers * block + root) <= 0.1 * capacity
+
+
 def peak(parts: list[Part]) -> float:
     """Bytes at the worst moment: what always stands, and the larger phase."""
     always, update, rollout = (sum(part.bytes for part in parts if part.phase == phase)

@@ -132,10 +132,11 @@ def rows_of(n: int, sharded: bool = True) -> tuple[int, int]:
     return min(rank() * each, n), min((rank() + 1) * each, n)
 
 
-def shard(model, bf16: bool, offload: bool = False) -> None:
+def shard(model, bf16: bool, offload: bool = False, sums_first: bool = True) -> None:
     """FSDP2 over all processes, in place: each block a group of its own, the embedding, last norm and head another.
 
-    model: on the meta device. offload: parameters, gradients and optimizer state wait in the CPU's memory.
+    model: on the meta device. offload: parameters, gradients and optimizer state wait in the CPU's memory. sums_first:
+    a process keeps whole gradients until a step's last micro-batch; less to send, 4 bytes a parameter more to hold.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     how = {"mesh": init_device_mesh(device, (world(),)),
@@ -144,6 +145,7 @@ def shard(model, bf16: bool, offload: bool = False) -> None:
     for block in model.model.layers:
         fully_shard(block, **how)
     fully_shard(model, **how, reshard_after_forward=False)   # the head is used after the forward
+    model.sums_first = sums_first
     for module in _groups(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)   # gloo has no scaled sum
@@ -177,9 +179,10 @@ def like(p: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def reduce_now(net, last: bool) -> None:
-    """Sum gradients over the processes in the step's last backward only; those before it add up where they are."""
+    """Sum gradients over the processes in the step's last backward only, where shard() was told so; those before it
+    add up where they are."""
     for module in _groups(net)[:1]:
-        module.set_requires_gradient_sync(last)   # recurses into the blocks
+        module.set_requires_gradient_sync(last or not net.sums_first)   # recurses into the blocks
 
 
 def compute(model, bf16: bool, recompute: bool = False, compiled: bool = False):
@@ -259,8 +262,9 @@ def load_state(folder: Path, model, optimizers) -> None:
                 raise ValueError(f"{folder}: {name} is not a parameter of this model; "
                                  "--resume needs the --init that the run began with")
             p = params[name]
-            if key not in places[0]:   # a scalar, the same in each file
-                owner[p].state[p][entry[0]] = opened[0].get_tensor(key)
+            if key not in places[0]:   # a scalar, the same in each file; a fused optimizer counts steps on the device
+                fused = owner[p].defaults.get("fused")
+                owner[p].state[p][entry[0]] = opened[0].get_tensor(key).to(local(p).device if fused else "cpu")
                 continue
             mine = rows_of(p.shape[0], isinstance(p, DTensor))
             value = _read_rows(key, mine, opened, places).to(local(p).device)

@@ -380,7 +380,7 @@ def make_optimizers(model, name: str, lr: float, betas=(0.9, 0.95),
     inner = [p for n, p in named if p.ndim == 2 and "embed" not in n and "lm_head" not in n] if name == "muon" else []
     inner_ids = {id(p) for p in inner}
     rest = [p for _, p in named if id(p) not in inner_ids]
-    optimizers = [torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay, foreach=True)]
+    optimizers = [torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)]
     if inner:
         optimizers.append(Muon(inner, lr, weight_decay))
     return optimizers

@@ -222,7 +222,12 @@ def main(cfg: Config) -> bool:
     print(f"{steps} steps x {cfg.batch} = {steps * cfg.batch / len(train):.1f} epochs on {ranks.world()} x {device}; "
           f"mean length {sum(lengths) / len(lengths):.0f} tokens, longest {max(lengths)}")
     show_example(train[0], tokenizer)
+    first = [lengths[i] for i in data.plan(len(train), cfg.seed, 0, cfg.batch)]
+    parts = data.deal(first, cfg.micro_tokens, 0, cfg.gpus or ranks.world())
+    evaluate.show_memory(cfg, folder, device, cfg.optimizer, len(parts))
     if cfg.dry_run:
+        print(f"first step: {sum(first):,} tokens in {len(parts)} micro-batches on each of {cfg.gpus or ranks.world()} "
+              f"processes, {data.padding(first, cfg.micro_tokens):.1f}% padding")
         print(f"tokenizing prompt and response as one text would change the ids of "
               f"{data.joint_mismatch(cfg.data, tokenizer):.1f}% of the rows")
         return False
