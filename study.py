@@ -102,13 +102,15 @@ def preset(given: dict) -> dict:
     common = {"sft": "--batch 32 --micro-tokens 2048 --max-len 256 --optimizer muon --lr 2e-3 --schedule constant "
               f"--warmup 0 --log-every 100 --no-recompute {TASK}", "exam": TASK,
               "near": 0.0}  # its prompts differ in nothing but their numbers, so all are near
-    rl = f"--prompts 64 --update-prompts 32 --gen-prompts 64 --temperature 1 --max-prompt 64 --micro-tokens 4096 " \
-         f"--lr 1e-4 --steps 1000 --eval-n 2 --keep 1 --no-recompute {TASK}"
+    rl = ("--temperature 1 --max-prompt 64 --micro-tokens 4096 --lr 1e-4 --steps 1000 --eval-n 2 --keep 1 "
+          f"--no-recompute {TASK}")
     if given.get("quick"):
-        return {**common, "seeds": 1, "sizes": "400,1200,3600", "rl": f"{rl} --eval-every 1", "rl_flops": 8e11,
+        return {**common, "seeds": 1, "sizes": "400,1200,3600", "rl_flops": 7e11,
+                "rl": f"{rl} --prompts 32 --update-prompts 16 --gen-prompts 32 --eval-every 1",
                 "sft_small": "--steps 120 --eval-every 10", "sft_middle": "--steps 300 --eval-every 25",
-                "sft_large": "--steps 600 --eval-every 50", "exam_n": 2}
-    return {**common, "sizes": "1000,3000,9000", "rl": f"{rl} --eval-every 2", "rl_flops": 4e12,
+                "sft_large": "--steps 500 --eval-every 50", "exam_n": 2}
+    return {**common, "sizes": "1000,3000,9000", "rl_flops": 4e12,
+            "rl": f"{rl} --prompts 64 --update-prompts 32 --gen-prompts 64 --eval-every 2",
             "sft_small": "--steps 300 --eval-every 25", "sft_middle": "--steps 1000 --eval-every 50",
             "sft_large": "--steps 2000 --eval-every 100"}
 
@@ -138,7 +140,6 @@ def plan(cfg: Config) -> list[Job]:
     out, sets, jobs = Path(cfg.out), Path(cfg.out) / "sets", []
     base, before = (cfg.init, ()) if cfg.init else (BASE, ("base",))
     n_dev, n_exam = (200, 300) if cfg.quick else (400, 750)     # rows of the built-in dev and exam sets
-    follow = START + SAMPLE * n_dev                             # a validation's or an evaluation's samples
 
     def add(name, script, flags, *words, needs=(), seconds=START, flops=0.0):
         known = not cfg.init                                    # costs are measured for the built-in task only
@@ -157,12 +158,17 @@ def plan(cfg: Config) -> list[Job]:
         plain = algo == "dapo"
         flops = cfg.rl_flops * (1 if name.startswith(("rl", "then")) else 2.1)     # SFT to Stable costs about as much
         limit = ["--max-flops", budget] if budget else []
+        every, from_base = flag(cfg.rl, "--eval-every", 20), name.startswith("base")
+        # FLOPs of a round: without SFT answers are short, and a run of the same compute has three times the rounds
+        a_round = (8e10 if from_base else 1.9e11 if algo in MIXED else 2.7e11) * flag(cfg.rl, "--prompts", 64) / 64
+        rounds = flops / a_round
+        if from_base:
+            every, limit = 3 * every, [*limit, "--eval-every", f"{3 * every:g}"]
         if algo == "prefix_rft" and flops:      # its prefix shrinks over --steps: they must be those it will take
-            limit += ["--steps", str(math.ceil(1.1 * flops / (7.7e10 if name.startswith("base") else 1.9e11)))]
-        rounds = flops / 2.7e11 / flag(cfg.rl, "--eval-every", 20)
+            limit += ["--steps", str(math.ceil(1.1 * rounds))]
         add(name, "rl.py", cfg.rl, "--init", start, "--algo", algo, "--seed", str(seed), "--data",
             f"{sets}/{'problems' if plain else 'middle'}.jsonl", "--val", f"{sets}/dev.jsonl", *limit, needs=needs,
-            flops=flops, seconds=START + flops / RL_SECOND + (rounds + 2) * 2 * SAMPLE * n_dev)
+            flops=flops, seconds=START + flops / RL_SECOND + (rounds / every + 2) * 2 * SAMPLE * n_dev)
         exam(name, f"@{name}:best", (name,))
 
     def exam(name, init, needs):
@@ -322,7 +328,7 @@ def work(cfg: Config, jobs: list[Job], done: dict[str, dict]) -> None:
             pid, status, used = os.wait4(-1, 0)         # not Popen.wait: this one tells the CPU time of the child
             job, since = running.pop(pid)
             said = (out / "logs" / f"{job.name}.txt").read_text().strip().splitlines() or [""]
-            if status or said[-1].startswith("stopped by"):     # a signal makes a training job save and end well
+            if status or said[-1].startswith("stopped"):    # a signal makes a training job save and end well
                 raise ValueError(f"{job.name} did not finish; see {out}/logs/{job.name}.txt, which ends: {said[-1]}")
             done[job.name] = {"cpu_s": round(used.ru_utime + used.ru_stime, 1),
                               "wall_s": round(time.monotonic() - since, 1)}
