@@ -88,8 +88,11 @@ class Study:
     def _exam(self, path) -> dict[str, np.ndarray]:
         """{"test", "ood": (P,) share of right samples a problem, in points}."""
         right = np.array([json.loads(line)["correct"] for line in path.read_text().splitlines()], float)
-        n_test, n_ood = self.counts["test"], self.counts["ood"]
-        rates = 100 * right.reshape(n_test + n_ood, -1).mean(1)
+        n_test, n_ood, n = self.counts["test"], self.counts["ood"], self.about["exam_n"]
+        if len(right) != (n_test + n_ood) * n:
+            raise ValueError(f"{path}: {len(right)} samples, not {n_test + n_ood} problems x {n}; those that are too long "
+                             "are left out: raise --max-prompt in --exam, or shorten the files, and start anew")
+        rates = 100 * right.reshape(n_test + n_ood, n).mean(1)
         return {"test": rates[:n_test], "ood": rates[n_test:]}
 
     @cached_property

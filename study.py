@@ -4,7 +4,7 @@
     python study.py                         the same with three seeds where it matters: 90 minutes
     python study.py --dry-run               the plan: every command, its minutes and FLOPs; nothing runs
     python study.py --init Qwen/Qwen2.5-7B --data sft.jsonl --val val.jsonl --problems rl.jsonl --dev dev.jsonl \\
-        --test test.jsonl --ood aime.jsonl --nproc 8 --workers 1           the same on a real model
+        --test test.jsonl --ood aime.jsonl --nproc 8            the same on a real model
 
 It only writes down which commands to run and in which order; every arm is one call of sft.py, rl.py, evaluate.py or
 curate.py that you can type yourself. Kill it at any time and call it again: finished jobs are skipped, started ones go
@@ -67,7 +67,7 @@ class Config:
     dry_run: bool = False   # print the plan, then stop
     seeds: int = 3          # of the two main contrasts, data scale and paradigm; the other arms have one
     workers: int = 2        # jobs at once
-    nproc: int = 1          # processes a training job (torchrun)
+    nproc: int = 1          # processes a job (torchrun)
     sizes: str = "1000,102000,0"  # rows of small, middle (and easy, hard) and large; 0 = all
     sft: str = ""           # flags of every sft.py
     sft_small: str = "--batch 16 --epochs 5 --weight-decay 1e-4 --eval-every 62"  # flags of the small set's
@@ -98,7 +98,7 @@ class Config:
 def preset(given: dict) -> dict:
     """The built-in study, full or quick: lengths that let every set pass through all regimes (docs/LOG.md)."""
     if given.get("init"):
-        return {}
+        return {"workers": 1}       # two jobs would share the GPUs
     common = {"sft": "--batch 32 --micro-tokens 2048 --max-len 256 --optimizer muon --lr 2e-3 --schedule constant "
               f"--warmup 0 --log-every 100 --no-recompute {TASK}", "exam": TASK,
               "near": 0.0}  # its prompts differ in nothing but their numbers, so all are near
@@ -285,10 +285,10 @@ def start(cfg: Config, job: Job) -> subprocess.Popen:
     """Start a job's process: one thread, its output to a log, its end with ours."""
     out = Path(cfg.out)
     script, *words = [fill(word, out) for word in job.command]
-    trains = script in ("sft.py", "rl.py") and job.name != "base"
-    if trains:      # --resume also begins a run that is not there yet
+    if script in ("sft.py", "rl.py") and job.name != "base":    # --resume also begins a run that is not there yet
         words += ["--out", str(out / job.name), "--resume"]
-    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={cfg.nproc}"] if trains and cfg.nproc > 1 else []
+    several = cfg.nproc > 1 and script != "curate.py" and job.name != "base"
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cfg.nproc}"] if several else []
     (out / "logs").mkdir(exist_ok=True), (out / "exams").mkdir(exist_ok=True)
     with open(out / "logs" / f"{job.name}.txt", "a") as log:
         return subprocess.Popen([sys.executable, *launch, str(HERE / script), *words], stdout=log, stderr=log,

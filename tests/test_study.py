@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import data
 import findings
 import losses
 import report
@@ -58,15 +59,11 @@ def test_every_need_is_planned_before_it_is_needed():
 
 
 def test_a_job_needs_every_run_that_its_command_is_filled_in_from():
-    for job in study.plan(config()):
-        for word in job.command:
-            if word.startswith("@"):
-                name, which = word[1:].split(":")
-                of = {f"rl-middle-stable-{which}"} if name in ("budget", "spent") else {name}
-                before, jobs = set(job.needs), {j.name: j for j in study.plan(config())}
-                for need in job.needs:
-                    before |= set(jobs[need].needs)
-                assert of <= before, (job.name, word)
+    jobs = {job.name: job for job in study.plan(config())}
+    for job in jobs.values():
+        before = {*job.needs, *(earlier for need in job.needs for earlier in jobs[need].needs)}
+        for name, which in (word[1:].split(":") for word in job.command if word.startswith("@")):
+            assert (f"rl-middle-stable-{which}" if name in ("budget", "spent") else name) in before, (job.name, name)
 
 
 def test_own_model_takes_the_papers_settings_and_all_of_its_files(tmp_path):
@@ -95,6 +92,23 @@ def test_every_flag_is_known_to_its_script_and_agrees_with_its_built_in_preset()
 
 
 # ----------------------------------------------------------------------------------------------------------------- work
+def test_sets_are_nested_free_of_duplicates_and_of_every_evaluation_prompt(tmp_path):
+    cfg = config("--quick", "--sizes", "50,100,200", "--out", str(tmp_path))
+    study.make_sets(cfg)
+    rows = {f.stem: data.read_rows(f) for f in (tmp_path / "sets").glob("*.jsonl")}
+    assert rows["small"] == rows["middle"][:50] and rows["middle"] == rows["large"][:100] and len(rows["large"]) == 200
+    prompts = {name: {row["prompt"] for row in members} for name, members in rows.items()}
+    assert all(len(prompts[name]) == len(rows[name]) for name in rows)
+    assert not (prompts["large"] | prompts["problems"]) & (prompts["dev"] | prompts["exam"]) and not prompts["dev"] & prompts["exam"]
+    counts = json.loads((tmp_path / "sets" / "counts.json").read_text())
+    assert counts["curated"]["data"]["kept"] >= 200 and (counts["test"], counts["ood"]) == (200, 100)
+    assert all(len(row["numbers"]) == 5 for row in rows["exam"][200:]) and all(len(row["numbers"]) < 5 for row in rows["exam"][:200])
+    with pytest.raises(ValueError, match="only .* are left after dedup"):
+        files = {"data": "sets/small", "val": "data/val", "problems": "data/rl", "dev": "data/eval", "test": "data/test"}
+        argv = [word for name, file in files.items() for word in (f"--{name}", f"{tmp_path}/{file}.jsonl")]
+        study.make_sets(config("--init", "m", *argv, "--near", "0", "--sizes", "10,20,90", "--out", str(tmp_path / "own")))
+
+
 def write_run(folder, kind, points):
     """A run directory with checkpoints at each (step, flops, value); value = validation loss or pass@1."""
     key = {"val": "val_loss", "eval": "pass1"}[kind]
@@ -209,20 +223,20 @@ def test_planted_effects_get_the_verdicts_they_deserve(made):
 
 
 def test_intervals_of_no_effect_cover_zero_and_narrow_with_seeds(made):
-    data = findings.Study(made)
+    found = findings.Study(made)
     three = [f"rl-middle-stable-{seed}" for seed in range(3)]
-    one = findings.by_exam(data, "", "", [(three[:1], three[1:2])])
-    all_ = findings.by_exam(data, "", "", [(three, three)])
+    one = findings.by_exam(found, "", "", [(three[:1], three[1:2])])
+    all_ = findings.by_exam(found, "", "", [(three, three)])
     assert all_.effect == 0 and all_.low < 0 < all_.high and all_.high - all_.low < one.high - one.low
 
 
 def test_seed_noise_is_pooled_and_assumed_where_no_arm_has_seeds(made):
-    data = findings.Study(made)
-    sd, df = data.seed_noise
+    found = findings.Study(made)
+    sd, df = found.seed_noise
     assert 0.2 < sd < 3 and df == 2 * 4
-    data.exams = {name: rates for name, rates in data.exams.items() if name.endswith("-0")}
-    del data.__dict__["seed_noise"]
-    assert data.seed_noise == (findings.SEED_SD, 0)
+    found.exams = {name: rates for name, rates in found.exams.items() if name.endswith("-0")}
+    del found.__dict__["seed_noise"]
+    assert found.seed_noise == (findings.SEED_SD, 0)
 
 
 @pytest.mark.parametrize("low, high, says", [(.1, 5, "holds"), (-3, .9, "does not hold"), (-1, 2, "cannot tell")])
