@@ -38,7 +38,7 @@ def main(args) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
     torch.set_num_threads(args.threads)
     with open(args.work) as file:
@@ -55,6 +55,8 @@ def main(args) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="sdpa")
     model.generation_config.eos_token_id = None
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{args.model}/tokenizer.json", eos_token="<eos>",
+                                        pad_token="<eos>")   # AutoTokenizer would take the family's own, and its regex
     settings = GRPOConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=args.micro,
         gradient_accumulation_steps=n_rows // args.micro, num_generations=args.group, num_iterations=1, beta=0.0,
@@ -64,7 +66,7 @@ def main(args) -> None:
         save_strategy="no", logging_steps=1, disable_tqdm=True, seed=0)
     trainer = GRPOTrainer(model=model, reward_funcs=share_of_even, args=settings, callbacks=[Marks()],
                           train_dataset=Dataset.from_dict({"prompt": work["prompts"]}),
-                          processing_class=AutoTokenizer.from_pretrained(args.model))
+                          processing_class=tokenizer)
     sample = trainer._generate_single_turn   # the one place where TRL samples: no public name for it
 
     def timed(*rest, **named):

@@ -61,7 +61,7 @@ def plain_loop(model, work: dict, args) -> dict:
 def with_trl(model, work: dict, args) -> dict:
     """SFTTrainer over tokenized rows; tokens are counted in the batches that reach the model."""
     from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import SFTConfig, SFTTrainer
     marks, count, packing = [], {"tokens": 0, "slots": 0}, args.mode == "pack"
     per_step, n_steps = work["per_step"], len(work["rows"]) // work["per_step"]
@@ -79,7 +79,8 @@ def with_trl(model, work: dict, args) -> dict:
         packing=packing, max_length=work["seq"], gradient_checkpointing=args.checkpointing, bf16=args.dtype == "bf16",
         use_cpu=model.device.type == "cpu", report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True,
         seed=0, dataset_kwargs={"skip_prepare_dataset": not packing})
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{args.model}/tokenizer.json", eos_token="<eos>",
+                                        pad_token="<eos>")   # AutoTokenizer would take the family's own, and its regex
     trainer = SFTTrainer(model=model, args=settings, train_dataset=Dataset.from_dict({"input_ids": work["rows"]}),
                          processing_class=tokenizer, callbacks=[Marks()])
     compute_loss = trainer.compute_loss
