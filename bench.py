@@ -406,15 +406,6 @@ def write_work(cfg: Training, folder: Path, vocab: int) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def padding(cfg: Sft, rows: list[list[int]]) -> float:
-    """Share of our micro-batches' tokens that are padding."""
-    slots = 0
-    for step in range(cfg.steps + 1):
-        lengths = [len(rows[i]) for i in data.plan(len(rows), cfg.seed, step * cfg.rows, cfg.rows)]
-        slots += sum(len(part) * max(lengths[i] for i in part) for part in data.cut(lengths, cfg.micro_tokens))
-    return 1 - sum(map(len, rows)) / slots
-
-
 def bench_training(cfg: Training) -> None:
     """All sides in turn, round after round; medians, and TRL at the better of its modes."""
     name, runs = type(cfg).__name__.lower(), {}
@@ -439,7 +430,10 @@ def bench_training(cfg: Training) -> None:
     result = middle.pop("ours")
     result |= {"mfu": result.pop("flops") / result["seconds"] / peak, "matmul_gflops": peak / 1e9}
     if name == "sft":
-        result["padding"] = padding(cfg, sft_rows(cfg, vocab))
+        lengths = [len(row) for row in sft_rows(cfg, vocab)]
+        steps = [data.plan(len(lengths), cfg.seed, first, cfg.rows) for first in range(0, len(lengths), cfg.rows)]
+        result["padding"] = statistics.mean(data.padding([lengths[i] for i in step], cfg.micro_tokens)
+                                            for step in steps)   # %
     for rival, modes in (("trl", middle.keys() - {"loop"}), ("loop", middle.keys() & {"loop"})):
         if modes:
             best = max(modes, key=lambda side: middle[side]["tokens_per_s"])

@@ -63,7 +63,7 @@ def test_a_training_run_counts_the_tokens_after_its_first_step(capsys):
     bench.bench_training(cfg)
     found, lengths = json.loads(capsys.readouterr().out.splitlines()[-1]), [len(row) for row in bench.sft_rows(cfg, 160)]
     assert found["tokens"] == sum(lengths[i] for i in data.plan(8, cfg.seed, 4, 4))
-    assert 0 < found["mfu"] < 1 and found["peak_mb"] > 100 and 0 <= found["padding"] < 0.5
+    assert 0 < found["mfu"] < 1 and found["peak_mb"] > 100 and 0 <= found["padding"] < 20
     assert found["seconds"] >= found["train_s"] + found["update_s"] > 0
 
 
