@@ -83,7 +83,7 @@ class Config:
         if self.seeds < 1 or self.workers < 1 or self.nproc < 1:
             raise ValueError(f"--seeds {self.seeds} --workers {self.workers} --nproc {self.nproc}: each at least 1")
         if self.quick and self.init:
-            raise ValueError("--quick shortens the built-in study; with --init give shorter --sizes, --sft-... and --rl")
+            raise ValueError("--quick shortens the built-in study; with --init give smaller --sizes and steps")
         needed = ("data", "val", "problems", "dev", "test")
         missing = [f"--{name}" for name in needed if self.init and not getattr(self, name)]
         if missing or (not self.init and any(getattr(self, name) for name in needed)):
