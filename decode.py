@@ -188,7 +188,10 @@ class Decoder:
         return self._norm(x, self.final_norm)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return weight * F.rms_norm(x, x.shape[-1:], eps=self.config.rms_norm_eps)   # rounded as RMSNorm does
+        eps = self.config.rms_norm_eps
+        if weight.ndim == 1:
+            return F.rms_norm(x, x.shape[-1:], weight, eps)
+        return (weight.float() * F.rms_norm(x.float(), x.shape[-1:], eps=eps)).to(x.dtype)   # rounded once, as there
 
 
 def _check(cache: Cache, rows: int, top: int) -> None:

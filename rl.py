@@ -83,6 +83,8 @@ class Config:
     offload: bool = False       # several GPUs: weights and optimizer state wait in the CPU's memory
     gpus: int = 0               # of --dry-run: show the memory for so many; 0 = the processes there are
     options: dict = field(default_factory=dict)
+    refused = dict.fromkeys(("--top-p", "--top-k"), "the trainer's log-probs are those of the full distribution, so "
+                            "training has to sample from it; evaluate.py has this flag")
 
     def __post_init__(self):
         for name, value in SETTINGS[self.algo].items():

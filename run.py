@@ -46,18 +46,28 @@ os.umask(UMASK)
 
 
 # --------------------------------------------------------------------------------------------------------- command line
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message}; --help lists the flags")  # argparse would print two screens of usage above it
+
+
 def parse(Config, argv: list[str] | None = None, preset=None, options=None):
     """A dataclass as command line: `save_every: int = 0  # text` becomes `--save-every INT  text`; bool: --x, --no-x.
 
     preset(given: dict) -> dict of values that replace defaults (never what the user typed); used for the built-in task.
     options: a second dataclass whose fields are flags too; those that were typed go into Config.options as a dict.
+    Config.refused: {"--flag": why it does not exist}, for flags that users of other trainers will try.
     """
-    parser = argparse.ArgumentParser(description=inspect.getdoc(sys.modules[Config.__module__]), allow_abbrev=False,
+    parser = Parser(description=inspect.getdoc(sys.modules[Config.__module__]), allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_flags(parser, Config)
     if options:
         _add_flags(parser.add_argument_group("options of the objective (losses.py; the default is --algo's)"), options)
-    given = vars(parser.parse_args(argv))
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        why = getattr(Config, "refused", {}).get(unknown[0], "--help lists the flags there are")
+        raise ValueError(f"{unknown[0]}: no such flag; {why}")
+    given = vars(known)
     extra = {f.name: given.pop(f.name) for f in dataclasses.fields(options) if f.name in given} if options else {}
     values = preset(given) if preset else {}  # may take a flag out of `given` that it has understood
     values |= given

@@ -63,6 +63,7 @@ CASES = {
     "used out": ("sft", lambda m: (m / "out").mkdir() or lines(m / "out", "x", "x"), "", "--overwrite"),
     "batch does not divide": ("rl", None, "--prompts 64 --update-prompts 24", "--update-prompts 16 or 32"),
     "init is nothing": ("rl", None, "--init nowhere", "nowhere: no such folder"),
+    "top-p in training": ("rl", None, "--top-p 0.9", "full distribution"),
     "wrong option": ("rl", None, "--agg median", "median"),
     "no demonstrations": ("rl", lambda m: lines(m, "a.jsonl", '{"prompt": "x", "answer": "1"}\n'), "--algo luffy --data M/a.jsonl", "response"),
 }
