@@ -247,6 +247,7 @@ class Training:
 @dataclass
 class Sft(Training):
     rows: int = 24              # rows an optimizer step
+    micro_tokens: int = 512     # tokens a micro-batch of ours, padding included
     longest: int = 256          # tokens of the longest row; lengths are 32 + geometric of mean longest / 4, cut there
     fixed: bool = False         # all rows have the longest's length
 
