@@ -37,7 +37,7 @@ def test_a_run_ends_in_json_with_what_it_measured(tmp_path, capsys):
 @pytest.mark.parametrize("arguments, message", [
     (["sampler"], "error: sampler to measure; give one of: rollout, sft, rl"),
     (["rollout", "--batches", "8,x"], "error: --batches 8,x: give numbers"),
-    (["sft", "--model", "tiny", "--repeats", "1", "--flags=--nonsense"], "unrecognized arguments: --nonsense"),
+    (["sft", "--model", "tiny", "--repeats", "1", "--flags=--nonsense"], "error: --nonsense: no such flag"),
     (["rollout", "--model", "nowhere"], "error: --model nowhere: neither a shape"),
     (["rollout", "--peer", "--model", "tiny", "--peer-python", "/nowhere/python"], "--peer-python /nowhere/python")])
 def test_mistakes_are_one_line(arguments, message, monkeypatch, capsys):
