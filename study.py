@@ -290,7 +290,8 @@ def start(cfg: Config, job: Job) -> subprocess.Popen:
     if script in ("sft.py", "rl.py") and job.name != "base":    # --resume also begins a run that is not there yet
         words += ["--out", str(out / job.name), "--resume"]
     several = cfg.nproc > 1 and script != "curate.py" and job.name != "base"
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cfg.nproc}"] if several else []
+    # torchrun would read a script's --n as a short form of its own flags; nothing after -- is its own
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cfg.nproc}", "--"] if several else []
     (out / "logs").mkdir(exist_ok=True), (out / "exams").mkdir(exist_ok=True)
     with open(out / "logs" / f"{job.name}.txt", "a") as log:
         return subprocess.Popen([sys.executable, *launch, str(HERE / script), *words], stdout=log, stderr=log,
