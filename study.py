@@ -323,13 +323,14 @@ def work(cfg: Config, jobs: list[Job], done: dict[str, dict]) -> None:
     out, running, began = Path(cfg.out), {}, time.monotonic()
     try:
         while len(done) < len(jobs):
-            busy = {job.name for job, _ in running.values()}
+            busy = {job.name for job, _, _ in running.values()}
             ready = [j for j in jobs if j.name not in done and j.name not in busy and all(n in done for n in j.needs)]
             for job in ready[:cfg.workers - len(running)]:
                 child = start(cfg, job)
-                running[child.pid] = job, time.monotonic()
+                running[child.pid] = job, time.monotonic(), child   # a dropped Popen is reaped behind our back
             pid, status, used = os.wait4(-1, 0)         # not Popen.wait: this one tells the CPU time of the child
-            job, since = running.pop(pid)
+            job, since, child = running.pop(pid)
+            child.returncode = status
             said = (out / "logs" / f"{job.name}.txt").read_text().strip().splitlines() or [""]
             if status or said[-1].startswith("stopped"):    # a signal makes a training job save and end well
                 raise ValueError(f"{job.name} did not finish; see {out}/logs/{job.name}.txt, which ends: {said[-1]}")
@@ -339,10 +340,10 @@ def work(cfg: Config, jobs: list[Job], done: dict[str, dict]) -> None:
             print(f"[{len(done)}/{len(jobs)}] {job.name:26} {done[job.name]['cpu_s'] / 60:5.1f} core min "
                   f"(planned {job.minutes:.1f})  {eta(cfg, jobs, done)}", flush=True)
     finally:
-        for pid in running:
-            os.kill(pid, signal.SIGTERM)                # training jobs finish their step and save
-        for _ in running:
-            os.wait4(-1, 0)
+        for _, _, child in running.values():
+            child.terminate()                           # training jobs finish their step and save
+        for _, _, child in running.values():
+            child.wait()
         (out / "wall.txt").open("a").write(f"{time.monotonic() - began:.0f}\n")
 
 

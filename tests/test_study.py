@@ -168,6 +168,14 @@ def test_a_study_killed_outright_goes_on_where_it_was_and_never_beside_its_own_r
     assert float(json.loads((tmp_path / "done" / "b.json").read_text())["cpu_s"]) > 0
 
 
+def test_jobs_that_end_together_are_all_noticed(tmp_path):
+    code = JOBS.format(root=str(ROOT), out=str(tmp_path), bad="20")
+    code = code.replace('make("b", 20000, "a"), make("c", 20, "b"), make("bad", "20", "c")', '*(make(f"n{i}", 20) for i in range(6))')
+    code = code.replace('["--out", str(out)]', '["--out", str(out), "--workers", "4"]')
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "all done" in done.stdout and len(list((tmp_path / "done").glob("*.json"))) == 7, done.stdout + done.stderr
+
+
 def test_a_job_that_fails_stops_the_study_and_names_its_log(tmp_path):
     child = drive(tmp_path, bad="-1")
     said = child.communicate(timeout=60)[0]
