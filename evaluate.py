@@ -3,6 +3,8 @@
     python evaluate.py --init runs/rl                                        the built-in test problems
     python evaluate.py --init DIR --data test.jsonl --n 4 --temperature 0.7 --out eval.jsonl
 
+    torchrun --nproc_per_node=8 -- evaluate.py --init DIR --n 4    several GPUs; without the -- torchrun takes --n for its own
+
 Choices: 1) pass@1 = the mean over problems of the share of right answers among n samples; its standard error is over
 problems. 2) pass@k is Chen et al.'s unbiased estimate, 1 - C(n-c, k) / C(n, k) for c right of n. 3) The strict verdict
 counts; the lenient one is printed beside it. 4) An answer that ran into --max-new without EOS counts as verified, as a
