@@ -3,7 +3,7 @@
     python evaluate.py --init runs/rl                                        the built-in test problems
     python evaluate.py --init DIR --data test.jsonl --n 4 --temperature 0.7 --out eval.jsonl
 
-    torchrun --nproc_per_node=8 -- evaluate.py --init DIR --n 4    several GPUs; without the -- torchrun takes --n for its own
+    torchrun --nproc_per_node=8 -- evaluate.py --init DIR --n 4       several GPUs; without -- torchrun takes the --n
 
 Choices: 1) pass@1 = the mean over problems of the share of right answers among n samples; its standard error is over
 problems. 2) pass@k is Chen et al.'s unbiased estimate, 1 - C(n-c, k) / C(n, k) for c right of n. 3) The strict verdict
@@ -143,8 +143,9 @@ def show_memory(cfg, folder: Path, device, optimizer: str, micro_batches: int, s
     if cfg.dry_run:
         print(f"memory of each of {world} processes:\n{memory.report(parts, there)}")
         return
-    sizes = ", ".join(f"{part.name} {part.bytes / 1e9:.2f}" for part in parts)
-    print(f"memory in GB: {sizes}; peak {memory.peak(parts) / 1e9:.2f} of {there / 1e9:.1f}", flush=True)
+    sizes = ", ".join(f"{part.name} {memory.text(part.bytes)}" for part in parts)
+    print(f"memory of a process, estimated: {sizes}; at most {memory.text(memory.peak(parts))} of {memory.text(there)}",
+          flush=True)
 
 
 def pick_checkpoint(run_dir: Path) -> tuple[Path, str]:

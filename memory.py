@@ -122,14 +122,19 @@ def peak(parts: list[Part]) -> float:
     return always + max(update, rollout)
 
 
+def text(n: float) -> str:
+    """A number of bytes for people."""
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
+
+
 def report(parts: list[Part], capacity: float | None = None) -> str:
     """The table as text, with the peak and, beside a device's capacity in bytes, whether it fits: 10% are left to what
     is not counted."""
     width = max(len(part.name) for part in parts) + 2
-    lines = [f"  {part.name:{width}}{part.bytes / 1e9:9.2f} GB" + ("" if part.phase == "always" else f"  {part.phase}")
+    lines = [f"  {part.name:{width}}{text(part.bytes):>12}" + ("" if part.phase == "always" else f"  {part.phase}")
              for part in parts]
-    n, text = peak(parts), f"  {'peak of a process':{width}}{peak(parts) / 1e9:9.2f} GB"
+    n, last = peak(parts), f"  {'peak of a process':{width}}{text(peak(parts)):>12}"
     if capacity:
         fits = "fits in" if n <= 0.9 * capacity else "hardly fits in" if n <= capacity else "DOES NOT FIT in"
-        text += f"  {fits} {capacity / 1e9:.0f} GB"
-    return "\n".join([*lines, text])
+        last += f"  {fits} {capacity / 1e9:.0f} GB"
+    return "\n".join([*lines, last])

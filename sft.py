@@ -85,7 +85,7 @@ def preset(given: dict) -> dict:
     if folder is None:
         return {}
     return {"data": f"{folder}/train.jsonl", "val": f"{folder}/val.jsonl", "problems": f"{folder}/eval.jsonl",
-            "steps": 1000, "batch": 32, "micro_tokens": 2048, "max_len": 256, "max_new": 128, "optimizer": "muon",
+            "steps": 1000, "batch": 32, "micro_tokens": 4096, "max_len": 256, "max_new": 128, "optimizer": "muon",
             "lr": 2e-3, "schedule": "constant", "warmup": 0.0, "eval_every": 100, "log_every": 25,
             "recompute": False}
 

@@ -101,7 +101,7 @@ def preset(given: dict) -> dict:
     """The built-in study, full or quick: lengths that let every set pass through all regimes (docs/LOG.md)."""
     if given.get("init"):
         return {"workers": 1}       # two jobs would share the GPUs
-    common = {"sft": "--batch 32 --micro-tokens 2048 --max-len 256 --optimizer muon --lr 2e-3 --schedule constant "
+    common = {"sft": "--batch 32 --micro-tokens 4096 --max-len 256 --optimizer muon --lr 2e-3 --schedule constant "
               f"--warmup 0 --log-every 100 --no-recompute {TASK}", "exam": TASK,
               "near": 0.0}  # its prompts differ in nothing but their numbers, so all are near
     rl = ("--temperature 1 --max-prompt 64 --micro-tokens 4096 --lr 1e-4 --steps 1000 --eval-n 2 --keep 1 "
