@@ -90,8 +90,8 @@ class Study:
         right = np.array([json.loads(line)["correct"] for line in path.read_text().splitlines()], float)
         n_test, n_ood, n = self.counts["test"], self.counts["ood"], self.about["exam_n"]
         if len(right) != (n_test + n_ood) * n:
-            raise ValueError(f"{path}: {len(right)} samples, not {n_test + n_ood} problems x {n}; those that are too long "
-                             "are left out: raise --max-prompt in --exam, or shorten the files, and start anew")
+            raise ValueError(f"{path}: {len(right)} samples, not {n_test + n_ood} problems x {n}; those that are too "
+                             "long are left out: raise --max-prompt in --exam, or shorten the files, and start anew")
         rates = 100 * right.reshape(n_test + n_ood, n).mean(1)
         return {"test": rates[:n_test], "ood": rates[n_test:]}
 

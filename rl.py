@@ -401,8 +401,8 @@ def main(cfg: Config) -> None:
     pool, val = load_problems(cfg, tokenizer)
     differs = {k: v for k, v in vars(objective).items() if v != vars(losses.OBJECTIVES["grpo"])[k]}
     print(f"{cfg.algo} on {ranks.world()} x {device}: {cfg.steps} steps x {cfg.prompts} prompts x {cfg.group} "
-          f"responses, {cfg.prompts // cfg.update_prompts} updates a step, temperature {cfg.temperature}, lr {cfg.lr:g}; "
-          f"GRPO with {', '.join(f'{k}={v}' for k, v in differs.items()) or 'its defaults'}", flush=True)
+          f"responses, {cfg.prompts // cfg.update_prompts} updates a step, temperature {cfg.temperature}, "
+          f"lr {cfg.lr:g}; GRPO with {', '.join(f'{k}={v}' for k, v in differs.items()) or 'its defaults'}", flush=True)
     longest = max(len(problem.prompt) for problem in pool) + cfg.max_new
     evaluate.show_memory(cfg, folder, device, "adamw", 2, longest, bool(objective.kl_coef))
     if cfg.dry_run:
