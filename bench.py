@@ -168,6 +168,12 @@ def run_once(cfg: Rollout, side: str, batch: int, work: Path) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def middle_of(results: list[dict]) -> dict:
+    """The median of each number over rounds; what is no number is the same in all."""
+    return {key: statistics.median(r[key] for r in results) if isinstance(value, (int, float)) else value
+            for key, value in results[0].items()}
+
+
 def compare(cfg: Rollout, say) -> dict:
     """All sides at all batch sizes, interleaved; medians over rounds, each side at its best batch."""
     sides = ["ours", "static", "continuous"] if cfg.peer else ["ours"]
@@ -189,7 +195,7 @@ def compare(cfg: Rollout, say) -> dict:
                         f"tokens/CPU-s  {result['peak_mb']:6.0f} MB")
     best = {}
     for (side, batch), results in runs.items():
-        middle = {key: statistics.median(r[key] for r in results) for key in results[0]}
+        middle = middle_of(results)
         for rate, cost in (("tokens_per_s", "seconds"), ("tokens_per_cpu_s", "cpu_seconds")):
             middle[rate] = middle["tokens"] / middle[cost]
         if side not in best or middle["tokens_per_s"] > best[side]["tokens_per_s"]:
@@ -426,8 +432,7 @@ def bench_training(cfg: Training) -> None:
                 if not cfg.json:
                     print(f"round {n + 1}  {side:7s} {found['tokens_per_s']:8.1f} tokens/s  "
                           f"{found['tokens_per_cpu_s']:8.1f} tokens/CPU-s  {found['peak_mb']:6.0f} MB", flush=True)
-    middle = {side: {key: statistics.median(found[key] for found in results) for key in results[0]}
-              for side, results in runs.items()}
+    middle = {side: middle_of(results) for side, results in runs.items()}
     result = middle.pop("ours")
     result |= {"mfu": result.pop("flops") / result["seconds"] / peak, "matmul_gflops": peak / 1e9}
     if name == "sft":
