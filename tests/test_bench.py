@@ -24,7 +24,7 @@ def test_workload_depends_on_the_configuration_alone_and_its_lengths_are_geometr
 
 def test_a_run_ends_in_json_with_what_it_measured(tmp_path, capsys):
     bench.make_folder(bench.Rollout(model="tiny"), tmp_path)
-    cfg = bench.Rollout(model=str(tmp_path), batches="4", repeats=1, prompts=2, group=4, mean_new=6, max_new=12)
+    cfg = bench.Rollout(model=str(tmp_path), batches="4", repeats=2, prompts=2, group=4, mean_new=6, max_new=12)
     bench.bench_rollout(cfg)
     *_, line, last = capsys.readouterr().out.splitlines()
     found = json.loads(last)
