@@ -342,8 +342,3 @@ def update_loss(objective: Objective, logp: Tensor, entropy: Tensor | None, rows
     if objective.entropy_coef:
         loss = loss - objective.entropy_coef * aggregate(entropy, rows.mask, w_entropy)
     return loss
-
-
-def sft_loss(logp: Tensor) -> Tensor:
-    """SFT's loss of each token, any shape. differs: equation 10 sums over a response, our aggregator is token-mean."""
-    return -logp

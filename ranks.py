@@ -18,7 +18,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -114,13 +113,6 @@ def from_first(make: Callable):
     if message:
         raise failure or ValueError(message)
     return value
-
-
-def together(errors: str) -> None:
-    """Raise OSError on all processes if any of them comes with an error ('' = none)."""
-    found = [error for error in gather(errors) if error]
-    if found:
-        raise OSError(found[0])
 
 
 # ------------------------------------------------------------------------------------------------------------- sharding

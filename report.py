@@ -11,13 +11,12 @@ import argparse
 import json
 import math
 import sys
-from pathlib import Path
 
 import numpy as np
 
 import figures
 import findings
-from findings import MARGIN_R, MIXED, SETS, Study, by_exam, loss_and_ceiling, read_run
+from findings import MARGIN_R, MIXED, SETS, Study, loss_and_ceiling, read_run
 
 THEIRS = {"small": "S1K", "easy": "Easy102K", "middle": "Uniform102K", "hard": "Hard102K", "large": "SFT889K"}
 COLOURS = {"small": "#9e9ac8", "easy": "#74c476", "middle": "#3182bd", "hard": "#e6550d", "large": "#252525",

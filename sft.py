@@ -146,7 +146,9 @@ def show_example(example, tokenizer) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------- maths
 def batch_loss(net, batch, denominator: int, device) -> torch.Tensor:
-    """Scalar: minus the summed log-prob of the response tokens of a micro-batch, over `denominator` (nats a token)."""
+    """Scalar: minus the summed log-prob of the response tokens of a micro-batch, over `denominator` (nats a token).
+
+    # differs: equation 10 of the paper sums over a response; ours is a mean over all tokens of the step."""
     ids, mask = batch                                      # (B, T), (B, T)
     return -model_file.response_logp_sum(net, ids.to(device, non_blocking=True), mask) / denominator
 
