@@ -137,30 +137,42 @@ def flag(words: str, name: str, default: float) -> float:
     return float(words[words.index(name) + 1]) if name in words else default
 
 
-def plan(cfg: Config) -> list[Job]:
-    """Every job of the study; of those that are ready, the first in the list starts first."""
-    out, sets, jobs = Path(cfg.out), Path(cfg.out) / "sets", []
-    base, before = (cfg.init, ()) if cfg.init else (BASE, ("base",))
-    n_dev, n_exam = (200, 300) if cfg.quick else (400, 750)     # rows of the built-in dev and exam sets
+class Plan:
+    """The jobs of a study in order, and how each kind of command is written. Costs are those of the built-in task."""
 
-    def add(name, script, flags, *words, needs=(), seconds=START, flops=0.0):
-        known = not cfg.init                                    # costs are measured for the built-in task only
-        jobs.append(Job(name, [script, *shlex.split(flags), *words], tuple(needs), known * seconds / 60, known * flops))
+    def __init__(self, cfg: Config):
+        self.cfg, self.jobs, self.out, self.sets = cfg, [], Path(cfg.out), Path(cfg.out) / "sets"
+        self.base, self.before = (cfg.init, ()) if cfg.init else (BASE, ("base",))
+        self.n_dev, self.n_exam = (200, 300) if cfg.quick else (400, 750)      # rows of the built-in dev and exam sets
 
-    def sft(name, seed):
-        extra = getattr(cfg, f"sft_{name}", cfg.sft_middle)
+    def add(self, name, script, flags, *words, needs=(), seconds=START, flops=0.0):
+        known = not self.cfg.init
+        self.jobs.append(Job(name, [script, *shlex.split(flags), *words], tuple(needs), known * seconds / 60,
+                             known * flops))
+
+    def exam(self, name, init, needs):
+        """A final evaluation."""
+        self.add(f"exam-{name}", "evaluate.py", self.cfg.exam, "--n", str(self.cfg.exam_n), "--init", init, "--data",
+                 f"{self.sets}/exam.jsonl", "--out", f"{self.out}/exams/{name}.jsonl", needs=needs,
+                 seconds=START + SAMPLE * self.n_exam * self.cfg.exam_n)
+
+    def sft(self, name, seed):
+        """SFT of one set from the base model, then the final evaluation of its Stable checkpoint."""
+        cfg, extra = self.cfg, getattr(self.cfg, f"sft_{name}", self.cfg.sft_middle)
         steps, every = flag(extra, "--steps", 0), flag(extra, "--eval-every", 360)
-        add(f"sft-{name}-{seed}", "sft.py", f"{cfg.sft} {extra}", "--init", base, "--data", f"{sets}/{name}.jsonl",
-            "--val", cfg.val or f"{out}/data/val.jsonl", "--problems", f"{sets}/dev.jsonl", "--seed", str(seed),
-            needs=before if name not in ("easy", "hard") else ("difficulty",), flops=steps * SFT_FLOPS,
-            seconds=START + steps * SFT_STEP + (steps / every + 1) * (VALIDATE - 1.5 + SAMPLE * n_dev))
-        exam(f"sft-{name}-{seed}", f"@sft-{name}-{seed}:stable", (f"sft-{name}-{seed}",))
+        self.add(f"sft-{name}-{seed}", "sft.py", f"{cfg.sft} {extra}", "--init", self.base,
+                 "--data", f"{self.sets}/{name}.jsonl", "--val", cfg.val or f"{self.out}/data/val.jsonl",
+                 "--problems", f"{self.sets}/dev.jsonl", "--seed", str(seed), flops=steps * SFT_FLOPS,
+                 needs=self.before if name not in ("easy", "hard") else ("difficulty",),
+                 seconds=START + steps * SFT_STEP + (steps / every + 1) * (VALIDATE - 1.5 + SAMPLE * self.n_dev))
+        self.exam(f"sft-{name}-{seed}", f"@sft-{name}-{seed}:stable", (f"sft-{name}-{seed}",))
 
-    def rl(name, start, algo, seed, budget, needs):
-        plain = algo == "dapo"
-        flops = cfg.rl_flops * (1 if name.startswith(("rl", "then")) else 2.1)     # SFT to Stable costs about as much
+    def rl(self, name, start, algo, seed, budget, needs):
+        """RL of one method from a checkpoint, then the final evaluation of the checkpoint that is best on dev."""
+        cfg, plain, from_base = self.cfg, algo == "dapo", name.startswith("base")
+        flops = cfg.rl_flops * (2.1 if from_base else 1)        # SFT to Stable costs about as much
         limit = ["--max-flops", budget] if budget else []
-        every, from_base = flag(cfg.rl, "--eval-every", 20), name.startswith("base")
+        every = flag(cfg.rl, "--eval-every", 20)
         # FLOPs of a round: without SFT answers are short, and a run of the same compute has three times the rounds
         a_round = (8e10 if from_base else 1.9e11 if algo in MIXED else 2.7e11) * flag(cfg.rl, "--prompts", 64) / 64
         rounds = flops / a_round
@@ -168,51 +180,51 @@ def plan(cfg: Config) -> list[Job]:
             every, limit = 3 * every, [*limit, "--eval-every", f"{3 * every:g}"]
         if algo == "prefix_rft" and flops:      # its prefix shrinks over --steps: they must be those it will take
             limit += ["--steps", str(math.ceil(1.1 * rounds))]
-        add(name, "rl.py", cfg.rl, "--init", start, "--algo", algo, "--seed", str(seed), "--data",
-            f"{sets}/{'problems' if plain else 'middle'}.jsonl", "--val", f"{sets}/dev.jsonl", *limit, needs=needs,
-            flops=flops, seconds=START + flops / RL_SECOND + (rounds / every + 2) * 2 * SAMPLE * n_dev)
-        exam(name, f"@{name}:best", (name,))
+        self.add(name, "rl.py", cfg.rl, "--init", start, "--algo", algo, "--seed", str(seed), "--data",
+                 f"{self.sets}/{'problems' if plain else 'middle'}.jsonl", "--val", f"{self.sets}/dev.jsonl", *limit,
+                 needs=needs, flops=flops,
+                 seconds=START + flops / RL_SECOND + (rounds / every + 2) * 2 * SAMPLE * self.n_dev)
+        self.exam(name, f"@{name}:best", (name,))
 
-    def exam(name, init, needs):
-        add(f"exam-{name}", "evaluate.py", cfg.exam, "--n", str(cfg.exam_n), "--init", init, "--data",
-            f"{sets}/exam.jsonl", "--out", f"{out}/exams/{name}.jsonl", needs=needs,
-            seconds=START + SAMPLE * n_exam * cfg.exam_n)
+    def from_sft(self, name, start, seed):
+        """Plain RL from one starting point of an SFT run."""
+        self.rl(f"rl-{name}-{start}-{seed}", f"@sft-{name}-{seed}:{start}", "dapo", seed,
+                f"{self.cfg.rl_flops:g}" if self.cfg.rl_flops else "", (f"sft-{name}-{seed}",))
 
-    def from_sft(name, start, seed):
-        rl(f"rl-{name}-{start}-{seed}", f"@sft-{name}-{seed}:{start}", "dapo", seed,
-           f"{cfg.rl_flops:g}" if cfg.rl_flops else "", (f"sft-{name}-{seed}",))
 
-    if before:
-        add("base", "sft.py", "--dry-run", "--out", f"{out}/none", seconds=140)
-    exam("base", base, before)
+def plan(cfg: Config) -> list[Job]:
+    """Every job of the study; of those that are ready, the first in the list starts first."""
+    p, sizes = Plan(cfg), cfg.sizes.split(",")
+    if not cfg.init:
+        p.add("base", "sft.py", "--dry-run", "--out", f"{p.out}/none", seconds=140)
+    p.exam("base", p.base, p.before)
     # first what most waits for: the weak model, its attempts, and the sets they define
-    sft("middle", 0)
-    from_sft("middle", "stable", 0)
-    n_pool = int(cfg.sizes.split(",")[2])
-    add("attempts", "evaluate.py", cfg.exam, "--n", "4", "--init", "@rl-middle-stable-0:best", "--data",
-        f"{sets}/large.jsonl", "--out", f"{out}/attempts.jsonl", needs=["rl-middle-stable-0"],
-        seconds=START + 4 * SAMPLE * n_pool)
-    add("difficulty", "curate.py", f"--in {sets}/large.jsonl --attempts {out}/attempts.jsonl --out {sets} "
-        f"--size {cfg.sizes.split(',')[1]}", needs=["attempts"])
+    p.sft("middle", 0)
+    p.from_sft("middle", "stable", 0)
+    p.add("attempts", "evaluate.py", cfg.exam, "--n", "4", "--init", "@rl-middle-stable-0:best", "--data",
+          f"{p.sets}/large.jsonl", "--out", f"{p.out}/attempts.jsonl", needs=["rl-middle-stable-0"],
+          seconds=START + 4 * SAMPLE * int(sizes[2]))
+    p.add("difficulty", "curate.py", f"--in {p.sets}/large.jsonl --attempts {p.out}/attempts.jsonl --out {p.sets} "
+          f"--size {sizes[1]}", needs=["attempts"])
     for seed in range(cfg.seeds):
         for name in ("large", "middle", "small"):
             if (name, seed) != ("middle", 0):
-                sft(name, seed)
-                from_sft(name, "stable", seed)
+                p.sft(name, seed)
+                p.from_sft(name, "stable", seed)
     for name in ("easy", "hard"):
-        sft(name, 0)
-        from_sft(name, "stable", 0)
+        p.sft(name, 0)
+        p.from_sft(name, "stable", 0)
     for seed in range(cfg.seeds):
         matched = (f"sft-middle-{seed}", f"rl-middle-stable-{seed}")
-        exam(f"pure-middle-{seed}", f"@sft-middle-{seed}:matched", matched)    # SFT alone, within the same compute
+        p.exam(f"pure-middle-{seed}", f"@sft-middle-{seed}:matched", matched)   # SFT alone, within the same compute
         for algo in ("dapo", *MIXED) if seed == 0 else ("dapo", "luffy"):
-            rl(f"base-{algo}-{seed}", base, algo, seed, f"@budget:{seed}", matched)
+            p.rl(f"base-{algo}-{seed}", p.base, algo, seed, f"@budget:{seed}", matched)
     for algo in MIXED:
-        rl(f"then-{algo}-0", "@sft-middle-0:stable", algo, 0, "@spent:0", ("rl-middle-stable-0",))
+        p.rl(f"then-{algo}-0", "@sft-middle-0:stable", algo, 0, "@spent:0", ("rl-middle-stable-0",))
     for name in ("small", "middle", "large", "easy", "hard"):
         for start in ("adaptive", "late"):
-            from_sft(name, start, 0)
-    return jobs
+            p.from_sft(name, start, 0)
+    return p.jobs
 
 
 def show_plan(cfg: Config, jobs: list[Job], done: set[str]) -> None:
