@@ -13,6 +13,8 @@ The rules, fixed on 2026-11-23 before any result of the study was seen:
  5) A ceiling is a posterior (ceiling.py), and its draws enter the effect; one that is not identified has wide draws,
     which leads to "cannot tell" by itself. A collapsed run or one with too few points has none, and is left out and
     counted.
+ 6) Added once the first arms were seen to solve none of the harder problems: where neither arm reaches 1 point, neither
+    can lie 1 point above the other: cannot tell, whatever the seeds' noise says.
 Performance in points (0..100), compute in FLOPs from the start of the stage. P problems. Needs numpy."""
 from __future__ import annotations
 
@@ -54,7 +56,8 @@ def start_step(run_dir, which: str, most_flops: float = math.inf) -> int:
     if which == "late":
         return found.steps[-1]
     first = next(step for step, regime in zip(found.steps, found.regimes) if regime == "stable")
-    return min((step for step in found.steps if 0 < step), key=lambda step: abs(step - first / 2))
+    saved = [step for step in found.steps if step and (curve.saved is None or step in curve.saved)]
+    return min(saved, key=lambda step: abs(step - first / 2))
 
 
 class Start(NamedTuple):
@@ -140,13 +143,14 @@ class Study:
         draws = rates[rng.integers(len(rates), size=(DRAWS, len(rates)))].mean(1) + noise(self, [(names, [])], rng)
         return float(rates.mean()), *interval(draws)
 
-    def draws(self, name: str) -> np.ndarray | None:
-        """DRAWS draws of a run's A_post, in an order of its own (fits share a seed); None without a posterior."""
+    def draws(self, name: str, gain: bool = False) -> np.ndarray | None:
+        """DRAWS draws of a run's A_post, or of its plasticity alone, in an order of its own (fits share a seed); None
+        without a posterior."""
         post = self.fits[name].posterior
         if post is None:
             return None
         rng = np.random.default_rng(list(name.encode()))
-        return rng.choice(post.p_sft + post.eps + post.gain, DRAWS)
+        return rng.choice(post.eps + post.gain + (0 if gain else post.p_sft), DRAWS)
 
 
 # ------------------------------------------------------------------------------------------------------------- findings
@@ -158,9 +162,12 @@ class Finding(NamedTuple):
     low: float
     high: float
     margin: float = MARGIN
+    known: bool = True      # False: nothing could be measured (rules 5 and 6)
 
     @property
     def verdict(self) -> str:
+        if not self.known:
+            return "cannot tell"
         return "holds" if self.low > 0 else "does not hold" if self.high < self.margin else "cannot tell"
 
 
@@ -183,18 +190,23 @@ def by_exam(study: Study, claim: str, test: str, pairs, part: str = "test") -> F
     rng = np.random.default_rng(0)
     gap = np.mean([study.rates(a, part) - study.rates(b, part) for a, b in pairs], 0)       # (P,) paired over problems
     draws = gap[rng.integers(len(gap), size=(DRAWS, len(gap)))].mean(1) + noise(study, pairs, rng)
-    return Finding(claim, test, float(gap.mean()), *interval(draws))
+    floor = max(study.rates(arm, part).mean() for pair in pairs for arm in pair) < MARGIN
+    test += f" (all arms below {MARGIN:g} point)" if floor else ""
+    return Finding(claim, test, float(gap.mean()), *interval(draws), known=not floor)
 
 
 def by_draws(study: Study, claim: str, test: str, pairs, value) -> Finding | None:
     """Mean difference of a posterior quantity over pairs of (runs, runs); value(run) -> draws or None."""
-    known = [(a, b) for a, b in pairs if a and b and all(value(name) is not None for name in a + b)]
+    pairs = [(a, b) for a, b in pairs if a and b]
+    lost = sum(value(name) is None for pair in pairs for arm in pair for name in arm)
+    test += f" ({lost} runs without a fit left out)" if lost else ""
+    fitted = [tuple([name for name in arm if value(name) is not None] for arm in pair) for pair in pairs]
+    known = [pair for pair in fitted if all(pair)]
     if not known:
-        return None
+        return Finding(claim, test, math.nan, math.nan, math.nan, known=False) if pairs else None
     gap = np.mean([np.mean([value(n) for n in a], 0) - np.mean([value(n) for n in b], 0) for a, b in known], 0)
     draws = gap + noise(study, known, np.random.default_rng(1))
-    left_out = f" ({len(pairs) - len(known)} without a fit left out)" if len(known) < len(pairs) else ""
-    return Finding(claim, test + left_out, float(np.mean(gap)), *interval(draws))
+    return Finding(claim, test, float(np.mean(gap)), *interval(draws))
 
 
 def loss_and_ceiling(study: Study) -> tuple[dict, Finding | None]:
@@ -227,8 +239,7 @@ def all_of(study: Study) -> list[Finding]:
     ceil, found = study.draws, []
 
     def plasticity(name):
-        post = study.fits[name].posterior
-        return None if post is None else ceil(name) - np.median(post.p_sft)
+        return ceil(name, gain=True)
 
     rivals = {"SFT alone": "SFT", "RL alone": "RL", f"the best mixed method ({mixed})": mixed}
     for part, where in (("test", ""), ("ood", ", out of distribution")):
@@ -237,12 +248,15 @@ def all_of(study: Study) -> list[Finding]:
                                  [(arms.get("SFT-then-RL"), arms.get(arm))], part))
     first = [(of(name, "stable")[:1], of(name, "adaptive")) for name in SETS]
     late = [(of(name, "stable")[:1], of(name, "late")) for name in SETS]
+    ends = {s.set: s.regime for s in study.starts if s.start == "late"}
+    still = ", ".join(name for name, regime in ends.items() if regime == "stable")
+    at_end = f" (the end of {still} is Stable still)" if still else ""
     turned = [(of(name, "adaptive"), of(name, "late")) for name in SETS]
-    for other, pairs in (("from Adaptive", first), ("from the end of SFT", late)):
-        found.append(by_draws(study, f"RL from Stable has a higher ceiling than {other}", "A_post, mean over the sets",
-                              pairs, ceil))
-        found.append(by_exam(study, f"RL from Stable ends higher than {other}", "equal RL compute, mean over the sets",
-                             pairs))
+    for other, pairs, note in (("from Adaptive", first, ""), ("from the end of SFT", late, at_end)):
+        found.append(by_draws(study, f"RL from Stable has a higher ceiling than {other}",
+                              f"A_post, mean over the sets{note}", pairs, ceil))
+        found.append(by_exam(study, f"RL from Stable ends higher than {other}",
+                             f"equal RL compute, mean over the sets{note}", pairs))
     found.append(by_draws(study, "Plasticity shrinks as SFT goes on", "PL_rl, Adaptive minus late, mean over the sets",
                           turned, plasticity))
     for more, less in (("middle", "small"), ("large", "middle"), ("hard", "middle"), ("middle", "easy")):

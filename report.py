@@ -36,6 +36,8 @@ TABLE4 = {
                 (1800, 174.6, 74.1, 6.9), (3600, 349.2, 76.5, 6.6), (5400, 523.8, 77.5, 5.3), (7200, 698.4, 77.3, 6.7),
                 (9000, 873.0, 76.7, 6.7), (10800, 1047.6, 77.7, 5.4), (12600, 1222.2, 77.1, 5.9),
                 (14080, 1365.8, 76.2, 7.8)]}
+BOUND = {("Easy102K", 720), ("Easy102K", 1080), ("Easy102K", 1800), ("Uniform102K", 1800), ("Hard102K", 1800),
+         ("SFT889K", 360)}      # ceilings that are the fit's own bound: the data do not determine them
 PARADIGMS = {"SFT": 76.9, "RL": 74.3, "luffy": 72.7, "SFT-then-RL": 78.1}      # peak or ceiling, its Figure 2
 # minimum validation loss and highest A_post by data scale; Pearson -0.94, Spearman -1.00
 LOSSES = {"S1K": (.51, 77.3), "Uniform102K": (.42, 79.7), "Uniform220K": (.41, 82.6), "Uniform440K": (.39, 82.8),
@@ -59,13 +61,31 @@ def spread(study: Study, names, part="test") -> str:
     return f"{np.mean(values):.1f}" + (f" ({', '.join(f'{v:.1f}' for v in values)})" if len(values) > 1 else "")
 
 
+def compute(study: Study, names) -> float:
+    """FLOPs from the base model up to the end of an arm, mean over seeds; SFT alone may use as much as SFT-then-RL and
+    has at most its whole run."""
+    begin = {s.name: s.flops for s in study.starts}
+
+    def one(name):
+        if name.startswith("pure"):
+            seed = name.rpartition("-")[2]
+            budget = begin[f"rl-middle-stable-{seed}"] + study.points[f"rl-middle-stable-{seed}"].flops.max()
+            return max(r["flops"] for r in read_run(study.out / f"sft-middle-{seed}", "eval") if r["flops"] <= budget)
+        return study.points[name].flops.max() + begin.get("rl-middle-stable-0" if "then" in name else name, 0.0)
+    return float(np.mean([one(name) for name in names]))
+
+
 def paradigm_table(study: Study) -> str:
-    rows = [["base model", spread(study, ["base"]), spread(study, ["base"], "ood"), "-"]]
-    rows += [[name, spread(study, names), spread(study, names, "ood"), PARADIGMS.get(name, "-")]
-             for name, names in study.arms.items()]
-    rows += [[f"from SFT: {algo}", spread(study, names), spread(study, names, "ood"), "-"]
-             for algo in MIXED if (names := study.seeds(f"then-{algo}"))]
-    return table(["arm", "test, mean (seeds)", "out of distribution", "paper (peak)"], rows)
+    rows = [["base model", "0", spread(study, ["base"]), spread(study, ["base"], "ood"), "-"]]
+    arms = study.arms | {f"SFT, then {algo}": names for algo in MIXED if (names := study.seeds(f"then-{algo}"))}
+    rows += [[name, f"{compute(study, names):.2e}", spread(study, names), spread(study, names, "ood"),
+              PARADIGMS.get(name, "-")] for name, names in arms.items()]
+    return table(["arm", "FLOPs from the base", "test, mean (seeds)", "out of distribution", "paper (peak)"], rows)
+
+
+def theirs_at(name: str, row) -> str:
+    """A row of the paper's Table 4 as P_sft + PL_rl = A_post."""
+    return f"{row[2]} + {row[3]} = {row[2] + row[3]:.1f}{'*' * ((name, row[0]) in BOUND)}"
 
 
 def table1(study: Study) -> str:
@@ -74,32 +94,38 @@ def table1(study: Study) -> str:
         best = max(TABLE4[theirs], key=lambda row: row[2] + row[3])
         ours = study.seeds(f"rl-{name}-stable")
         rows.append([name, spread(study, study.seeds(f"sft-{name}")), spread(study, ours), spread(study, ours, "ood"),
-                     theirs, f"{best[2]} -> {best[2] + best[3]:.1f}", "{} -> {}".format(*LLAMA[theirs])])
+                     theirs, theirs_at(theirs, best), "{} -> {}".format(*LLAMA[theirs])])
     rows.append(["not reproduced", *"---", "Qwen2.5-14B, Uniform55K: RL from SFT step 0, 172, 1720",
                  "74.5, 78.8, 79.8", "-"])
-    return table(["set", "SFT, Stable", "SFT-then-RL", "the same, OOD", "paper's set", "its P_sft -> highest A_post",
-                  "Llama-3.2-3B (not reproduced)"], rows)
+    rows.append(["not reproduced", *"---", "without SFT: base, DAPO_d, UPT, LUFFY", "-", "2.1, 3.0, 12.2, 8.5"])
+    return table(["set", "SFT, Stable", "SFT-then-RL", "the same, OOD", "paper's set",
+                  "its P_sft + PL_rl = highest A_post", "Llama-3.2-3B (not reproduced)"], rows)
 
 
 def table4(study: Study) -> str:
+    def fitted(fit):
+        return fit.text("plasticity", ".1f"), fit.text("a_post", ".1f") + f" ({fit.status})" * (fit.status != "ok")
+
     rows = []
     for s in study.starts:
         theirs = TABLE4[THEIRS[s.set]]
         p = {"adaptive": theirs[0], "stable": max(theirs, key=lambda row: row[2]), "late": theirs[-1]}[s.start]
-        fit = s.fit
-        parts = [fit.text(key, ".1f") for key in ("plasticity", "a_post")]
-        if fit.status != "ok":
-            parts[1] = f"{parts[1]} ({fit.status})"
-        rows.append([s.set, s.start, s.seed, s.step, s.regime, f"{s.flops:.2e}", f"{fit.p_sft:.1f}", *parts,
-                     f"{s.best:.1f}", f"{p[0]}: {p[2]} + {p[3]} = {p[2] + p[3]:.1f}"])
+        rows.append([s.set, s.start, s.seed, s.step, s.regime, f"{s.flops:.2e}", f"{s.fit.p_sft:.1f}", *fitted(s.fit),
+                     f"{s.best:.1f}", f"{p[0]}: {theirs_at(THEIRS[s.set], p)}"])
+    for name in study.seeds("base-dapo"):
+        fit, best = study.fits[name], study.points[name].performance.max()
+        rows.append(["none", "base model", name.rpartition("-")[2], 0, "-", "0", f"{fit.p_sft:.1f}", *fitted(fit),
+                     f"{best:.1f}", "0: 46.7 + 25.3 = 72.0"])
     return table(["set", "start", "seed", "SFT step", "regime", "SFT FLOPs", "P_sft", "PL_rl [90%]", "A_post [90%]",
                   "best on dev", "paper (its first, best-SFT, last step)"], rows)
 
 
 def findings_table(found: list[findings.Finding]) -> str:
+    def effect(f):
+        digits = 2 if f.margin == MARGIN_R else 1
+        return "-" if math.isnan(f.effect) else f"{f.effect:+.{digits}f} [{f.low:+.{digits}f}, {f.high:+.{digits}f}]"
     return table(["claim", "test", "effect [90%]", "verdict"],
-                 [[f.claim, f.test, f"{f.effect:+.2f} [{f.low:+.2f}, {f.high:+.2f}]" if f.margin == MARGIN_R else
-                   f"{f.effect:+.1f} [{f.low:+.1f}, {f.high:+.1f}]", f"**{f.verdict}**"] for f in found])
+                 [[f.claim, f.test, effect(f), f"**{f.verdict}**"] for f in found])
 
 
 # -------------------------------------------------------------------------------------------------------------- figures
@@ -247,6 +273,10 @@ Between seeds: standard deviation {sd:.1f} points ({f'pooled, {df} degrees of fr
 
 ## Paradigms against compute (the paper's Figure 2)
 
+RL alone and SFT-then-RL sample the prompts of `problems`; the mixed methods those of `middle`, with its trajectories.
+The FLOPs are the paper's count, from the base model on; SFT alone ends with its run where that is shorter than the
+others' compute.
+
 {picture('figure2.png')}
 {paradigm_table(study)}
 ## Regimes, P_sft, PL_rl and A_post by SFT compute (Figure 3)
@@ -257,23 +287,31 @@ Between seeds: standard deviation {sd:.1f} points ({f'pooled, {df} degrees of fr
 {table1(study)}
 ## Every starting point (Table 4)
 
+On dev. P_sft as measured; PL_rl and A_post come from a fit that smooths P_sft too, so the columns need not add up. The
+paper's A_post is the sum of its rounded parts; * its fit ended at its own bound, so its data do not determine it.
+
 {table4(study)}
 ## The validation loss and the ceiling
 
 {picture('losses.png')}
 {table(['set', 'minimum validation loss', 'A_post from Stable [90%]'], rows)}
+{table(["the paper's set", 'minimum validation loss', 'highest A_post'], [[name, *v] for name, v in LOSSES.items()])}
+The paper: Pearson -0.94, Spearman -1.00 over its five scales; Pearson -0.92 over S1K, Easy, Uniform, Hard and SFT889K,
+for which our five sets stand.
 """
     (study.out / "report.md").write_text(text)
     return f"{study.out / 'report.md'}: " + ", ".join(f"{n} {verdict}" for verdict, n in count.items())
 
 
 RULES = ("a claim holds if its whole 90% interval lies above 0, does not hold if it lies below 1 point (0.5 for the "
-         "correlation), else it cannot be told. The intervals cover problems (bootstrap, paired) and seeds (pooled).")
+         "correlation), else it cannot be told. The intervals cover problems (bootstrap, paired) and seeds (pooled). "
+         "About one claim in twenty will hold by chance. Numbers are pass@1 in points on test unless they say dev.")
 
 
 def wall(study: Study) -> str:
     path = study.out / "wall.txt"
-    return f", {sum(map(float, path.read_text().split())) / 60:.0f} minutes of wall time" if path.exists() else ""
+    minutes = sum(map(float, path.read_text().split())) / 60 if path.exists() else 0
+    return f", {minutes:.0f} minutes of wall time (without what a kill -9 lost)" if minutes else ""
 
 
 def about(study: Study) -> str:
@@ -284,9 +322,15 @@ def about(study: Study) -> str:
              f"out-of-distribution problems x {study.about['exam_n']} samples."]
     for name in ("data", "problems"):
         lines.append(f"Curation of {name}: " + ", ".join(f"{n} {key}" for key, n in c["curated"][name].items()) + ".")
+    lines.append(f"RL after SFT: {study.about['rl_flops']:.2g} FLOPs a run (0 = its --steps).")
     path = study.out / "logs" / "difficulty.txt"
     if path.exists():
-        lines.append(f"Difficulty: {path.read_text().strip().splitlines()[-1].partition(': ')[2]}.")
+        sets = {name: set((study.out / "sets" / f"{name}.jsonl").read_text().split("\n")) - {""}
+                for name in ("easy", "middle", "hard")}
+        shared = ", ".join(f"{len(sets[a] & sets[b])} in {a} and {b}" for a, b in
+                           (("easy", "hard"), ("easy", "middle"), ("middle", "hard")))
+        said = path.read_text().strip().splitlines()[-1].partition(": ")[2]
+        lines.append(f"Difficulty: {said} (the paper: 1 and 0.25). Rows {shared}.")
     return "\n".join(lines)
 
 

@@ -1,10 +1,11 @@
 """The paper in miniature: base -> SFT -> RL over scales, difficulties, starting points and methods, and what it shows.
 
-    python study.py --quick                 every arm, short, one seed: 15 minutes on two idle cores
-    python study.py                         the same with three seeds where it matters: 90 minutes
+    python study.py --quick                 every arm, short, one seed: about 13 minutes on two idle cores
+    python study.py                         the same with three seeds where it matters: about 75 minutes
     python study.py --dry-run               the plan: every command, its minutes and FLOPs; nothing runs
     python study.py --init Qwen/Qwen2.5-7B --data sft.jsonl --val val.jsonl --problems rl.jsonl --dev dev.jsonl \\
-        --test test.jsonl --ood aime.jsonl --nproc 8            the same on a real model
+        --test test.jsonl --ood aime.jsonl --nproc 8            the same on a real model; every checkpoint of SFT is
+                                            kept, with its trainer state: think of the disk, or --sft "--bf16 --keep 9"
 
 It only writes down which commands to run and in which order; every arm is one call of sft.py, rl.py, evaluate.py or
 curate.py that you can type yourself. Kill it at any time and call it again: finished jobs are skipped, started ones go
@@ -45,11 +46,10 @@ import phases
 import findings
 import report
 import run
+from findings import MIXED
 
 HERE = Path(__file__).resolve().parent
 BASE = "runs/base"      # where sft.py puts the built-in base model
-MIXED = ("luffy", "upt", "srft", "prefix_rft")
-STARTS = ("stable", "adaptive", "late")
 TASK = "--max-new 128"  # the built-in task's longest answer
 
 
@@ -70,9 +70,9 @@ class Config:
     nproc: int = 1          # processes a job (torchrun)
     sizes: str = "1000,102000,0"  # rows of small, middle (and easy, hard) and large; 0 = all
     sft: str = ""           # flags of every sft.py
-    sft_small: str = "--batch 16 --epochs 5 --weight-decay 1e-4 --eval-every 62"  # flags of the small set's
-    sft_middle: str = "--epochs 9"  # of the middle, easy and hard ones' (the paper's 102K sets)
-    sft_large: str = ""     # of the large one's (sft.py's own defaults are those of the paper's 889K)
+    sft_small: str = "--batch 16 --epochs 5 --weight-decay 1e-4 --warmup .05 --eval-every 62"  # flags of small
+    sft_middle: str = "--epochs 9"  # of middle, easy and hard (the paper's 102K sets)
+    sft_large: str = ""     # of large (sft.py's own defaults are those of the paper's 889K)
     rl: str = "--keep 1"    # flags of every rl.py
     rl_flops: float = 0.0   # compute of an RL run; 0 = its --steps. Runs from the base match it with SFT's added
     exam: str = ""          # flags of every evaluate.py
@@ -100,7 +100,9 @@ class Config:
 def preset(given: dict) -> dict:
     """The built-in study, full or quick: lengths that let every set pass through all regimes (docs/LOG.md)."""
     if given.get("init"):
-        return {"workers": 1}       # two jobs would share the GPUs
+        # two jobs would share the GPUs; SFT's evaluations allow as long answers as RL's
+        return {"workers": 1, "sft": "--bf16 --max-new 8192", "rl": "--bf16 --keep 1",
+                "exam": "--bf16 --max-prompt 16384"}
     common = {"sft": "--batch 32 --micro-tokens 4096 --max-len 256 --optimizer muon --lr 2e-3 --schedule constant "
               f"--warmup 0 --log-every 100 --no-recompute {TASK}", "exam": TASK,
               "near": 0.0}  # its prompts differ in nothing but their numbers, so all are near
@@ -118,7 +120,8 @@ def preset(given: dict) -> dict:
 
 
 class Job(NamedTuple):
-    """One command. Words with @ are filled in when it starts: @RUN:START a checkpoint, @budget:SEED FLOPs."""
+    """One command. Words with @ are filled in when it starts: @RUN:START a checkpoint, @RUN:rounds steps, @budget:SEED
+    FLOPs."""
     name: str
     command: list[str]
     needs: tuple[str, ...] = ()
@@ -178,7 +181,12 @@ class Plan:
         rounds = flops / a_round
         if from_base:
             every, limit = 3 * every, [*limit, "--eval-every", f"{3 * every:g}"]
-        if algo == "prefix_rft" and flops:      # its prefix shrinks over --steps: they must be those it will take
+        # compute ends a run, not --steps; but Prefix-RFT's prefix shrinks over them, so they must be those it will take
+        if cfg.init and budget:
+            like = name.replace(algo, "luffy")
+            limit += ["--steps", f"@{like}:rounds" if algo == "prefix_rft" else "1000000"]
+            needs = (*needs, like) if algo == "prefix_rft" else needs
+        elif algo == "prefix_rft":
             limit += ["--steps", str(math.ceil(1.1 * rounds))]
         self.add(name, "rl.py", cfg.rl, "--init", start, "--algo", algo, "--seed", str(seed), "--data",
                  f"{self.sets}/{'problems' if plain else 'middle'}.jsonl", "--val", f"{self.sets}/dev.jsonl", *limit,
@@ -289,6 +297,8 @@ def fill(word: str, out: Path) -> str:
         step = findings.start_step(out / f"sft-middle-{which}", "stable")
         before = next(r["flops"] for r in findings.read_run(out / f"sft-middle-{which}", "val") if r["step"] == step)
         return f"{spent + before * (name == 'budget'):.6g}"
+    if which == "rounds":       # those of a run with the same compute, and some to spare
+        return str(math.ceil(1.1 * findings.read_run(out / name, "train")[-1]["step"]))
     limit = math.inf
     if which == "matched":
         which, limit = "best", float(fill(f"@budget:{name.rpartition('-')[2]}", out))
@@ -370,8 +380,10 @@ def eta(cfg: Config, jobs: list[Job], done: dict[str, dict]) -> str:
 def main(cfg: Config) -> None:
     out, jobs = Path(cfg.out), plan(cfg)
     marks = {job.name: out / "done" / f"{job.name}.json" for job in jobs}
-    done = {name: json.loads(mark.read_text()) for name, mark in marks.items() if mark.exists()}
-    show_plan(cfg, jobs, set(done))
+
+    def finished():
+        return {name: json.loads(mark.read_text()) for name, mark in marks.items() if mark.exists()}
+    show_plan(cfg, jobs, set(finished()))
     if cfg.dry_run:
         return
     (out / "done").mkdir(parents=True, exist_ok=True)
@@ -384,6 +396,7 @@ def main(cfg: Config) -> None:
     (out / "command.txt").write_text(shlex.join(["python", "study.py", *sys.argv[1:]]) + "\n")
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # as Ctrl-C
     make_sets(cfg)
+    done = finished()       # not before: another study may have worked here while this one waited for the lock
     try:
         work(cfg, jobs, done)
     except KeyboardInterrupt:

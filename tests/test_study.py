@@ -1,4 +1,5 @@
 """The plan has every arm and fits its time; a killed study goes on; a verdict says what the numbers say."""
+import dataclasses
 import json
 import os
 import signal
@@ -247,6 +248,25 @@ def test_seed_noise_is_pooled_and_assumed_where_no_arm_has_seeds(made):
     assert found.seed_noise == (findings.SEED_SD, 0)
 
 
+def test_arms_that_solve_nothing_cannot_be_told_apart(made):
+    found = findings.Study(made)
+    for exam in found.exams.values():
+        exam["ood"][:] = 0
+    verdicts = {f.claim: f for f in findings.all_of(found)}
+    floor = [f for claim, f in verdicts.items() if "out of distribution" in claim]
+    assert len(floor) == 5 and all(f.verdict == "cannot tell" and "below 1 point" in f.test for f in floor)
+
+
+def test_a_run_without_a_ceiling_is_left_out_and_counted(made):
+    found, claim = findings.Study(made), "More data raise the ceiling: large over middle"
+    found.fits["rl-large-stable-1"] = dataclasses.replace(found.fits["rl-large-stable-1"], posterior=None)
+    assert "(1 runs without a fit left out)" in {f.claim: f.test for f in findings.all_of(found)}[claim]
+    for seed in (0, 2):
+        found.fits[f"rl-large-stable-{seed}"] = found.fits["rl-large-stable-1"]
+    nothing = {f.claim: f for f in findings.all_of(found)}[claim]
+    assert nothing.verdict == "cannot tell" and "| - | **cannot tell** |" in report.findings_table([nothing])
+
+
 @pytest.mark.parametrize("low, high, says", [(.1, 5, "holds"), (-3, .9, "does not hold"), (-1, 2, "cannot tell")])
 def test_verdicts_follow_the_rules_written_beforehand(low, high, says):
     assert findings.Finding("", "", 0, low, high).verdict == says
@@ -257,10 +277,13 @@ def test_report_has_every_table_with_the_papers_numbers_beside(made, capsys, mon
     assert report.main([str(made)]) == 0
     said, text = capsys.readouterr().out, (made / "report.md").read_text()
     assert "need matplotlib" in said and "![]" not in text
-    for piece in ("**holds**", "not reproduced", "68.6 -> 77.3", "24.2 -> 25.0", "74.5, 78.8, 79.8", "SFT-then-RL",
+    for piece in ("**holds**", "not reproduced", "68.6 + 8.7 = 77.3", "24.2 -> 25.0", "74.5, 78.8, 79.8", "SFT-then-RL",
                   "pooled, 8 degrees of freedom", "10 rows, 1 duplicate", "500 test and 100 out-of-distribution"):
         assert piece in text, piece
     assert text.count("| large | late |") == 1 and "nan" not in text
+    assert "74.2 + 4.6 = 78.8*" in text and "-0.92 over S1K" in text and "| none | base model | 2 |" in text
+    row = next(line for line in text.splitlines() if line.startswith("| SFT-then-RL | "))
+    assert row.split(" | ")[1] == f"{4e12 + 9 * 4e11:.2e}"
 
 
 def test_figures_are_drawn(made):
