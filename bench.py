@@ -14,7 +14,8 @@ row computes on is not counted. 4) CPU-seconds stand beside wall time: on a shar
 5) sft and rl run the real scripts on made-up rows of exact lengths (a tokenizer in which word "w7" is token 7) and read
 metrics.jsonl and the system's counters of that process, from the end of the first step on. TRL is given the same rows
 and counts at the better of packing on and off.
-MFU = FLOPs that the model needs (no recomputation) per second, over the best matrix product of the same type here.
+MFU = FLOPs that the model needs (rl --recompute: the recomputed too) per second, over the best matrix product of the
+same type here.
 MBU = bytes that decoding has to read (all weights once a step, keys and values of the live rows) per second, over the
 bandwidth measured just after. The last line printed is JSON.
 """
@@ -35,6 +36,7 @@ import torch
 
 import data
 import model as model_file
+import ranks
 import rollout
 import run
 
@@ -119,7 +121,7 @@ def resident_mb() -> float:
 def measure(cfg: Rollout, rows: int) -> dict:
     """Sample the workload once in this process, with so many rows, and count what the model computed on the way."""
     torch.set_num_threads(cfg.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = ranks.start()
     model = model_file.load_model(cfg.model, DTYPES[cfg.dtype], device)
     prompts, lengths = workload(cfg, model.config.vocab_size)
     rollout.generate(model, prompts[:1], 2, 3, seed=cfg.seed)   # warm-up
@@ -160,8 +162,7 @@ def run_once(cfg: Rollout, side: str, batch: int, work: Path) -> dict:
     else:
         command = [cfg.peer_python, str(PEERS / "generate_hf.py"), "--model", cfg.model, "--work", str(work), "--mode",
                    side, "--batch", str(batch), "--dtype", cfg.dtype, "--threads", str(cfg.threads)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(cfg.threads)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment_of(cfg))
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ValueError(f"{side}, batch {batch}: {reason[:200]}; --peer-python names a python with transformers 5")

@@ -236,7 +236,8 @@ class Graphs:
             return
         if self.graphs[key] is None:
             self.graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[key], pool=self.pool):   # runs nothing
+            # runs nothing; what other threads ask of the device meanwhile is no business of the recording's
+            with torch.cuda.graph(self.graphs[key], pool=self.pool, capture_error_mode="thread_local"):
                 function()
         self.graphs[key].replay()
 

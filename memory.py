@@ -13,8 +13,9 @@ Counted, for each of `world` processes, as the engine works:
   3) Activations: what autograd keeps of each operation of model.Block, listed in block_bytes(), times tokens and
      layers; with checkpointing each block's input, and one block's operations.
   4) The head: token_logp's chunk of logits, and the head's gradient in fp32 until it is added to the others.
-  5) RL: weights gathered for the rollout and its key-value cache. Neither stands beside gradients and activations: the
-     peak is the larger of the two phases. A frozen reference model stays throughout, in shards, in what it computes in.
+  5) RL: weights gathered for the rollout and its key-value cache. Both are freed before gradients and activations
+     exist, so the peak is the larger of the two phases. A frozen reference model stays throughout, in shards, in what
+     it computes in.
 Not counted: the CUDA context and kernels' libraries (about 0.5 GB; on a CPU Python and torch, 0.3 GB), communication
 buffers, and what the allocator loses between blocks (5 to 10%). Attention is the fused kernel, which keeps no scores.
 Shapes: D hidden width, H query heads, Hkv key heads, K head width, L layers, V vocabulary. All sizes in bytes.
@@ -72,7 +73,7 @@ def cache_bytes(config: ModelConfig, rows: int, slots: int, size: int) -> float:
 
 def table(config: ModelConfig, world: int = 1, micro_tokens: int = 16384, bf16: bool = True,
           checkpointing: bool = False, optimizer: str = "adamw", offload: bool = False, summed: bool = False,
-          rows: int = 0, slots: int = 0, reference: bool = False, fused_norm: bool = True) -> list[Part]:
+          rows: int = 0, slots: int = 0, reference: bool = False, cuda: bool = True) -> list[Part]:
     """The parts of a process's memory in a training step of micro-batches of micro_tokens tokens.
 
     | offload     | weights, gradients and optimizer state wait in the CPU's memory                            |
@@ -85,7 +86,7 @@ def table(config: ModelConfig, world: int = 1, micro_tokens: int = 16384, bf16: 
     total = L * block + root
     here = 0 if offload else 1 / world                               # the share of it that this process keeps
     state = 8 * total - (4 * L * matrices if optimizer == "muon" else 0)
-    kept, room = activations(config, micro_tokens, size, checkpointing, fused_norm)
+    kept, room = activations(config, micro_tokens, size, checkpointing, fused_norm=cuda)
     parts = [Part("weights, fp32", 4 * total * here), Part(f"optimizer state, {optimizer}", state * here)]
     if alone and bf16:
         parts.append(Part("their copy in bf16", 2 * total))
@@ -97,7 +98,8 @@ def table(config: ModelConfig, world: int = 1, micro_tokens: int = 16384, bf16: 
         whole = 4 * total if summed else (size + 4) * 2 * block + size * root
         parts.append(Part("gradients before the sum", whole, "update"))
     # the chunk is gone when the blocks' backward begins: the larger of the two counts
-    chunk = min(CHUNK_LOGITS, micro_tokens * V) * (4 + (size if bf16 else 0))
+    chunk = min(CHUNK_LOGITS * (8 if cuda else 1), micro_tokens * V) * (4 + (size if bf16 else 0))
+    chunk += 4 * V * D if bf16 and cuda else 0                       # a chunk's share of the head's gradient
     parts += [Part("activations" + (", recomputed" if checkpointing else ""), kept, "update"),
               Part("gradient of the head, fp32", 4 * V * D, "update"),
               Part("logits of a chunk" if chunk >= room else "work in a block's backward", max(chunk, room), "update")]

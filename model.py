@@ -32,7 +32,8 @@ from folder import ModelConfig, config_dict, read_config, read_weights, write_fo
 __all__ = ["ModelConfig", "read_config", "config_dict", "Model", "init_model", "load_model", "save_model",
            "head_logits", "token_logp", "sum_logp", "response_logp", "response_logp_sum", "forward_flops",
            "hardware_flops"]
-CHUNK_LOGITS = 2**25   # logits that token_logp holds at once: 128 MB in fp32, 220 tokens of Qwen's 152k vocabulary
+CHUNK_LOGITS = 2**25   # logits held at once: 128 MB in fp32, 220 tokens of Qwen's 152k vocabulary. On CUDA 8 times as
+                       # many, since each chunk is one more pass over the head's gradient
 PIECE_LOGITS = 2**20   # of them worked on at once on the CPU: 4 MB, about a core's cache
 
 
@@ -91,7 +92,9 @@ class Attention(nn.Module):
         k = rotate(self.k_norm(self.k_proj(x).view(B, T, Hkv, K)), cos, sin)
         v = self.v_proj(x).view(B, T, Hkv, K)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=Hkv < H)   # (B, H, T, K)
+        if q.is_cuda and q.dtype == torch.float32:   # no fused kernel of CUDA shares key heads in fp32
+            k, v = (x.repeat_interleave(H // Hkv, 1) for x in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < H)   # (B, H, T, K)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, H * K))
 
 
@@ -215,7 +218,9 @@ def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     transformers are."""
     if a.dtype not in (torch.bfloat16, torch.float16):
         return torch.mm(a, b, out=out)
-    product = torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a, b).float()
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    product = torch.mm(a, b).float()
     return product if out is None else out.copy_(product)
 
 
@@ -333,6 +338,11 @@ class _SumLogp(torch.autograd.Function):
                 None if d_head is None else d_head.mul_(g).to(ctx.head_type), None, None, None)
 
 
+def chunk_tokens(hidden: Tensor, head: Tensor) -> int:
+    """Tokens whose logits are held at once."""
+    return max(1, CHUNK_LOGITS * (8 if hidden.is_cuda else 1) // head.shape[0])
+
+
 def token_logp(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int | None = None,
                entropy: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """Log-prob of each target under softmax(hidden head^T / temperature), without holding the logits of all tokens.
@@ -340,11 +350,11 @@ def token_logp(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float
     | hidden  | (..., D) | the model's output, of any float type                                                |
     | head    | (V, D)   | cast to hidden's type where it differs; its gradient is summed in fp32               |
     | targets | (...)    | token ids                                                                            |
-    | chunk   | tokens   | taken at once; None = as many as keep their logits below 128 MB                      |
+    | chunk   | tokens   | taken at once; None = as many as keep their logits below 128 MB (CUDA: 1 GB)         |
     | returns | (...)    | logp, or with entropy=True the pair (logp, entropy): nats, fp32, both differentiable |
 
     The peak is one (chunk, V) tensor, plus the head's gradient in backward."""
-    chunk, flat = chunk or max(1, CHUNK_LOGITS // head.shape[0]), hidden.reshape(-1, hidden.shape[-1])   # (N, D)
+    chunk, flat = chunk or chunk_tokens(hidden, head), hidden.reshape(-1, hidden.shape[-1])   # (N, D)
     logp, spread = _TokenLogp.apply(flat, head, targets.reshape(-1), temperature, chunk, entropy)
     return (logp.view(targets.shape), spread.view(targets.shape)) if entropy else logp.view(targets.shape)
 
@@ -352,7 +362,7 @@ def token_logp(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float
 def sum_logp(hidden: Tensor, head: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
     """token_logp(...).sum() as a scalar, with each chunk's logits computed once instead of twice: all that a loss needs
     in which every token weighs the same."""
-    chunk, flat = chunk or max(1, CHUNK_LOGITS // head.shape[0]), hidden.reshape(-1, hidden.shape[-1])   # (N, D)
+    chunk, flat = chunk or chunk_tokens(hidden, head), hidden.reshape(-1, hidden.shape[-1])   # (N, D)
     return _SumLogp.apply(flat, head, targets.reshape(-1), chunk, torch.is_grad_enabled())
 
 

@@ -4,7 +4,7 @@
     net = ranks.compute(model, bf16)       # what runs forward and backward; gradients arrive in `model`, in fp32
     total, = ranks.totals(n_tokens)        # summed over all processes
 
-Every function does nothing, or the obvious, in one process, so that the loops have no second path.
+With one process each function is a no-op or returns its own value, so the training loops need no special case.
   1) A process reads and keeps only its rows of each parameter: rows_of(n) is FSDP2's cut of dimension 0. The model is
      built on the meta device, so nobody ever holds it whole.
   2) Gradients are summed, not averaged: losses are already divided by the tokens of the whole step, on all processes.
@@ -30,7 +30,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-PATIENCE = timedelta(hours=1)   # a wait in a collective; one process may decode long after the others are through
+PATIENCE = timedelta(hours=12)  # a wait in a collective; one process may decode long after the others are through.
+                                # A process that dies is noticed at once all the same: its connections close
 
 
 # ---------------------------------------------------------------------------------------------------------------- group
@@ -53,6 +54,8 @@ def start() -> torch.device:
             raise ValueError(f"process {device.index} of this node has no GPU: it has {torch.cuda.device_count()}; "
                              "use --nproc_per_node of that number at most")
         torch.cuda.set_device(device)
+        # on recent GPUs it would be the first choice, and it plans, up to a second, for each new (rows, tokens)
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
         if rank():
@@ -89,13 +92,17 @@ def gather(value) -> list:
     """The JSON values of all processes, in their order, known to each."""
     if world() == 1:
         return [value]
-    mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    return [json.loads(part) for part in gather_bytes(json.dumps(value).encode())]
+
+
+def gather_bytes(mine: bytes) -> list[bytes]:
+    """The bytes (at least one) of all processes, in their order, known to each."""
     sizes = torch.zeros(world(), dtype=torch.long)
     sizes[rank()] = len(mine)
     width = int(add_up(sizes).max())
     parts = [torch.empty(width, dtype=torch.uint8) for _ in range(world())]
-    dist.all_gather(parts, F.pad(mine, (0, width - len(mine))))
-    return [json.loads(part[:n].numpy().tobytes()) for part, n in zip(parts, sizes.tolist())]
+    dist.all_gather(parts, F.pad(torch.frombuffer(bytearray(mine), dtype=torch.uint8), (0, width - len(mine))))
+    return [part[:n].numpy().tobytes() for part, n in zip(parts, sizes.tolist())]
 
 
 def from_first(make: Callable):
@@ -167,7 +174,9 @@ def like(p: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """`rows` as the local part of a tensor that is cut as p is."""
     if not isinstance(p, DTensor):
         return rows
-    return DTensor.from_local(rows, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+    made = torch.empty_like(p.detach(), dtype=rows.dtype)   # from_local would move the rows to the mesh's device
+    made.to_local().copy_(rows)
+    return made
 
 
 def reduce_now(net, last: bool) -> None:

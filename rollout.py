@@ -19,17 +19,19 @@ Nothing is padded on the left, and attention reads as far as the longest live ro
 Choices: 1) EOS is a chosen token like any other: it is returned with its log-prob, and the trainer learns to choose it.
 2) A response depends on (weights, prompt, seed, request number) only: each request has a stream of uniform numbers, and
 the token is where the cumulated distribution passes the next of them. Neighbours, order and row numbers change nothing
-but rounding. 3) So when memory runs out, the last rows simply go back to the queue: begun again, they say the same.
-4) Log-probs are those of softmax(logits / temperature). top_p and top_k draw from another distribution, which the
-trainer does not have: they are for evaluation, and rl.py does not pass them. 5) # differs from vLLM: no paged cache. A
-row's slots are contiguous, so attention is one kernel of PyTorch; growing by blocks bounds what stands empty. 6) This
-file schedules and draws; the network's step, its cache and CUDA graphs are decode.py's.
+but rounding. 3) So when memory runs out, the last rows simply go back to the queue: started again, they draw the same
+tokens. 4) Log-probs are those of softmax(logits / temperature). top_p and top_k draw from another distribution, which
+the trainer does not have: they are for evaluation, and rl.py does not pass them. 5) # differs from vLLM: no paged
+cache. A row's slots are contiguous, so attention is one kernel of PyTorch; growing by blocks bounds what stands empty.
+6) This file schedules and draws; the network's step, its cache and CUDA graphs are decode.py's.
 Shapes: R rows in the cache, n of them live, D hidden width, V vocabulary. Log-probs and entropies in nats.
 """
+import json
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -40,6 +42,7 @@ from decode import Cache, Decoder, Graphs, decoder_of
 BLOCK = 64        # slots by which the cache grows
 PREFILL = 2048    # prompt tokens read at once, padding included; at least one prompt
 PIECE = 128       # tokens of the vocabulary whose probabilities are summed first, see draw()
+KINDS = np.int32, np.float32, np.float32   # of a response's ids, log-probs and entropies between processes
 DRAWN = 2**18     # logits worked on at once on the CPU: 1 MB, so that a core's own cache holds what draw() makes
 
 
@@ -125,7 +128,7 @@ def generate(model, prompts: list[list[int]], n: int | list[int] = 1, max_new: i
     | max_new     | tokens, EOS included; one number, or one for each request. Cut there, finished = False             |
     | seed        | with the request number (counted through all prompts' responses) it fixes every draw               |
     | rows        | responses in flight at once, at most                                                               |
-    | cache_bytes | for keys and values of the rows in flight; None: 80% of what is free on CUDA, no bound on the CPU  |
+    | cache_bytes | for keys and values of the rows in flight; None: most of what is free on CUDA, no bound on the CPU |
     | progress    | progress(done, total), called whenever responses have ended                                        |
     | on_response | on_response(number of the prompt, response), called as each one ends: what is to survive a Ctrl-C  |
     | on_forward  | on_forward("read" or "step", rows computed, the cache), called before each: for meters           |
@@ -159,13 +162,32 @@ def generate(model, prompts: list[list[int]], n: int | list[int] = 1, max_new: i
             del flight   # its cache makes room for the weights' own layout
     finally:
         model.train(was_training)
-    for others in ranks.gather([[r.number, *responses[r.number]] for r in mine]) if ranks.world() > 1 else ():
-        for number, *values in others:
-            responses[number] = Response(*values)
+    if ranks.world() > 1:
+        for others in ranks.gather_bytes(_pack([(r.number, responses[r.number]) for r in mine])):
+            responses = [old or new for old, new in zip(responses, _unpack(others, len(requests)))]
     groups: list[list[Response]] = [[] for _ in prompts]
     for request, response in zip(requests, responses):
         groups[request.prompt].append(response)
     return groups
+
+
+def _pack(ended: list[tuple[int, Response]]) -> bytes:
+    """Numbered responses for the other processes, 12 bytes a token: JSON takes 50 and seconds a round."""
+    head = [[number, len(r.ids), r.finished] for number, r in ended]
+    parts = [np.asarray([x for _, r in ended for x in r[part]], kind).tobytes() for part, kind in enumerate(KINDS)]
+    return b"".join([json.dumps(head).encode(), b"\n", *parts])
+
+
+def _unpack(packed: bytes, n: int) -> list[Response | None]:
+    """The reverse, each response at its number of n."""
+    head, _, body = packed.partition(b"\n")
+    found, total, first = [None] * n, len(body) // (3 * 4), 0
+    ids, logp, entropy = (np.frombuffer(body, kind, total, 4 * part * total) for part, kind in enumerate(KINDS))
+    for number, length, finished in json.loads(head):
+        part = slice(first, first + length)
+        found[number] = Response(ids[part].tolist(), logp[part].tolist(), entropy[part].tolist(), finished)
+        first += length
+    return found
 
 
 def _requests(prompts, n, max_new) -> list[Request]:
@@ -198,7 +220,9 @@ class Flight:
                            * decoder.dtype.itemsize)
         if cache_bytes is None and self.device.type == "cuda":
             torch.cuda.empty_cache()   # what training has left in torch's own store counts as free
-            cache_bytes = int(0.8 * torch.cuda.mem_get_info(self.device)[0])
+            # logits and what draw() makes of them, bytes a token of the vocabulary: in the graphs' memory, and outside
+            scratch = (96 if how[1] < 1 or how[2] else 36) * min(rows, len(requests)) * config.vocab_size
+            cache_bytes = int(0.9 * torch.cuda.mem_get_info(self.device)[0]) - scratch
         self.budget = cache_bytes
         worst = max(requests, key=self._slots, default=Request(0, 0, 1))
         self.most = self._slots(worst) if requests else 0   # no row is ever longer

@@ -240,6 +240,14 @@ def test_progress_counts_to_the_number_of_requests(small):
     assert seen == sorted(set(seen)) and seen[-1] == (12, 12)
 
 
+def test_packed_responses_come_back_to_the_last_bit(small):
+    groups = rollout.generate(small[0], prompts_of(3), 2, 9, 1.0, eos_ids=[0], seed=0)
+    ended = [(3, groups[0][1]), (0, groups[2][0]), (4, rollout.Response([7], [-0.5], [1.25], True))]
+    found = rollout._unpack(rollout._pack(ended), 6)
+    assert found == [ended[1][1], None, None, ended[0][1], ended[2][1], None]
+    assert rollout._unpack(rollout._pack([]), 2) == [None, None]
+
+
 # ---- bf16 and sharding -----------------------------------------------------------------------------------------------
 def test_bf16_log_probs_are_those_of_the_trainers_bf16_forward(small_task):
     model = model_file.init_model(model_file.read_config(small_task), 0).to(torch.bfloat16)
