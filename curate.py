@@ -26,6 +26,7 @@ from collections import Counter
 from pathlib import Path
 
 import data
+import run
 
 SHINGLE = 3         # words; a short problem of 12 words still has ten of them
 COMMON = 0.05       # share of the evaluation prompts that makes an n-gram an instruction ...
@@ -171,10 +172,7 @@ def prompt_of(row: dict, where: str) -> str:
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
-    """JSONL, written aside, then renamed: a file that is there is whole."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    aside.rename(path)
+    run.write_aside(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def main(argv=None) -> int:
@@ -191,6 +189,8 @@ def main(argv=None) -> int:
     try:
         if args.ngram < 0 or not 0 <= args.near <= 1 or args.size < 0:
             raise ValueError("--ngram and --size are counts, --near a similarity from 0 (off) to 1")
+        if args.attempts and args.against:
+            raise ValueError("--against cleans and --attempts selects: clean first, then select from the clean file")
         rows, out = data.read_rows(args.source), Path(args.out)
         if args.attempts:
             out.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,9 @@ Choices: 1) Prompt and response are tokenized apart and joined as ids, so the re
 and the mask is a position, never a token value. What that loses against the joint text is counted by `joint_mismatch`.
 2) The response ends with the tokenizer's EOS, which is trained: never learning to stop is the classic silent fault.
 3) Over-long examples are dropped and counted, never cut: a cut example teaches not to stop.
-4) Batches run through one permutation of the data after another without a seam, so no remainder is dropped.
+4) One permutation of the data follows the other directly, so the last rows of an epoch are never dropped.
+5) A prompt that is a string gets INSTRUCTION appended where the model has a chat template and the prompt does not
+mention \\boxed; a prompt given as messages stays as it is.
 
 Columns (aliases in brackets; dots go into nested objects):
     SFT       {"messages": [..., {"role": "assistant"}]}
@@ -34,6 +36,7 @@ import tokenizers
 import torch
 
 import run
+import verify
 
 PROMPT = ("prompt", "question", "problem", "query", "instruction", "extra_info.question")
 RESPONSE = ("response", "completion", "solution", "output", "target", "extra_info.answer")
@@ -186,8 +189,9 @@ def read_rows(path: str | Path) -> list[dict]:
         rows = run.read_jsonl(path)
     if not rows:
         raise ValueError(f"{path}: no rows; each line must be one JSON object")
-    if not isinstance(rows[0], dict):
-        raise ValueError(f"{path}:1: a {type(rows[0]).__name__}, not an object; each line must be one JSON object")
+    for n, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{n}: a {type(row).__name__}, not an object; each line must be one JSON object")
     return rows
 
 
@@ -202,12 +206,24 @@ def _find(row: dict, names: tuple[str, ...]):
     return None
 
 
+def _question(row: dict) -> str | list[dict] | None:
+    """What the model is asked: the conversation up to the answer that ends it, or a prompt column."""
+    messages = row.get("messages")
+    if messages:
+        return messages[:-1] if messages[-1].get("role") == "assistant" else messages
+    prompt = _find(row, PROMPT)
+    if isinstance(prompt, str) and "instruction" in row and row.get("input"):   # Alpaca: what the instruction is about
+        prompt = f"{prompt}\n{row['input']}"
+    return prompt
+
+
 def _pair(row: dict) -> tuple[str | list[dict], str] | None:
     """(prompt, response) of an SFT row in any of the accepted spellings, or None."""
     messages = row.get("messages")
     if messages and messages[-1].get("role") == "assistant":
-        return messages[:-1], messages[-1]["content"]
-    prompt, response = _find(row, PROMPT), _find(row, RESPONSE)
+        content = messages[-1].get("content")
+        return (messages[:-1], content) if isinstance(content, str) else None
+    prompt, response = _question(row), _find(row, RESPONSE)
     if response is None and "thinking" in row and "final" in row:  # R1 style, in two columns
         final = str(row["final"])
         final = final if "\\boxed" in final else f"\\boxed{{{final}}}"
@@ -221,8 +237,7 @@ def _pair(row: dict) -> tuple[str | list[dict], str] | None:
 
 def prompt_text(row: dict) -> str | None:
     """The problem of a row in any accepted spelling, as Problem.text has it: the last message of a conversation."""
-    messages = row.get("messages")
-    prompt = [m for m in messages if m["role"] != "assistant"] if messages else _find(row, PROMPT)
+    prompt = _question(row)
     return prompt[-1]["content"] if isinstance(prompt, list) and prompt else prompt or None
 
 
@@ -280,13 +295,12 @@ def problems(path: str, tokenizer: Tokenizer, max_prompt: int) -> tuple[list[Pro
     """(problems, number dropped as longer than max_prompt tokens) of an RL or evaluation file."""
     found, n_long, n_empty = [], 0, 0
     for n, row in enumerate(read_rows(path), 1):
-        messages = row.get("messages")
-        prompt = [m for m in messages if m["role"] != "assistant"] if messages else _find(row, PROMPT)
-        gold = _find(row, GOLD)
+        prompt, gold = _question(row), _find(row, GOLD)
         if prompt is None or gold is None:
             missing = "prompt" if prompt is None else "answer"
             raise ValueError(f'{path}:{n}: no "{missing}"; a problem needs prompt and answer (found: {sorted(row)})')
-        gold = str(gold).split("####")[-1].strip()  # GSM8K writes its working before ####
+        gold = str(gold)                            # a worked solution: its last box, or what GSM8K writes behind ####
+        gold = verify.boxed(gold) or gold.split("####")[-1].strip()
         if not gold:
             n_empty += 1                            # an empty box would earn the reward
             continue
@@ -297,11 +311,14 @@ def problems(path: str, tokenizer: Tokenizer, max_prompt: int) -> tuple[list[Pro
             n_long += 1
         else:
             shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-            found.append(Problem(shown, ids, gold, row.get("numbers"), expert, _opened(text)))
+            numbers = row.get("numbers")        # of Countdown; another data set may mean something else by it
+            whole = isinstance(numbers, list) and all(isinstance(number, int) for number in numbers)
+            found.append(Problem(shown, ids, gold, numbers if whole else None, expert, _opened(text)))
     if n_empty:
         print(f"{path}: {n_empty} rows with an empty answer dropped")
     if not found:
-        raise ValueError(f"{path}: no problem left, {n_long} prompts are over {max_prompt} tokens; raise --max-prompt")
+        raise ValueError(f"{path}: no problem left, {n_long} prompts are over {max_prompt} tokens; raise --max-prompt "
+                         "(sft.py: --max-len)")
     return found, n_long
 
 
@@ -370,13 +387,13 @@ def prefetch(make: Callable, keys: Iterable) -> Iterator:
             yield waiting.result()
 
 
-def collate(rows: list[Example], device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """ids (B, T), padded with 0 on the right, and on the CPU mask (B, T): 1 where the model is trained to choose the
-    token. No rows make one row of nothing to train, for a process that only takes part."""
+def collate(rows: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids (B, T), padded with 0 on the right, and mask (B, T): True where the model is trained to choose the token.
+    No rows make one row of nothing to train, for a process that only takes part."""
     T = max((len(r.prompt) + len(r.response) for r in rows), default=2)
     ids, mask = (torch.zeros(max(1, len(rows)), T, dtype=dtype) for dtype in (torch.long, torch.bool))
     for b, row in enumerate(rows):
         n_prompt, n = len(row.prompt), len(row.prompt) + len(row.response)
         ids[b, :n] = torch.tensor([*row.prompt, *row.response])
         mask[b, n_prompt:n] = True
-    return ids.to(device), mask
+    return ids, mask

@@ -50,6 +50,7 @@ class Config:
     bf16: bool = False          # load the weights in bfloat16
 
     def __post_init__(self):
+        run.require_positive(self, "rows", "max_new", "max_prompt")
         if self.n < 1 or self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ValueError(f"--n {self.n} --temperature {self.temperature} --top-p {self.top_p} --top-k {self.top_k}"
                              ": n >= 1, temperature >= 0, 0 < top-p <= 1, top-k >= 0")
@@ -73,14 +74,19 @@ def preset(given: dict) -> dict:
     return {"data": str(folder / "test.jsonl"), "max_new": 128} if folder else {}
 
 
-def find(init: str) -> Path:
-    """The model folder that --init means: itself, a run directory's checkpoint, or a hub model's local copy."""
+def find(init: str, weights: bool = True) -> Path:
+    """The model folder that --init means: itself, a run directory's checkpoint, or a hub model's local copy (without
+    its weights, where only its shape and tokenizer are needed)."""
     folder = Path(init)
     if (folder / "metrics.jsonl").exists():
-        folder, why = pick_checkpoint(folder)
+        name, why = ranks.from_first(lambda: pick_checkpoint(folder))   # it may still be written to
+        folder = Path(name)
         print(f"{init} is a run: taking {folder.name}, {why}")
     elif not folder.exists():
-        folder = download(init)
+        if folder.parts[:1] == ("runs",):
+            raise ValueError(f"{init}: there is no such run; `python sft.py` makes runs/sft, "
+                             "`python rl.py --init runs/sft` makes runs/rl")
+        folder = download(init, weights)
     return folder
 
 
@@ -133,7 +139,7 @@ def show_memory(cfg, folder: Path, device, optimizer: str, micro_batches: int, s
     def table(rows):
         return memory.table(config, world, cfg.micro_tokens, cfg.bf16, cfg.recompute, optimizer, cfg.offload,
                             micro_batches > 1 and memory.sums_first(config, there), rows, slots, reference,
-                            fused_norm=bool(cfg.gpus) or device.type == "cuda")
+                            cuda=bool(cfg.gpus) or device.type == "cuda")
 
     if slots:   # the sampler takes fewer rows at a time where memory is short
         rows = min(cfg.rows, -(-cfg.gen_prompts // world) * cfg.group)
@@ -148,7 +154,7 @@ def show_memory(cfg, folder: Path, device, optimizer: str, micro_batches: int, s
           flush=True)
 
 
-def pick_checkpoint(run_dir: Path) -> tuple[Path, str]:
+def pick_checkpoint(run_dir: Path) -> tuple[str, str]:
     """(checkpoint, why) of a run directory: an SFT run's recommended one (phases.py), any other run's newest."""
     steps = {int(f.name[5:]): f for f in sorted((run_dir / "checkpoints").glob("step_*[0-9]")) if not run.damaged(f)}
     if not steps:
@@ -157,8 +163,8 @@ def pick_checkpoint(run_dir: Path) -> tuple[Path, str]:
         curve = phases.read_run(run_dir)
         found = phases.diagnose(curve.steps, curve.losses, curve.flops, steps)
         if found.recommended_step is not None:
-            return steps[found.recommended_step], found.reason
-    return steps[max(steps)], "its newest checkpoint"
+            return str(steps[found.recommended_step]), found.reason
+    return str(steps[max(steps)]), "its newest checkpoint"
 
 
 def save_model(model, tokenizer, folder, dtype=torch.float32) -> None:
@@ -168,14 +174,15 @@ def save_model(model, tokenizer, folder, dtype=torch.float32) -> None:
         tokenizer.save(folder)
 
 
-def download(name: str) -> Path:
+def download(name: str, weights: bool) -> Path:
     """The local folder of a hub model, downloaded if need be (configuration, tokenizer, safetensors; never pickles)."""
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise ValueError(f"{name}: no such folder; --init takes a model folder, a checkpoint, a run directory "
                          "or a hub name such as Qwen/Qwen2.5-0.5B")
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        patterns = ["*.json", "*.jinja"] + ["*.safetensors"] * weights
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # no network, no such model, no access
         reason = str(error).strip().splitlines()[0][:160]
         raise ValueError(f"{name}: no such folder here, and the hub did not give it ({reason}); "
@@ -235,11 +242,14 @@ def show_progress(what: str):
 def write_samples(path: str, records: list[dict]) -> None:
     """One JSON line a response, where a path was given; by the first process only."""
     if path and ranks.rank() == 0:
-        Path(path).write_text("".join(json.dumps(r) + "\n" for r in records))
+        run.write_aside(Path(path), "".join(json.dumps(r) + "\n" for r in records))
 
 
 def main(cfg: Config) -> None:
     device = ranks.start()
+    if cfg.out and ranks.rank() == 0:   # a place that cannot be written to is found now, not after hours of sampling
+        Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+        run.write_aside(Path(cfg.out), "")
     folder = find(cfg.init)
     tokenizer = open_tokenizer(folder)
     model = model_file.load_model(folder, torch.bfloat16 if cfg.bf16 else torch.float32, device)

@@ -148,7 +148,7 @@ def read_weights(folder, shapes: dict[str, torch.Size], rows_of=lambda n: (0, n)
     """(name, rows of the weight) for each name of `shapes`, in the stored type on the CPU. rows_of(n) -> (first, end)
     of n rows: only those are read. Raises ValueError, naming file or parameter and before any weight is given out, for
     what is missing, damaged, of another shape or no float."""
-    files, found = {}, {}
+    found = {}
     for path in _weight_files(Path(folder)):
         if not path.is_file():
             raise ValueError(f"{path}: no such file, but the index beside it names it; copy the missing shard")
@@ -156,7 +156,7 @@ def read_weights(folder, shapes: dict[str, torch.Size], rows_of=lambda n: (0, n)
             file = safe_open(path, framework="pt")
             for name in file.keys():
                 if not name.endswith("rotary_emb.inv_freq"):   # of old versions
-                    files[name], found[name] = file, file.get_slice(name)
+                    found[name] = file.get_slice(name)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
         kinds = {w.get_dtype() for w in found.values()} - {"F64", "F32", "F16", "BF16"}

@@ -14,7 +14,8 @@ Choices where papers and official code differ; [n] and "equation n" are those of
 
     weights = batch_weights(objective, lengths, group_ids, is_expert)                        # whole step, all ranks
     update_loss(objective, logp, entropy, take(rows, part), weights[:, part]).backward()     # each micro-batch
-Shapes: B rows, T response positions. Nats, of logits over the temperature. Under a False of a mask may lie NaN.
+Shapes: B rows, T response positions. Nats, of logits over the temperature. Where a mask is False a value may be NaN; it
+reaches no loss and no gradient.
 """
 import math
 from dataclasses import dataclass
@@ -302,15 +303,14 @@ def token_loss(objective: Objective, logp: Tensor, rows: Rows) -> tuple[Tensor, 
     UPT [17]              max(-r A, -clip(r) A)                     -                      -sft_coef logp
     Prefix-RFT [18, 19]   max(-r A, -clip(r) A), prefix included    -                      -
     """
-    mask, imitation = rows.mask, objective.imitation
+    mask = rows.mask
     logp = torch.where(mask, logp, 0.0)    # before any exp: 0 * exp(garbage) is NaN, so is a later where's gradient
     advantages = torch.where(mask, rows.advantages if rows.advantages.dim() == 2 else rows.advantages[:, None], 0.0)
     expert = torch.zeros_like(mask) if rows.is_expert is None else mask & rows.is_expert[:, None]
     rollout = mask & ~expert
     old_logp = logp.detach() if rows.old_logp is None else rows.old_logp
-    if objective.entropy_weights != "none":
-        H = rows.mean_entropy[:, None]    # (B,1)
-        imitation, success = objective.imitation * torch.exp(-H), objective.success_coef * torch.exp(H)
+    H = logp.new_zeros(()) if objective.entropy_weights == "none" else rows.mean_entropy[:, None]    # () or (B,1)
+    imitation, success = objective.imitation * torch.exp(-H), objective.success_coef * torch.exp(H)
     if objective.surrogate == "success":
         policy = torch.where(rows.is_success[:, None], -success * logp, logp)
     else:

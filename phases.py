@@ -15,7 +15,7 @@ Choices where the paper leaves something open:
     of it and the second half of the curve still falls by more than its noise.
  5) RL starts from the saved checkpoint of lowest validation loss, as in the paper's Table 1; the first saved Mild
     checkpoint is named as the alternative.
- 6) Rows may come in any order. Of two rows of one step the later counts (a resumed run writes a step again).
+ 6) Rows may come in any order. If a step occurs twice, the later row is used.
 All of it works on the prefix of a run: sft.py calls diagnose() after each validation and stops by reached().
 
     python phases.py runs/sft [--json]                          metrics.jsonl, lines of kind val; checkpoints/step_N
@@ -249,7 +249,7 @@ def _table(path, column: str, needed: str) -> list[dict]:
     return rows
 
 
-def compare(runs, ceilings=None) -> dict:
+def compare(runs, ceilings=None, delta: float = DELTA, delta2: float = DELTA2) -> dict:
     """SFT runs ranked by minimum validation loss, with Pearson and Spearman against the ceilings that are known.
 
     runs: directories of sft.py runs on one validation set; ceilings {run: A_post in points}."""
@@ -261,7 +261,7 @@ def compare(runs, ceilings=None) -> dict:
                          "train with the same --val, so that val_set in run.json agrees")
     rows = []
     for run, curve in curves.items():
-        found = diagnose(curve.steps, curve.losses)
+        found = diagnose(curve.steps, curve.losses, delta=delta, delta2=delta2)
         rows.append({"run": run, "min_val_loss": float(_infinite_if_bad(found.losses).min()),
                      "step": found.recommended_step, "saturated": found.saturated, "a_post": (ceilings or {}).get(run)})
     rows.sort(key=lambda row: row["min_val_loss"])
@@ -335,10 +335,13 @@ def main(argv=None) -> int:
     try:
         if bool(args.run) + bool(args.csv) + bool(args.compare) > 1:
             raise ValueError("give one of RUN, --csv FILE and --compare RUN RUN ...")
+        if args.ceilings and not args.compare:
+            raise ValueError("--ceilings goes with --compare RUN RUN ...")
         if not 0 <= args.delta < args.delta2:
             raise ValueError(f"--delta {args.delta} --delta2 {args.delta2}: needs 0 <= delta < delta2")
         if args.compare:
-            result = compare(args.compare, read_ceilings(args.ceilings, args.compare) if args.ceilings else None)
+            ceilings = read_ceilings(args.ceilings, args.compare) if args.ceilings else None
+            result = compare(args.compare, ceilings, args.delta, args.delta2)
             print(json.dumps(result) if args.json else _comparison(result))
             return 0
         curve = read_csv(args.csv) if args.csv else read_run(args.run or "runs/sft")

@@ -4,7 +4,7 @@
     torchrun rl.py --init runs/sft/checkpoints/step_000400 --algo luffy --data mixed.jsonl --out runs/luffy
 
 One step, four verbs:
-    collect    sample G responses to each prompt; with dynamic sampling, until enough prompts have right and wrong ones
+    collect    sample G responses to each prompt; with dynamic sampling, until enough prompts got right and wrong ones
     score      verify: reward 1 for a right answer that ends by itself (EOS), else 0
     weigh      advantage = reward - mean of its group; the weight of each token from all lengths of the update
     update     `prompts / update-prompts` optimizer steps, each over micro-batches of like length
@@ -56,7 +56,7 @@ class Config:
     steps: int = 500            # rounds of collect, score, weigh, update
     prompts: int | None = None  # prompts trained on a round; none = the method's
     update_prompts: int | None = None  # prompts an optimizer step; none = the method's
-    group: int = 8              # rows a prompt, the expert's included
+    group: int = 8              # rows a prompt, the expert's included (upt: besides it)
     gen_prompts: int | None = None  # prompts that dynamic sampling draws at once; none = 2 x prompts
     max_rounds: int = 10        # dynamic sampling trains on what there is after so many
     temperature: float | None = None  # of sampling and of the trained log-probs; none = the method's
@@ -91,6 +91,10 @@ class Config:
             if getattr(self, name) is None:
                 setattr(self, name, value)
         self.gen_prompts = self.gen_prompts or 2 * self.prompts
+        run.require_positive(self, "prompts", "update_prompts", "gen_prompts", "max_rounds", "temperature", "max_new",
+                             "max_prompt", "rows", "micro_tokens", "lr", "clip", "eval_every", "eval_n")
+        if self.steps < 0:
+            raise ValueError(f"--steps is {self.steps}; give a number of steps, or 0 to evaluate --init only")
         if self.prompts % self.update_prompts:
             fits = [d for d in range(1, self.prompts + 1) if self.prompts % d == 0]
             near = sorted(fits, key=lambda d: abs(d - self.update_prompts))[:2]
@@ -336,7 +340,7 @@ def update(cfg, objective, net, model, optimizers, plans, book, step, device) ->
     means = {name: sum(d[name] for d in done) / n for name in ("entropy", "clipped", "kl")}
     gap = done[0]["gap"] / max(1, done[0]["n"])                                   # later the weights have moved
     return {"loss": sum(d["loss"] for d in done) / len(done), "grad_norm": sum(norms) / len(norms),
-            "updates": len(done), **means, "clipped": 100 * means["clipped"], "gap": gap}
+            "lr": lr, "updates": len(done), **means, "clipped": 100 * means["clipped"], "gap": gap}
 
 
 def flops_of(config, generated: list[int], trained: list[int], experts: list[int]) -> float:
@@ -347,21 +351,20 @@ def flops_of(config, generated: list[int], trained: list[int], experts: list[int
 
 
 # --------------------------------------------------------------------------------------------------------------- main
-def evaluate_now(cfg, book, step, net, tokenizer, problems, totals) -> bool:
-    """pass@1 on the validation problems and the ceiling as it looks now; True once --until-share is reached."""
+def fit_so_far(book) -> ceiling.CeilingFit:
+    points = book.of_kind("eval")
+    return ceiling.fit([p["flops"] for p in points], [p["pass1"] for p in points], n=[p["n"] for p in points])
+
+
+def evaluate_now(cfg, book, step, net, tokenizer, problems, totals) -> None:
+    """pass@1 on the validation problems, and the ceiling as it looks now."""
     seed = run.seed_of(cfg.seed, "eval")
     summary, records = evaluate.evaluate(net, tokenizer, problems, cfg.eval_n, cfg.eval_temperature, cfg.max_new,
-                                            seed, cfg.rows)
+                                         seed, cfg.rows)
     book.log(step, "eval", **totals, **summary)
     book.log_samples(step, [{**record, "kind": "eval"} for record in records[:8]])
-    points = book.of_kind("eval")
-    fit = ceiling.fit([p["flops"] for p in points], [p["pass1"] for p in points], n=[p["n"] for p in points])
-    print(f"step {step:4d}  pass@1 {summary['pass1']:.1f} (se {summary['pass1_se']:.1f})  "
-          f"length {summary['length']:.0f}  cut {summary['truncated']:.1f}%  {describe(fit)}", flush=True)
-    if not cfg.until_share or fit.share_low is None or fit.share_low < cfg.until_share:
-        return False
-    print(f"--until-share {cfg.until_share}: surely reached at step {step}")
-    return True
+    print(f"step {step:4d}  pass@1 {summary['pass1']:.1f} (se {summary['pass1_se']:.1f})  length "
+          f"{summary['length']:.0f}  cut {summary['truncated']:.1f}%  {describe(fit_so_far(book))}", flush=True)
 
 
 def describe(fit: ceiling.CeilingFit) -> str:
@@ -373,7 +376,7 @@ def describe(fit: ceiling.CeilingFit) -> str:
     return f"reached {fit.reached:.1f} / ceiling {fit.text('a_post', '.1f')} / share {fit.text('share', '.0%')}"
 
 
-def load_problems(cfg, tokenizer) -> tuple[list, list]:
+def load_problems(cfg, objective, tokenizer) -> tuple[list, list]:
     """(problems to train on, problems to evaluate on)."""
     pool, n_long = data.problems(cfg.data, tokenizer, cfg.max_prompt)
     if cfg.val:
@@ -387,7 +390,7 @@ def load_problems(cfg, tokenizer) -> tuple[list, list]:
     experts = sum(problem.expert is not None for problem in pool)
     print(f"{len(pool)} problems ({experts} with a demonstration; {n_long} prompts over {cfg.max_prompt} tokens "
           f"dropped), {len(val)} for evaluation", flush=True)
-    if losses.OBJECTIVES[cfg.algo].demo != "none" and not experts:
+    if objective.demo != "none" and not experts:
         raise ValueError(f"{cfg.data}: --algo {cfg.algo} needs demonstrations, and no row has a response; "
                          "add a column response, or use --algo dapo")
     return pool, val
@@ -395,10 +398,10 @@ def load_problems(cfg, tokenizer) -> tuple[list, list]:
 
 def main(cfg: Config) -> None:
     device = ranks.start()
-    folder = evaluate.find(cfg.init)
+    folder = evaluate.find(cfg.init, not cfg.dry_run)
     tokenizer = evaluate.open_tokenizer(folder)
     objective = replace(losses.OBJECTIVES[cfg.algo], **cfg.options)
-    pool, val = load_problems(cfg, tokenizer)
+    pool, val = load_problems(cfg, objective, tokenizer)
     differs = {k: v for k, v in vars(objective).items() if v != vars(losses.OBJECTIVES["grpo"])[k]}
     print(f"{cfg.algo} on {ranks.world()} x {device}: {cfg.steps} steps x {cfg.prompts} prompts x {cfg.group} "
           f"responses, {cfg.prompts // cfg.update_prompts} updates a step, temperature {cfg.temperature}, "
@@ -419,6 +422,8 @@ def main(cfg: Config) -> None:
         ranks.refresh(net, model)
         start, cursor, totals = state["step"], state["cursor"], {k: state[k] for k in totals}
         print(f"resuming {cfg.out} after step {start}, at prompt {cursor}", flush=True)
+        if start > cfg.steps:
+            raise ValueError(f"{cfg.out} is at step {start} already, beyond --steps {cfg.steps}; give more")
     dtype, enough = torch.bfloat16 if cfg.bf16 else torch.float32, False
     for step in range(start, cfg.steps + 1):
         last = step == cfg.steps or 0 < cfg.max_flops <= totals["flops"]
@@ -426,9 +431,13 @@ def main(cfg: Config) -> None:
         if due or stopping or (cfg.save_every and step % cfg.save_every == 0):
             book.save(step, lambda to: evaluate.save_model(model, tokenizer, to, dtype), model, optimizers, **totals,
                       cursor=cursor, seed=cfg.seed)
-        if due and not any(row["step"] == step for row in book.of_kind("eval")):
-            enough = evaluate_now(cfg, book, step, net, tokenizer, val, totals)
-            book.prune(cfg.keep, {max(book.of_kind("eval"), key=lambda row: row["pass1"])["step"]})
+        if due:
+            if not any(row["step"] == step for row in book.of_kind("eval")):
+                evaluate_now(cfg, book, step, net, tokenizer, val, totals)
+                book.prune(cfg.keep, {max(book.of_kind("eval"), key=lambda row: row["pass1"])["step"]})
+            enough = cfg.until_share and (fit_so_far(book).share_low or 0.0) >= cfg.until_share
+            if enough:
+                print(f"--until-share {cfg.until_share}: surely reached at step {step}")
         if last or stopping or ranks.any_of(enough):
             break
         began = time.monotonic()

@@ -70,6 +70,10 @@ def parse(Config, argv: list[str] | None = None, preset=None, options=None):
     given = vars(known)
     extra = {f.name: given.pop(f.name) for f in dataclasses.fields(options) if f.name in given} if options else {}
     values = preset(given) if preset else {}  # may take a flag out of `given` that it has understood
+    if "data" in values and not int(os.environ.get("RANK", 0)):
+        chosen = ["--" + "no-" * (value is False) + name.replace("_", "-") + f" {value}" * (value is not False)
+                  for name, value in values.items() if name not in given]
+        print(f"the built-in task, with {' '.join(chosen)}", flush=True)
     values |= given
     return Config(**values, options=extra) if options else Config(**values)
 
@@ -112,7 +116,8 @@ def cli(main, Config, preset=None, options=None) -> None:
     try:
         main(parse(Config, preset=preset, options=options))
     except KeyboardInterrupt:
-        _give_up("stopped at once; checkpoints on disk are whole: --resume goes on from the newest", 130)
+        what_now = "; checkpoints on disk are whole: --resume goes on from the newest"
+        _give_up(f"stopped at once{what_now if hasattr(Config, 'resume') else ''}", 130)
     except (ValueError, OSError) as error:
         ours = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve().parent == HERE
         if not ours and not isinstance(error, OSError):
@@ -134,6 +139,13 @@ def _give_up(message: str, code: int) -> None:
         time.sleep(5)
     print(f"\n{message}", file=sys.stderr, flush=True)
     os._exit(code) if ranks.world() > 1 else sys.exit(code)  # an exit that waits for no thread of a broken group
+
+
+def require_positive(cfg, *names: str) -> None:
+    """Raise ValueError for the first of these fields that is not above 0."""
+    for name in names:
+        if getattr(cfg, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be above 0")
 
 
 # ---------------------------------------------------------------------------------------------------------------- seeds
@@ -201,6 +213,11 @@ class Run:
                 shutil.rmtree(self.dir)
             elif resume:
                 resumed = self._newest_whole()
+                self._compare(about["config"])
+                log = self.dir / "metrics.jsonl"
+                if not resumed and log.exists() and log.stat().st_size:
+                    raise ValueError(f"{self.dir} has metrics but no whole checkpoint to go on from; put one back, "
+                                     "or start anew with --overwrite")
             else:
                 raise ValueError(f"{self.dir} exists already: --resume goes on with it, --overwrite starts anew, "
                                  "--out names another")
@@ -209,6 +226,15 @@ class Run:
         metrics, _ = self._cut("metrics.jsonl", last), self._cut("samples.jsonl", last)
         write_json(self.dir / "run.json", about)
         return resumed, metrics
+
+    def _compare(self, config: dict) -> None:
+        """Say which settings of the run to go on with are now others."""
+        path = self.dir / "run.json"
+        before = json.loads(path.read_text())["config"] if path.exists() else {}
+        changed = [f"--{name.replace('_', '-')} {value} -> {config[name]}" for name, value in before.items()
+                   if name in config and config[name] != value and name not in ("resume", "overwrite")]
+        if changed:
+            print(f"resuming with other settings than before: {', '.join(changed)}", flush=True)
 
     def _newest_whole(self) -> dict | None:
         """trainer.json of the newest whole checkpoint (files as long as written down); damaged ones are named."""
@@ -223,9 +249,7 @@ class Run:
         """Keep the lines up to step `last` (a killed run may have written more), and return them."""
         path = self.dir / name
         kept = [row for row in read_jsonl(path, broken_tail=True) if row["step"] <= last] if path.exists() else []
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        aside.rename(path)
+        write_aside(path, "".join(json.dumps(row) + "\n" for row in kept))
         return kept
 
     @property
@@ -233,11 +257,11 @@ class Run:
         """Wall time of the run so far, its earlier parts included."""
         return time.monotonic() - self._started
 
-    def log(self, step: int, kind: str, **numbers) -> dict:
+    def log(self, step: int, kind: str, **numbers) -> None:
         """Append one line to metrics.jsonl. Infinite and NaN become null, which every JSON reader accepts."""
-        return self.log_together(step, {kind: numbers})[0]
+        self.log_together(step, {kind: numbers})
 
-    def log_together(self, step: int, kinds: dict[str, dict]) -> list[dict]:
+    def log_together(self, step: int, kinds: dict[str, dict]) -> None:
         """Append a line of each kind in one write: a kill leaves all of them or none."""
         seconds = round(self.seconds, 4)
         rows = [{"step": step, "kind": kind, **numbers, "seconds": seconds} for kind, numbers in kinds.items()]
@@ -245,7 +269,6 @@ class Run:
             row |= {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
         self._append("metrics.jsonl", rows)
         self.metrics += rows
-        return rows
 
     def log_samples(self, step: int, rows: list[dict]) -> None:
         self._append("samples.jsonl", [{"step": step, **row} for row in rows])
@@ -353,10 +376,15 @@ def damaged(folder: Path) -> str:
     return ""
 
 
-def write_json(path: Path, value) -> None:
+def write_aside(path: Path, text: str) -> None:
+    """Write beside the place, then rename: a file that is there is whole."""
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    aside.write_text(text, encoding="utf-8")
     aside.rename(path)
+
+
+def write_json(path: Path, value) -> None:
+    write_aside(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
 def read_jsonl(path: Path, broken_tail: bool = False) -> list[dict]:

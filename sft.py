@@ -74,28 +74,30 @@ class Config:
     max_new: int = 1024             # tokens a response when sampling --problems
 
     def __post_init__(self):
-        for name in ("batch", "micro_tokens", "max_len", "eval_every", "epochs", "lr", "clip"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0")
+        run.require_positive(self, "batch", "micro_tokens", "max_len", "eval_every", "log_every", "epochs", "lr",
+                             "clip", "max_new")
+        if self.steps < 0:
+            raise ValueError(f"--steps is {self.steps}; give a number of steps, or 0 for --epochs")
 
 
 def preset(given: dict) -> dict:
     """What the built-in task uses instead of the defaults for real models."""
     folder = evaluate.built_in(given)
     if folder is None:
+        if "init" not in given:
+            raise ValueError(f"--data {given['data']} needs --init: a model folder or a hub name to start from")
         return {}
     return {"data": f"{folder}/train.jsonl", "val": f"{folder}/val.jsonl", "problems": f"{folder}/eval.jsonl",
-            "steps": 1000, "batch": 32, "micro_tokens": 4096, "max_len": 256, "max_new": 128, "optimizer": "muon",
-            "lr": 2e-3, "schedule": "constant", "warmup": 0.0, "eval_every": 100, "log_every": 25,
-            "recompute": False}
+            "steps": 0 if "epochs" in given else 1000, "batch": 32, "micro_tokens": 4096, "max_len": 256,
+            "max_new": 128, "optimizer": "muon", "lr": 2e-3, "schedule": "constant", "warmup": 0.0, "eval_every": 100,
+            "log_every": 25, "recompute": False}
 
 
-def base_config(cfg: Config) -> Config:
+def base_config() -> Config:
     """The run that makes the tiny base model: plain text, random start."""
-    folder, cfg = evaluate.BUILT_IN, Config(**preset({}))
-    return replace(cfg, init=str(folder), data=f"{folder}/base.jsonl", val="", problems="", out=str(BASE),
-                   from_scratch=True, steps=704, lr=3e-3, eval_every=352, keep=1, until="",
-                   overwrite=False, resume=BASE.exists(), dry_run=False)
+    folder = evaluate.BUILT_IN
+    return replace(Config(**preset({})), init=str(folder), data=f"{folder}/base.jsonl", val="", problems="",
+                   out=str(BASE), from_scratch=True, steps=704, lr=3e-3, eval_every=352, keep=1, resume=BASE.exists())
 
 
 def write_built_in(folder: Path) -> None:
@@ -107,12 +109,12 @@ def write_built_in(folder: Path) -> None:
 def make_built_in(cfg: Config) -> Config:
     """Write the built-in problems and train the tiny base model, each once; returns cfg with the base as its init."""
     folder = evaluate.BUILT_IN
-    if not (folder / "countdown.json").exists():
+    if not ranks.from_first(lambda: (folder / "countdown.json").exists()):
         print(f"writing the built-in problems and expert trajectories to {folder}", flush=True)
         ranks.from_first(lambda: write_built_in(folder))
-    if not (BASE / "checkpoints" / f"step_{base_config(cfg).steps:06d}").exists():
+    if not (BASE / "checkpoints" / f"step_{base_config().steps:06d}").exists():
         print(f"no base model in {BASE}: making it once, from plain text (about a minute)", flush=True)
-        if not main(base_config(cfg)):
+        if not main(base_config()):
             raise SystemExit(0)  # Ctrl-C: the base is saved and will be resumed
         print(f"the base model is made; now SFT -> {cfg.out}\n", flush=True)
     return replace(cfg, init=str(BASE))
@@ -215,7 +217,7 @@ def main(cfg: Config) -> bool:
     device = ranks.start()
     if not cfg.init:
         cfg = make_built_in(cfg)
-    folder = evaluate.find(cfg.init)
+    folder = evaluate.find(cfg.init, not cfg.dry_run)
     tokenizer = evaluate.open_tokenizer(folder)
     train, val, val_set = load_examples(cfg, tokenizer)
     problems = data.problems(cfg.problems, tokenizer, cfg.max_len)[0] if cfg.problems else []
@@ -242,6 +244,8 @@ def main(cfg: Config) -> bool:
         state = book.load(model, optimizers)
         ranks.refresh(net, model)
         start, totals = state["step"], {k: state[k] for k in totals}
+        if start > steps:
+            raise ValueError(f"{cfg.out} is at step {start} already, beyond the {steps} asked for; give more --steps")
         print(f"resuming {cfg.out} after step {start}", flush=True)
 
     def save(step):
@@ -294,6 +298,8 @@ def finish(cfg: Config, book, stopped: bool) -> None:
     """Where the run stands, which checkpoint RL should start from, and the next command to type."""
     if stopped:
         print(f"stopped and saved. Go on with: {run.again()}")
+        return
+    if Path(cfg.out) == BASE:
         return
     end = diagnose(book)
     print("regimes: " + "  ".join(f"{s} {r}" for s, r in zip(end.steps, end.regimes)))

@@ -408,11 +408,11 @@ def countdown(answer: str, gold: str, numbers: list[int]) -> str:
     try:
         if Counter(numbers_used(sides[0])) != Counter(map(Fraction, numbers)):
             return "wrong numbers"
-    except Unread:
+    except (Unread, ValueError, TypeError):     # the latter two: numbers that are none
         return "not an expression"
     try:
         return "correct" if all(evaluate(side, 0, Comparison()) == Fraction(gold) for side in sides) else "wrong value"
-    except ArithmeticError:
+    except (ArithmeticError, ValueError):       # a gold answer that is no number
         return "wrong value"
 
 
@@ -442,14 +442,14 @@ def verify(response: str, gold: str, numbers: list[int] | None = None) -> Verdic
 def verify_row(row: dict) -> dict:
     """A row {"response" or "prediction", "gold"[, "numbers"]} -> the row with the fields of its verdict."""
     response = row.get("response", row.get("prediction"))
-    return {**row, **verify(response or "", row["gold"], row.get("numbers"))._asdict()}
+    return {**row, **verify(str(response or ""), row["gold"], row.get("numbers"))._asdict()}
 
 
 # ------------------------------------------------------------------------------------------------------- command line
 def read_rows(path: str) -> list[dict]:
     rows = []
     with open(path, encoding="utf-8") as lines:
-        for n, line in enumerate(lines, 1):
+        for n, line in ((n, line) for n, line in enumerate(lines, 1) if line.strip()):
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:

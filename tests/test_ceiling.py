@@ -1,5 +1,5 @@
 """The ceiling's estimators against curves whose truth is known, and against the paper's own data where ../shared has
-it. The figures that the README quotes, with all 200 synthetic curves:
+it. The figures that docs/LOG.md quotes, with all 200 synthetic curves:
 
     python tests/test_ceiling.py"""
 import csv
@@ -133,7 +133,7 @@ def test_noiseless_curve_gives_its_parameters_back():
 
 
 def test_intervals_hold_the_truth_about_nine_times_in_ten_on_synthetic_curves():
-    """40 curves here; the 200 of the README: python tests/test_ceiling.py."""
+    """40 curves here; the 200 of docs/LOG.md: python tests/test_ceiling.py."""
     coverage, error, _ = synthetic_coverage(40)
     assert .8 <= coverage[0] <= 1 and (coverage[1:] >= .75).all() and error < 1
 
@@ -410,7 +410,7 @@ def test_all_given_runs_with_intervals_take_under_twenty_seconds():
 
 
 def report() -> None:
-    """Every figure that README quotes of ceiling.py, as text."""
+    """Every figure that docs/LOG.md quotes of ceiling.py, as text."""
     if RETU.is_dir():
         rows = table4_rows()
         print("Table 4: run, PL_rl published and ours, C_mid (EFLOP), B; at a bound = not identified")

@@ -84,6 +84,34 @@ def test_a_problem_without_gold_is_refused_with_its_columns(small, tmp_path):
         data.problems(write(tmp_path / "a.jsonl", {"prompt": "x"}), small[1], 20)
 
 
+def problem(row, small, tmp_path):
+    return data.problems(write(tmp_path / "a.jsonl", row), small[1], 90)[0][0]
+
+
+@pytest.mark.parametrize("written", ["5", r"\boxed{5}", r"We have 2 + 3 = 5, so \boxed{5}.", "2 + 3 = 5\n#### 5"])
+def test_the_gold_answer_is_found_in_a_worked_solution(small, tmp_path, written):
+    assert problem({"prompt": "2 + 3", "solution": written}, small, tmp_path).gold == "5"
+
+
+def test_a_conversation_is_asked_whole_but_for_the_answer_that_ends_it(small, tmp_path):
+    turns = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "2 + 1"}]
+    end = {"role": "assistant", "content": "3"}
+    asked = [problem({"messages": messages, "answer": "3"}, small, tmp_path) for messages in (turns, turns + [end])]
+    trained = data.sft_examples(write(tmp_path / "b.jsonl", {"messages": turns + [end]}), small[1], 90)[0][0]
+    assert asked[0].prompt == asked[1].prompt == list(trained.prompt) and asked[0].text == "2 + 1"
+    assert asked[0].expert is None and asked[1].expert == list(trained.response)
+
+
+def test_the_input_of_an_alpaca_row_is_part_of_its_prompt(small, tmp_path):
+    row = {"instruction": "Make 3 from", "input": "1 2", "output": "1 + 2", "answer": "3"}
+    assert problem(row, small, tmp_path).text == data.prompt_text(row) == "Make 3 from\n1 2"
+
+
+def test_numbers_that_are_not_countdown_s_are_left_alone(small, tmp_path):
+    assert problem({"prompt": "1", "answer": "3", "numbers": ["one"]}, small, tmp_path).numbers is None
+    assert problem({"prompt": "1", "answer": "3", "numbers": [1, 2]}, small, tmp_path).numbers == [1, 2]
+
+
 def test_every_epoch_of_the_plan_visits_every_row_once_and_does_not_depend_on_the_batch_size():
     stream = data.plan(10, 0, 0, 40)
     assert all(sorted(stream[e:e + 10]) == list(range(10)) for e in (0, 10, 20, 30))

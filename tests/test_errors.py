@@ -65,6 +65,14 @@ CASES = {
     "init is nothing": ("rl", None, "--init nowhere", "nowhere: no such folder"),
     "top-p in training": ("rl", None, "--top-p 0.9", "full distribution"),
     "wrong option": ("rl", None, "--agg median", "median"),
+    "no demonstrations either": ("rl", lambda m: lines(m, "a.jsonl", '{"prompt": "x", "answer": "1"}\n'), "--algo grpo --demo gate --data M/a.jsonl", "response"),
+    "no rows in flight": ("rl", None, "--rows 0", "--rows is 0"),
+    "no evaluations": ("rl", None, "--eval-every 0", "--eval-every is 0"),
+    "negative steps": ("sft", None, "--steps -1", "--steps is -1"),
+    "a run that is not there": ("rl", None, "--init runs/nothing", "there is no such run"),
+    "null content": ("sft", lambda m: lines(m, "a.jsonl", '{"messages": [{"role": "assistant", "content": null}]}\n'), "--data M/a.jsonl", "a.jsonl:1: no prompt"),
+    "no object": ("sft", lambda m: lines(m, "a.jsonl", GOOD + "[1]\n"), "--data M/a.jsonl", "a.jsonl:2: a list, not an object"),
+    "metrics but no checkpoint": ("sft", lambda m: (m / "out").mkdir() or lines(m / "out", "metrics.jsonl", '{"step": 3, "kind": "train"}\n'), "--resume", "no whole checkpoint"),
     "no demonstrations": ("rl", lambda m: lines(m, "a.jsonl", '{"prompt": "x", "answer": "1"}\n'), "--algo luffy --data M/a.jsonl", "response"),
 }
 
@@ -82,6 +90,11 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(name, small_task, tmp_path,
         run.cli(*SCRIPTS[script])
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert end.value.code == 2 and "error:" in message and named in message, message
+
+
+def test_own_data_need_a_model_of_their_own(tmp_path):
+    with pytest.raises(ValueError, match="needs --init"):
+        run.parse(sft.Config, ["--data", str(tmp_path / "x.jsonl")], sft.preset)
 
 
 def test_the_real_command_ends_with_code_2_and_no_traceback(tmp_path):

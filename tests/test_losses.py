@@ -548,6 +548,14 @@ def test_an_expert_row_has_an_advantage_term_only_in_the_methods_that_give_it_on
     assert bool((imitation[0] > 0).all()) == (algo != "luffy")
 
 
+def test_srft_without_entropy_weights_has_its_plain_coefficients():
+    logp = torch.tensor([[-0.5, -2.0], [-0.3, -1.0], [-0.7, -0.2]])
+    rows = Rows(torch.ones(3, 2, dtype=torch.bool), torch.tensor([1.0, 1.0, -1.0]), is_expert=torch.tensor([True, False, False]),
+                is_success=torch.tensor([True, True, False]))
+    policy, imitation = losses.token_loss(replace(OBJECTIVES["srft"], entropy_weights="none"), logp, rows)
+    assert torch.allclose(imitation[0], -0.5 * logp[0]) and torch.allclose(policy[1], -0.1 * logp[1]) and torch.allclose(policy[2], logp[2])
+
+
 @pytest.mark.parametrize("prefix_clip, slope", [(True, 0.0), (False, -1.5)])
 def test_prefix_clip_decides_whether_a_far_demonstration_token_still_teaches(prefix_clip, slope):
     logp = torch.tensor([[math.log(0.3), math.log(0.3)]], requires_grad=True)

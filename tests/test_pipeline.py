@@ -234,6 +234,14 @@ def test_until_share_stops_rl_when_the_interval_says_so(coin, tmp_path, capsys):
     rl.main(rl_config(coin, tmp_path / "r", algo="dapo", steps=20, eval_every=1, prompts=8, update_prompts=4, until_share=0.01))
     last = max(row["step"] for row in lines_of(tmp_path / "r"))
     assert 4 <= last < 20 and "surely reached" in capsys.readouterr().out
+    rl.main(rl_config(coin, tmp_path / "r", algo="dapo", steps=20, eval_every=1, prompts=8, update_prompts=4, until_share=0.01, resume=True))
+    assert max(row["step"] for row in lines_of(tmp_path / "r")) == last, "a resumed run knows it too"
+
+
+def test_a_run_beyond_the_steps_asked_for_is_named(coin, tmp_path):
+    rl.main(rl_config(coin, tmp_path / "r", steps=2))
+    with pytest.raises(ValueError, match="at step 2 already, beyond --steps 1"):
+        rl.main(rl_config(coin, tmp_path / "r", steps=1, resume=True))
 
 
 def test_max_flops_ends_a_run_with_an_evaluation_and_a_checkpoint(coin, tmp_path):

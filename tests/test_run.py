@@ -1,6 +1,7 @@
 """Command line, run directory, checkpoints: what a newcomer types wrongly, and what a crash leaves behind."""
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from typing import Literal
 
@@ -120,6 +121,19 @@ def test_resume_passes_over_a_truncated_checkpoint_and_says_so(tmp_path, capsys)
     again = book_of(tmp_path, resume=True)
     assert again.resumed["step"] == 1 and "damaged" in capsys.readouterr().out
     assert [row["step"] for row in again.metrics] == [1]                           # what the lost step wrote is gone
+
+
+def test_resume_never_throws_metrics_away_and_names_changed_settings(tmp_path, capsys):
+    book = book_of(tmp_path)
+    book.save(1, lambda folder: None, small_model(), [])
+    book.log(1, "train", loss=1.0)
+    assert "other settings" not in capsys.readouterr().out
+    run.Run(Config(out=str(tmp_path / "r"), lr=7.0), resume=True)
+    assert "resuming with other settings than before: --lr 1e-05 -> 7.0" in capsys.readouterr().out
+    shutil.rmtree(book.path(1))
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        book_of(tmp_path, resume=True)
+    assert (book.dir / "metrics.jsonl").read_text()
 
 
 def test_a_half_written_checkpoint_and_a_half_written_line_are_passed_over(tmp_path):
