@@ -17,7 +17,7 @@ def test_ctrl_c_writes_the_finished_responses_and_counts_them(small_task, tmp_pa
     out = tmp_path / "eval.jsonl"
     command = [sys.executable, SCRIPT, "--init", small_task, "--data", small_task, "--n", "200", "--rows", "2", "--temperature", "1", "--out", out]
     process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert "20 problems" in process.stdout.readline()
+    assert "the built-in task, with --data" in process.stdout.readline() and "20 problems" in process.stdout.readline()
     time.sleep(3)   # 4,000 responses take minutes
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
