@@ -14,6 +14,7 @@ have ended are judged and written to --out, in the order of their problems. They
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -152,6 +153,17 @@ def show_memory(cfg, folder: Path, device, optimizer: str, micro_batches: int, s
     sizes = ", ".join(f"{part.name} {memory.text(part.bytes)}" for part in parts)
     print(f"memory of a process, estimated: {sizes}; at most {memory.text(memory.peak(parts))} of {memory.text(there)}",
           flush=True)
+
+
+def show_disk(cfg, folder: Path, steps: int, optimizer: str) -> None:
+    """What the checkpoints of a run will take, beside what is free."""
+    every = math.gcd(cfg.eval_every, cfg.save_every) if cfg.save_every else cfg.eval_every
+    count, size = -(-steps // every) + 1, memory.checkpoint_bytes(model_file.read_config(folder), cfg.bf16, optimizer)
+    count = min(count, cfg.keep + 2) if cfg.keep else count     # the newest and the best one stay in any case
+    there = next(path for path in (Path(cfg.out), *Path(cfg.out).absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    print(f"checkpoints: at most {count} x {memory.text(size)} = {memory.text(count * size)} on disk, "
+          f"{memory.text(free)} free" + ("; --keep N keeps fewer" if count * size > free else ""), flush=True)
 
 
 def pick_checkpoint(run_dir: Path) -> tuple[str, str]:

@@ -110,6 +110,13 @@ def table(config: ModelConfig, world: int = 1, micro_tokens: int = 16384, bf16: 
     return parts
 
 
+def checkpoint_bytes(config: ModelConfig, bf16: bool, optimizer: str) -> float:
+    """A checkpoint on disk: the model folder, and the trainer's fp32 weights and optimizer state."""
+    block, matrices, root = weights_of(config)
+    total = config.num_hidden_layers * block + root
+    return total * (14 if bf16 else 16) - (4 * config.num_hidden_layers * matrices if optimizer == "muon" else 0)
+
+
 def sums_first(config: ModelConfig, capacity: float) -> bool:
     """Whether whole fp32 gradients are small enough (a tenth of the device) to be summed over a step's micro-batches on
     each process before they are reduced, which saves messages. Otherwise every micro-batch is reduced."""

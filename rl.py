@@ -408,6 +408,7 @@ def main(cfg: Config) -> None:
           f"lr {cfg.lr:g}; GRPO with {', '.join(f'{k}={v}' for k, v in differs.items()) or 'its defaults'}", flush=True)
     longest = max(len(problem.prompt) for problem in pool) + cfg.max_new
     evaluate.show_memory(cfg, folder, device, "adamw", 2, longest, bool(objective.kl_coef))
+    evaluate.show_disk(cfg, folder, cfg.steps, "adamw")
     if cfg.dry_run:
         print(f"first prompt: {tokenizer.decode(pool[0].prompt)}\nits answer: {pool[0].gold}")
         return

@@ -229,6 +229,7 @@ def main(cfg: Config) -> bool:
     first = [lengths[i] for i in data.plan(len(train), cfg.seed, 0, cfg.batch)]
     parts = data.deal(first, cfg.micro_tokens, 0, cfg.gpus or ranks.world())
     evaluate.show_memory(cfg, folder, device, cfg.optimizer, len(parts))
+    evaluate.show_disk(cfg, folder, steps, cfg.optimizer)
     if cfg.dry_run:
         print(f"first step: {sum(first):,} tokens in {len(parts)} micro-batches on each of {cfg.gpus or ranks.world()} "
               f"processes, {data.padding(first, cfg.micro_tokens):.1f}% padding")

@@ -1,10 +1,13 @@
 """The memory table: its numbers are those that autograd and the optimizer keep, and it says what fits."""
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 import memory
 import model as m
 import ranks
+import run
 
 SHAPES = {
     "qwen2": m.ModelConfig(vocab_size=500, hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=4,
@@ -80,3 +83,21 @@ def test_rollout_and_update_do_not_stand_beside_each_other():
     large = memory.table(QWEN_7B, 8, 16384, checkpointing=True, rows=512, slots=9216, reference=True)
     cache = [part.bytes for part in large if "cache" in part.name]
     assert cache == [2 * 28 * 4 * 128 * 512 * 9216 * 2] and memory.peak(large) > cache[0] + 3 * 4 * 7.6e9 / 8
+
+
+@dataclass
+class Config:
+    out: str
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_checkpoint_takes_as_much_of_the_disk_as_counted(tmp_path, bf16, optimizer):
+    model = m.init_model(SHAPES["qwen2"], 0)
+    optimizers = run.make_optimizers(model, optimizer, 1e-3)
+    m.response_logp_sum(model, torch.arange(20)[None], torch.ones(1, 20, dtype=torch.bool)).backward()
+    run.update(model, optimizers, 1e-3, 1.0)
+    path = run.Run(Config(str(tmp_path / "r"))).save(
+        1, lambda to: m.save_model(model, to, torch.bfloat16 if bf16 else torch.float32), model, optimizers)
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    assert size == pytest.approx(memory.checkpoint_bytes(SHAPES["qwen2"], bf16, optimizer), rel=0.02)
