@@ -63,7 +63,11 @@ def regimes_panel(axes, name: str, found: phases.Diagnosis) -> None:
     if found.recommended_step is not None:
         best = found.steps.index(found.recommended_step)
         axes.plot(steps[best], found.losses[best], "*", color="#08306b", ms=14, label=f"start RL: step {steps[best]:g}")
-    axes.set(xlabel="SFT step", ylabel="validation loss (nats a token)")
+    low, high = np.nanmin(found.losses), np.nanmax(found.losses)
+    cut = high > 1.6 * low      # the first losses would press the regimes, 2% and 10% wide, into a line
+    axes.set(xlabel="SFT step", ylabel=f"validation loss (nats a token{', cut' if cut else ''})")
+    if cut:
+        axes.set_ylim(0.93 * low, 1.6 * low)
     axes.set_title(f"{name}: {'saturated' if found.saturated else 'still improving'}", fontsize=9)
     axes.legend(fontsize=8, framealpha=0.7)
 

@@ -193,17 +193,18 @@ def regime_figure(study: Study, pyplot):
         at, bars = np.array([b[0] for b in bars]), [b[1] for b in bars]
         for panel, key in (("ours", "a_post"), ("gain", "plasticity")):
             low, high = (np.array([getattr(s.fit, f"{key}_{end}") for s in bars]) for end in ("low", "high"))
-            middle = (low + high) / 2           # where it is not identified
-            centre = np.array([getattr(s.fit, key) or other for s, other in zip(bars, middle)])
+            vague = np.array([getattr(s.fit, key) is None for s in bars])       # not identified: the interval's middle
+            centre = np.array([getattr(s.fit, key) or other for s, other in zip(bars, (low + high) / 2)])
             around = [np.maximum(centre - low, 0), np.maximum(high - centre, 0)]
             axes[panel].errorbar(at, centre, around, fmt="s-", color=colour, ms=5, lw=1.4, elinewidth=.8, capsize=2)
+            axes[panel].plot(at[vague], centre[vague], "s", color=colour, mfc="white", ms=5, zorder=5)
     for name, theirs in THEIRS.items():
         x, p, gain = np.array([row[1:] for row in TABLE4[theirs]]).T
         axes["theirs"].plot(x, p, "o--", color=COLOURS[name], ms=4, lw=.8)
         axes["theirs"].plot(x, p + gain, "s-", color=COLOURS[name], ms=5, lw=1.4, label=theirs)
     axes["ours"].set(xlabel=f"SFT compute ({words})", ylabel="performance (points)",
-                     title="P_sft (dashed), A_post (solid, 90%)")
-    axes["gain"].set(xlabel=f"SFT compute ({words})", ylabel="PL_rl (points, 90%)", title="plasticity")
+                     title="P_sft (dashed), A_post (solid, 90%; hollow: not identified)")
+    axes["gain"].set(xlabel=f"SFT compute ({words})", ylabel="PL_rl (points, 90%)", title="plasticity, from seed 0")
     axes["theirs"].set(xlabel="SFT compute (1e18 FLOPs)", ylabel="performance (points)", xscale="log",
                        title="the paper's Table 4")
     for panel in ("ours", "theirs"):
@@ -214,14 +215,16 @@ def regime_figure(study: Study, pyplot):
 def loss_figure(study: Study, pyplot):
     """The minimum validation loss against the ceiling, ours and the paper's."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
-    for name, (loss, middle, low, high) in loss_and_ceiling(study)[0].items():
+    rows, found = loss_and_ceiling(study)
+    for name, (loss, middle, low, high) in rows.items():
         left.plot([loss, loss], [low, high], color=COLOURS[name], lw=1.5)
         left.plot(loss, middle, "o", color=COLOURS[name], label=name)
     for name, (loss, ceil) in LOSSES.items():
         right.plot(loss, ceil, "o", color="#333333")
         right.annotate(name, (loss, ceil), xytext=(6, -12 if name == "Uniform220K" else 3), textcoords="offset points",
                        fontsize=8)
-    left.set(xlabel="minimum validation loss (nats a token)", ylabel="A_post from Stable (points, 90%)", title="ours")
+    left.set(xlabel="minimum validation loss (nats a token)", ylabel="A_post from Stable (points, 90%)",
+             title=f"ours: Pearson {-found.effect:+.2f}" if found else "ours")
     if left.lines:      # none where no run has a ceiling
         left.legend(fontsize=8, frameon=False)
     right.set(xlabel="minimum validation loss (nats a token)", ylabel="highest A_post (points)", xlim=(.36, .55),
@@ -262,6 +265,7 @@ def write(out) -> str:
     text = f"""# The paper in miniature
 
 `{(study.out / 'command.txt').read_text().strip()}`: {len(marks)} jobs, {minutes:.0f} core minutes{wall(study)}.
+
 {about(study)}
 
 ## Findings
@@ -331,7 +335,7 @@ def about(study: Study) -> str:
                            (("easy", "hard"), ("easy", "middle"), ("middle", "hard")))
         said = path.read_text().strip().splitlines()[-1].partition(": ")[2]
         lines.append(f"Difficulty: {said} (the paper: 1 and 0.25). Rows {shared}.")
-    return "\n".join(lines)
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def main(argv=None) -> int:
