@@ -156,9 +156,9 @@ def gate_rows(rewards: Tensor, group_ids: Tensor, is_expert: Tensor, gamma: floa
     return imitate == is_expert
 
 
-def prefix_window(step: int, total_steps: int, low_init: float = 0.95, low_target: float = 0.05, high: float = 0.95):
+def prefix_window(step: float, total: float, low_init: float = 0.95, low_target: float = 0.05, high: float = 0.95):
     """(low, high) of the share of a demonstration given as prefix; low falls along a cosine to low_target."""
-    return low_target + 0.5 * (1 + math.cos(math.pi * min(step / total_steps, 1.0))) * (low_init - low_target), high
+    return low_target + 0.5 * (1 + math.cos(math.pi * min(step / total, 1.0))) * (low_init - low_target), high
 
 
 def prefix_length(u: float, window: tuple[float, float], demo_len: int, min_len: int = 1) -> int:

@@ -26,9 +26,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 PATIENCE = timedelta(hours=12)  # a wait in a collective; one process may decode long after the others are through.
                                 # A process that dies is noticed at once all the same: its connections close
@@ -137,6 +134,8 @@ def shard(model, bf16: bool, offload: bool = False, sums_first: bool = True) -> 
     model: on the meta device. offload: parameters, gradients and optimizer state wait in the CPU's memory. sums_first:
     a process keeps whole gradients until a step's last micro-batch; less to send, 4 bytes a parameter more to hold.
     """
+    from torch.distributed.device_mesh import init_device_mesh      # here: a second that one process need not wait
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
     device = "cuda" if torch.cuda.is_available() else "cpu"
     how = {"mesh": init_device_mesh(device, (world(),)),
            "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32),
@@ -150,8 +149,9 @@ def shard(model, bf16: bool, offload: bool = False, sums_first: bool = True) -> 
         module.set_force_sum_reduction_for_comms(True)   # gloo has no scaled sum
 
 
-def _groups(model) -> list[FSDPModule]:
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+def _groups(model) -> list:
+    """What shard() made of the model's modules: its root first, then the blocks."""
+    return [module for module in model.modules() if hasattr(module, "unshard")]
 
 
 def settle(model) -> None:
@@ -160,19 +160,24 @@ def settle(model) -> None:
         module.reshard()
 
 
+def is_sharded(p: torch.Tensor) -> bool:
+    """Whether it is a DTensor, of which this process keeps some rows."""
+    return hasattr(p, "to_local")
+
+
 def local(p: torch.Tensor) -> torch.Tensor:
     """This process's rows of a parameter, its gradient or its optimizer state; all of them where it is not sharded."""
-    return p.to_local() if isinstance(p, DTensor) else p
+    return p.to_local() if is_sharded(p) else p
 
 
 def whole(p: torch.Tensor) -> torch.Tensor:
     """All rows, on every process. Sharded: a collective, so all processes must ask for the same parameter."""
-    return p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()
+    return p.detach().full_tensor() if is_sharded(p) else p.detach()
 
 
 def like(p: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """`rows` as the local part of a tensor that is cut as p is."""
-    if not isinstance(p, DTensor):
+    if not is_sharded(p):
         return rows
     made = torch.empty_like(p.detach(), dtype=rows.dtype)   # from_local would move the rows to the mesh's device
     made.to_local().copy_(rows)
@@ -243,7 +248,7 @@ def save_state(folder: Path, model, optimizers) -> None:
     for key, value in named_state(model, optimizers):
         parts[key] = local(value).contiguous()
         if value.ndim:
-            first, end = rows_of(value.shape[0], isinstance(value, DTensor))
+            first, end = rows_of(value.shape[0], is_sharded(value))
             rows[key] = [first, end, value.shape[0]]
     save_file(parts, state_file(folder, rank(), world()), metadata={"rows": json.dumps(rows)})
 
@@ -267,7 +272,7 @@ def load_state(folder: Path, model, optimizers) -> None:
                 fused = owner[p].defaults.get("fused")
                 owner[p].state[p][entry[0]] = opened[0].get_tensor(key).to(local(p).device if fused else "cpu")
                 continue
-            mine = rows_of(p.shape[0], isinstance(p, DTensor))
+            mine = rows_of(p.shape[0], is_sharded(p))
             value = _read_rows(key, mine, opened, places).to(local(p).device)
             if use == "model":
                 local(p).detach().copy_(value)

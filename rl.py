@@ -133,14 +133,15 @@ class Row(NamedTuple):
 
 
 # ----------------------------------------------------------------------------------------------------------- collect
-def sample_round(cfg, objective, net, tokenizer, pool, numbers, step: int) -> tuple[list, list[dict], float]:
+def sample_round(cfg, objective, net, tokenizer, pool, numbers, step: int, done: float) -> tuple[list, list, float]:
     """Groups of rollouts for these prompts (numbers in the endless stream), the records of all responses, and the
     seconds that judging them took.
 
-    A method with a demonstration row leaves it a place; Prefix-RFT's hybrid rollout starts with some of its tokens.
+    A method with a demonstration row leaves it a place; Prefix-RFT's hybrid rollout starts with some of its tokens, the
+    fewer the more of the run is done (0..1).
     """
     problems = [pool[i] for i in data.plan(len(pool), cfg.seed, numbers[0], len(numbers))]
-    window = losses.prefix_window(step, cfg.steps)
+    window = losses.prefix_window(done, 1.0)
     requests, counts, prefixes, owners = [], [], [], []
     for owner, (number, problem) in enumerate(zip(numbers, problems)):
         prefix = []
@@ -172,7 +173,7 @@ def expert_row(problem, tokenizer, number: int) -> Row:
     return Row(problem.prompt, problem.expert, response.logp, correct, correct, number, is_expert=True)
 
 
-def collect(cfg, objective, net, tokenizer, pool, cursor: int, step: int) -> tuple[list, int, dict, list, list]:
+def collect(cfg, objective, net, tokenizer, pool, cursor: int, step: int, done: float) -> tuple:
     """(groups to train on, new prompt cursor, numbers for the log, records and lengths of all responses)."""
     records, generated, seconds, dynamic = [], [], [], objective.dynamic_sampling
     n_prompts = cfg.gen_prompts if dynamic else cfg.prompts
@@ -181,7 +182,7 @@ def collect(cfg, objective, net, tokenizer, pool, cursor: int, step: int) -> tup
         while True:
             first = cursor + len(generated)
             numbers = range(first, first + n_prompts)
-            groups, judged, took = sample_round(cfg, objective, net, tokenizer, pool, numbers, step)
+            groups, judged, took = sample_round(cfg, objective, net, tokenizer, pool, numbers, step, done)
             generated.extend(groups), records.extend(judged), seconds.append(took)
             yield [(group, [row.correct for row in group]) for group in groups]
 
@@ -442,7 +443,8 @@ def main(cfg: Config) -> None:
         if last or stopping or ranks.any_of(enough):
             break
         began = time.monotonic()
-        groups, cursor, stats, records, generated = collect(cfg, objective, net, tokenizer, pool, cursor, step)
+        done = max(step / cfg.steps, totals["flops"] / cfg.max_flops if cfg.max_flops else 0.0)
+        groups, cursor, stats, records, generated = collect(cfg, objective, net, tokenizer, pool, cursor, step, done)
         sampled = time.monotonic()
         if step == start and groups:
             show_first(groups[0][0], tokenizer)

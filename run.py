@@ -443,7 +443,7 @@ class Muon(torch.optim.Optimizer):
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - beta)
                 direction = orthogonal(ranks.whole(p.grad.lerp(average, beta)))     # Nesterov: a look ahead
-                first, end = ranks.rows_of(len(direction), p is not ranks.local(p))
+                first, end = ranks.rows_of(len(direction), ranks.is_sharded(p))
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 ranks.local(p).add_(direction[first:end], alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
 

@@ -109,10 +109,10 @@ def preset(given: dict) -> dict:
     rl = ("--temperature 1 --max-prompt 64 --micro-tokens 4096 --lr 1e-4 --steps 1000 --eval-n 2 --keep 1 "
           f"--no-recompute {TASK}")
     if given.get("quick"):
-        return {**common, "seeds": 1, "sizes": "400,1200,3600", "rl_flops": 7e11,
+        return {**common, "seeds": 1, "sizes": "300,900,2700", "rl_flops": 5e11,
                 "rl": f"{rl} --prompts 32 --update-prompts 16 --gen-prompts 32 --eval-every 1",
-                "sft_small": "--steps 120 --eval-every 10", "sft_middle": "--steps 300 --eval-every 25",
-                "sft_large": "--steps 500 --eval-every 50", "exam_n": 2}
+                "sft_small": "--steps 90 --eval-every 10", "sft_middle": "--steps 225 --eval-every 25",
+                "sft_large": "--steps 400 --eval-every 50", "exam_n": 2}
     return {**common, "sizes": "1000,3000,9000", "rl_flops": 4e12,
             "rl": f"{rl} --prompts 64 --update-prompts 32 --gen-prompts 64 --eval-every 2",
             "sft_small": "--steps 300 --eval-every 25", "sft_middle": "--steps 1000 --eval-every 50",
@@ -120,8 +120,7 @@ def preset(given: dict) -> dict:
 
 
 class Job(NamedTuple):
-    """One command. Words with @ are filled in when it starts: @RUN:START a checkpoint, @RUN:rounds steps, @budget:SEED
-    FLOPs."""
+    """One command. Words with @ are filled in when it starts: @RUN:START a checkpoint, @budget:SEED FLOPs."""
     name: str
     command: list[str]
     needs: tuple[str, ...] = ()
@@ -146,7 +145,7 @@ class Plan:
     def __init__(self, cfg: Config):
         self.cfg, self.jobs, self.out, self.sets = cfg, [], Path(cfg.out), Path(cfg.out) / "sets"
         self.base, self.before = (cfg.init, ()) if cfg.init else (BASE, ("base",))
-        self.n_dev, self.n_exam = (200, 300) if cfg.quick else (400, 750)      # rows of the built-in dev and exam sets
+        self.n_dev, self.n_exam = (120, 300) if cfg.quick else (400, 750)      # rows of the built-in dev and exam sets
 
     def add(self, name, script, flags, *words, needs=(), seconds=START, flops=0.0):
         known = not self.cfg.init
@@ -173,7 +172,8 @@ class Plan:
     def rl(self, name, start, algo, seed, budget, needs):
         """RL of one method from a checkpoint, then the final evaluation of the checkpoint that is best on dev."""
         cfg, plain, from_base = self.cfg, algo == "dapo", name.startswith("base")
-        flops = cfg.rl_flops * (2.1 if from_base else 1)        # SFT to Stable costs about as much
+        to_stable = 0.7 * flag(cfg.sft_middle, "--steps", 0) * SFT_FLOPS
+        flops = cfg.rl_flops + (to_stable if from_base else 0.0)
         limit = ["--max-flops", budget] if budget else []
         every = flag(cfg.rl, "--eval-every", 20)
         # FLOPs of a round: without SFT answers are short, and a run of the same compute has three times the rounds
@@ -181,13 +181,8 @@ class Plan:
         rounds = flops / a_round
         if from_base:
             every, limit = 3 * every, [*limit, "--eval-every", f"{3 * every:g}"]
-        # compute ends a run, not --steps; but Prefix-RFT's prefix shrinks over them, so they must be those it will take
-        if cfg.init and budget:
-            like = name.replace(algo, "luffy")
-            limit += ["--steps", f"@{like}:rounds" if algo == "prefix_rft" else "1000000"]
-            needs = (*needs, like) if algo == "prefix_rft" else needs
-        elif algo == "prefix_rft":
-            limit += ["--steps", str(math.ceil(1.1 * rounds))]
+        if budget and cfg.init:
+            limit += ["--steps", "1000000"]     # compute ends the run
         self.add(name, "rl.py", cfg.rl, "--init", start, "--algo", algo, "--seed", str(seed), "--data",
                  f"{self.sets}/{'problems' if plain else 'middle'}.jsonl", "--val", f"{self.sets}/dev.jsonl", *limit,
                  needs=needs, flops=flops,
@@ -278,7 +273,7 @@ def make_sets(cfg: Config) -> None:
                          "decontamination; ask for fewer")
     for name, size in zip(("small", "middle", "large"), sizes):
         curate.write_rows(sets / f"{name}.jsonl", pool[:size or None])
-    n_dev, n_test, n_ood = ((200, 200, 100) if cfg.quick else (400, 500, 250)) if not cfg.init else [None] * 3
+    n_dev, n_test, n_ood = ((120, 200, 100) if cfg.quick else (400, 500, 250)) if not cfg.init else [None] * 3
     test, ood = rows["test"][:n_test], rows.get("ood", [])[:n_ood]
     curate.write_rows(sets / "dev.jsonl", rows["dev"][:n_dev])
     curate.write_rows(sets / "exam.jsonl", test + ood)
@@ -297,8 +292,6 @@ def fill(word: str, out: Path) -> str:
         step = findings.start_step(out / f"sft-middle-{which}", "stable")
         before = next(r["flops"] for r in findings.read_run(out / f"sft-middle-{which}", "val") if r["step"] == step)
         return f"{spent + before * (name == 'budget'):.6g}"
-    if which == "rounds":       # those of a run with the same compute, and some to spare
-        return str(math.ceil(1.1 * findings.read_run(out / name, "train")[-1]["step"]))
     limit = math.inf
     if which == "matched":
         which, limit = "best", float(fill(f"@budget:{name.rpartition('-')[2]}", out))
