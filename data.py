@@ -210,7 +210,7 @@ def _question(row: dict) -> str | list[dict] | None:
     """What the model is asked: the conversation up to the answer that ends it, or a prompt column."""
     messages = row.get("messages")
     if messages:
-        return messages[:-1] if messages[-1].get("role") == "assistant" else messages
+        return (messages[:-1] if messages[-1].get("role") == "assistant" else messages) or None
     prompt = _find(row, PROMPT)
     if isinstance(prompt, str) and "instruction" in row and row.get("input"):   # Alpaca: what the instruction is about
         prompt = f"{prompt}\n{row['input']}"

@@ -261,7 +261,7 @@ def main(cfg: Config) -> None:
     device = ranks.start()
     if cfg.out and ranks.rank() == 0:   # a place that cannot be written to is found now, not after hours of sampling
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
-        run.write_aside(Path(cfg.out), "")
+        open(cfg.out, "a").close()
     folder = find(cfg.init)
     tokenizer = open_tokenizer(folder)
     model = model_file.load_model(folder, torch.bfloat16 if cfg.bf16 else torch.float32, device)
