@@ -209,7 +209,7 @@ def by_draws(study: Study, claim: str, test: str, pairs, value) -> Finding | Non
     return Finding(claim, test, float(np.mean(gap)), *interval(draws))
 
 
-def loss_and_ceiling(study: Study) -> tuple[dict, Finding | None]:
+def loss_and_ceiling(study: Study) -> tuple[dict, Finding]:
     """({set: (minimum validation loss, ceiling, low, high)}, the finding on their correlation, its sign turned)."""
     rows, columns = {}, []
     stable = [s for s in study.starts if s.start == "stable" and study.draws(s.name) is not None]
@@ -221,13 +221,13 @@ def loss_and_ceiling(study: Study) -> tuple[dict, Finding | None]:
             draws = draws + noise(study, [(runs, [])], np.random.default_rng([2, len(rows)]))
             rows[name] = (float(np.mean(losses)), float(np.median(draws)), *interval(draws))
             columns.append(draws)
+    claim = "The lower the minimum validation loss, the higher the ceiling"
+    test = f"minus Pearson's r over {len(rows)} sets, RL from Stable"
     if len(rows) < 3:
-        return rows, None
+        return rows, Finding(claim, f"{test} (too few with a fit)", *3 * [math.nan], MARGIN_R, known=False)
     losses = np.array([row[0] for row in rows.values()])
     r = np.array([-np.corrcoef(losses, at)[0, 1] for at in np.array(columns).T])      # (DRAWS,)
-    test = f"minus Pearson's r over {len(rows)} sets, RL from Stable"
-    return rows, Finding("The lower the minimum validation loss, the higher the ceiling", test, float(np.median(r)),
-                         *interval(r), MARGIN_R)
+    return rows, Finding(claim, test, float(np.median(r)), *interval(r), MARGIN_R)
 
 
 def all_of(study: Study) -> list[Finding]:

@@ -224,7 +224,7 @@ def loss_figure(study: Study, pyplot):
         right.annotate(name, (loss, ceil), xytext=(6, -12 if name == "Uniform220K" else 3), textcoords="offset points",
                        fontsize=8)
     left.set(xlabel="minimum validation loss (nats a token)", ylabel="A_post from Stable (points, 90%)",
-             title=f"ours: Pearson {-found.effect:+.2f}" if found else "ours")
+             title=f"ours: Pearson {-found.effect:+.2f}" if found.known else "ours")
     if left.lines:      # none where no run has a ceiling
         left.legend(fontsize=8, frameon=False)
     right.set(xlabel="minimum validation loss (nats a token)", ylabel="highest A_post (points)", xlim=(.36, .55),
