@@ -60,10 +60,12 @@ def start() -> torch.device:
     return device
 
 
-def stop() -> None:
-    """Leave the group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def stop() -> bool:
+    """Leave the group; whether there was one."""
+    if not dist.is_initialized():
+        return False
+    dist.destroy_process_group()
+    return True
 
 
 def totals(*numbers: float) -> list[float]:
