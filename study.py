@@ -1,7 +1,7 @@
 """The paper in miniature: base -> SFT -> RL over scales, difficulties, starting points and methods, and what it shows.
 
     python study.py --quick                 every arm, one seed, too short to tell much: 13 minutes on two idle cores
-    python study.py                         the same with three seeds where it matters: about 75 minutes
+    python study.py                         the same with three seeds where it matters: about 80 minutes
     python study.py --dry-run               the plan: every command, its minutes and FLOPs; nothing runs
     python study.py --init Qwen/Qwen2.5-7B --data sft.jsonl --val val.jsonl --problems rl.jsonl --dev dev.jsonl \\
         --test test.jsonl --ood aime.jsonl --nproc 8            the same on a real model; every checkpoint of SFT is
