@@ -254,7 +254,7 @@ def show_progress(what: str):
 def write_samples(path: str, records: list[dict]) -> None:
     """One JSON line a response, where a path was given; by the first process only."""
     if path and ranks.rank() == 0:
-        run.write_aside(Path(path), "".join(json.dumps(r) + "\n" for r in records))
+        Path(path).write_text("".join(json.dumps(r) + "\n" for r in records))   # in place: it may be /dev/stdout
 
 
 def main(cfg: Config) -> None:

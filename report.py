@@ -270,7 +270,7 @@ def write(out) -> str:
 
 ## Findings
 
-{', '.join(f'{n} {verdict}' for verdict, n in count.items())}. The rules, fixed before the results: {RULES}
+{', '.join(f'{n} {verdict}' for verdict, n in count.items())}. The rules, fixed before the results (but for that of arms below 1 point): {RULES}
 
 {findings_table(found)}
 Between seeds: standard deviation {sd:.1f} points ({f'pooled, {df} degrees of freedom' if df else 'assumed'}).
@@ -309,7 +309,8 @@ for which our five sets stand.
 
 RULES = ("a claim holds if its whole 90% interval lies above 0, does not hold if it lies below 1 point (0.5 for the "
          "correlation), else it cannot be told. The intervals cover problems (bootstrap, paired) and seeds (pooled). "
-         "About one claim in twenty will hold by chance. Numbers are pass@1 in points on test unless they say dev.")
+         "Arms that all stay below 1 point cannot be told apart. About one claim in twenty will hold by chance. Numbers "
+         "are pass@1 in points on test unless they say dev.")
 
 
 def wall(study: Study) -> str:

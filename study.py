@@ -5,7 +5,7 @@
     python study.py --dry-run               the plan: every command, its minutes and FLOPs; nothing runs
     python study.py --init Qwen/Qwen2.5-7B --data sft.jsonl --val val.jsonl --problems rl.jsonl --dev dev.jsonl \\
         --test test.jsonl --ood aime.jsonl --nproc 8            the same on a real model; every checkpoint of SFT is
-                                            kept, with its trainer state: think of the disk, or --sft "--bf16 --keep 9"
+                                            kept with its trainer state, as starting points are chosen among them
 
 It only writes down which commands to run and in which order; every arm is one call of sft.py, rl.py, evaluate.py or
 curate.py that you can type yourself. Kill it at any time and call it again: finished jobs are skipped, started ones go
@@ -50,6 +50,7 @@ from findings import MIXED
 
 HERE = Path(__file__).resolve().parent
 BASE = "runs/base"      # where sft.py puts the built-in base model
+HELD_OUT = {False: (400, 500, 250), True: (120, 200, 100)}     # --quick: problems of dev, test and ood, built in
 TASK = "--max-new 128"  # the built-in task's longest answer
 
 
@@ -145,7 +146,8 @@ class Plan:
     def __init__(self, cfg: Config):
         self.cfg, self.jobs, self.out, self.sets = cfg, [], Path(cfg.out), Path(cfg.out) / "sets"
         self.base, self.before = (cfg.init, ()) if cfg.init else (BASE, ("base",))
-        self.n_dev, self.n_exam = (120, 300) if cfg.quick else (400, 750)      # rows of the built-in dev and exam sets
+        self.n_dev, *exam = HELD_OUT[cfg.quick]
+        self.n_exam = sum(exam)
 
     def add(self, name, script, flags, *words, needs=(), seconds=START, flops=0.0):
         known = not self.cfg.init
@@ -273,7 +275,7 @@ def make_sets(cfg: Config) -> None:
                          "decontamination; ask for fewer")
     for name, size in zip(("small", "middle", "large"), sizes):
         curate.write_rows(sets / f"{name}.jsonl", pool[:size or None])
-    n_dev, n_test, n_ood = ((120, 200, 100) if cfg.quick else (400, 500, 250)) if not cfg.init else [None] * 3
+    n_dev, n_test, n_ood = [None] * 3 if cfg.init else HELD_OUT[cfg.quick]
     test, ood = rows["test"][:n_test], rows.get("ood", [])[:n_ood]
     curate.write_rows(sets / "dev.jsonl", rows["dev"][:n_dev])
     curate.write_rows(sets / "exam.jsonl", test + ood)
