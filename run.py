@@ -128,9 +128,7 @@ def cli(main, Config, preset=None, options=None) -> None:
             raise
         _give_up(f"error: process {ranks.rank()} lost another one ({str(error).splitlines()[0][:120]}); what that one "
                  "said last is above. --resume goes on from the newest checkpoint", 1)
-    if ranks.stop():    # torch's own threads have been seen to abort a finished process on its way out
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(0)
+    ranks.stop()
 
 
 def _give_up(message: str, code: int) -> None:
