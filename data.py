@@ -21,8 +21,10 @@ Columns (aliases in brackets; dots go into nested objects):
               optional "numbers" (Countdown), "response" (the expert)
 Shapes: B rows, T tokens.
 """
+import itertools
 import json
 import math
+import os
 import re
 import shutil
 from array import array
@@ -32,6 +34,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said aloud, or it warns whenever a worker is forked
 import tokenizers
 import torch
 
@@ -44,6 +47,7 @@ GOLD = ("answer", "reward_model.ground_truth", "ground_truth", "gold", "final_an
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
          "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json")
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+ROWS = 1000     # that are read and tokenized at once
 
 
 class Example(NamedTuple):
@@ -98,7 +102,16 @@ class Tokenizer:
 
     def encode(self, text: str, start: bool = False) -> list[int]:
         """Ids of a text. start: it opens the sequence, so the tokenizer's own BOS (Llama) is added where it has one."""
-        return self.backend.encode(text, add_special_tokens=start).ids
+        return self.encode_all([(text, start)])[0]
+
+    def encode_all(self, texts: list[tuple[str, bool]]) -> list[list[int]]:
+        """Ids of many (text, start), on all cores."""
+        ids = {}
+        for start in (False, True):
+            places = [i for i, (_, opens) in enumerate(texts) if opens == start]
+            found = self.backend.encode_batch_fast([texts[i][0] for i in places], add_special_tokens=start)
+            ids |= {i: encoding.ids for i, encoding in zip(places, found)}
+        return [ids[i] for i in range(len(texts))]
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens left out; ids beyond the tokenizer (a padded vocabulary) are left out too."""
@@ -115,15 +128,15 @@ class Tokenizer:
             raise ValueError(f"chat template failed: {error}; check tokenizer_config.json's chat_template "
                              "and the messages' roles") from None
 
-    def prompt(self, prompt: str | list[dict]) -> tuple[list[int], str]:
-        """(ids, text) of a prompt: through the chat template where there is one, else plain text, as it stands."""
+    def prompt(self, prompt: str | list[dict]) -> tuple[str, bool]:
+        """A prompt as (text, start) for encode: through the chat template where there is one, else as it stands."""
+        if not isinstance(prompt, str) and not all(isinstance(m.get("content"), str) for m in _messages(prompt)):
+            raise ValueError("a message without text as its content; each needs {role, content}")
         if self.template_source is None:
-            text = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt) + "\n"
-            return self.encode(text, start=True), text
+            return prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt) + "\n", True
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt if "\\boxed" in prompt else f"{prompt}\n{INSTRUCTION}"}]
-        text = self.render(prompt)
-        return self.encode(text), text  # the template writes its own BOS
+        return self.render(prompt), False   # the template writes its own BOS
 
 
 def _read(path: Path) -> dict:
@@ -175,7 +188,12 @@ def _compile(source: str):
 # ----------------------------------------------------------------------------------------------------------------- rows
 def read_rows(path: str | Path) -> list[dict]:
     """Rows of a .jsonl or .parquet file (Parquet needs pyarrow). Errors name the file and the line."""
-    path = Path(path)
+    return [row for _, row in _each_row(path)]
+
+
+def _each_row(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """("file:line", row) of each row."""
+    path, n = Path(path), 0
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give a .jsonl or .parquet file")
     if path.suffix == ".parquet":
@@ -184,15 +202,30 @@ def read_rows(path: str | Path) -> list[dict]:
         except ImportError:
             raise ValueError(f"{path}: reading Parquet needs pyarrow; "
                              "pip install pyarrow, or convert the file to JSONL") from None
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        rows = (row for batch in pyarrow.parquet.ParquetFile(path).iter_batches(ROWS) for row in batch.to_pylist())
     else:
         rows = run.read_jsonl(path)
-    if not rows:
-        raise ValueError(f"{path}: no rows; each line must be one JSON object")
     for n, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise ValueError(f"{path}:{n}: a {type(row).__name__}, not an object; each line must be one JSON object")
-    return rows
+        yield f"{path}:{n}", row
+    if not n:
+        raise ValueError(f"{path}: no rows; each line must be one JSON object")
+
+
+def _tokenized(path: str, tokenizer: Tokenizer, texts_of: Callable) -> Iterator[tuple[dict, list, list[list[int]]]]:
+    """(row, its texts, their ids) of each row, tokenized ROWS rows at a time. texts_of(row) -> [(text, start)]."""
+    rows = _each_row(path)
+    while batch := list(itertools.islice(rows, ROWS)):
+        texts = []
+        for place, row in batch:
+            try:
+                texts.append(texts_of(row))
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from None
+        ids = iter(tokenizer.encode_all(list(itertools.chain(*texts))))
+        for (_, row), mine in zip(batch, texts):
+            yield row, mine, [next(ids) for _ in mine]
 
 
 def _find(row: dict, names: tuple[str, ...]):
@@ -206,9 +239,16 @@ def _find(row: dict, names: tuple[str, ...]):
     return None
 
 
+def _messages(value) -> list[dict]:
+    """The messages of a conversation, if that is what it is."""
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise ValueError(f"{str(value)[:60]!r} is neither text nor messages; a prompt is one of them")
+    return value
+
+
 def _question(row: dict) -> str | list[dict] | None:
     """What the model is asked: the conversation up to the answer that ends it, or a prompt column."""
-    messages = row.get("messages")
+    messages = _messages(row.get("messages") or [])
     if messages:
         return (messages[:-1] if messages[-1].get("role") == "assistant" else messages) or None
     prompt = _find(row, PROMPT)
@@ -219,7 +259,7 @@ def _question(row: dict) -> str | list[dict] | None:
 
 def _pair(row: dict) -> tuple[str | list[dict], str] | None:
     """(prompt, response) of an SFT row in any of the accepted spellings, or None."""
-    messages = row.get("messages")
+    messages = _messages(row.get("messages") or [])
     if messages and messages[-1].get("role") == "assistant":
         content = messages[-1].get("content")
         return (messages[:-1], content) if isinstance(content, str) else None
@@ -241,6 +281,12 @@ def prompt_text(row: dict) -> str | None:
     return prompt[-1]["content"] if isinstance(prompt, list) and prompt else prompt or None
 
 
+def _texts(pair: tuple[str | list[dict], str], tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """Prompt and response as the model reads them, each as (text, start) for encode."""
+    text, start = tokenizer.prompt(pair[0])
+    return [(text, start), (_continuation(text, pair[1]), False)]
+
+
 def _opened(prompt_text: str) -> str:
     """The start of the answer that a prompt already holds: some chat templates end in <think>."""
     return "<think>" if prompt_text.rstrip().endswith("<think>") else ""
@@ -257,31 +303,31 @@ def _continuation(prompt_text: str, response: str) -> str:
 
 def joint_mismatch(path: str, tokenizer: Tokenizer, limit: int = 500) -> float:
     """% of the first rows whose ids would differ if prompt and response were tokenized as one text."""
-    pairs = [pair for pair in map(_pair, read_rows(path)[:limit]) if pair]
+    pairs = [pair for _, row in itertools.islice(_each_row(path), limit) if (pair := _pair(row))]
     n_differ = 0
     for prompt, response in pairs:
-        ids, text = tokenizer.prompt(prompt)
+        text, start = tokenizer.prompt(prompt)
         response = _continuation(text, response)
-        start = tokenizer.template_source is None
-        n_differ += tokenizer.encode(text + response, start) != ids + tokenizer.encode(response)
+        joint, *apart = tokenizer.encode_all([(text + response, start), (text, start), (response, False)])
+        n_differ += joint != sum(apart, [])
     return 100 * n_differ / max(1, len(pairs))
 
 
 def sft_examples(path: str, tokenizer: Tokenizer, max_len: int) -> tuple[list[Example], int]:
     """(examples, number dropped as longer than max_len tokens) of an SFT file."""
     examples, n_long = [], 0
-    for n, row in enumerate(read_rows(path), 1):
-        if "text" in row and _pair(row) is None:
-            ids = tokenizer.encode(row["text"], start=True) + [tokenizer.eos]
-            parts = ids[:1], ids[1:]
-        else:
-            pair = _pair(row)
-            if pair is None:
-                raise ValueError(f"{path}:{n}: no prompt and response; a row needs messages, prompt and response, "
-                                 f"or text (found: {sorted(row)})")
-            prompt_ids, prompt_text = tokenizer.prompt(pair[0])
-            parts = prompt_ids, tokenizer.encode(_continuation(prompt_text, pair[1])) + [tokenizer.eos]
-        example = Example(*(array("i", part) for part in parts))   # a list would take nine times the memory
+
+    def texts_of(row):
+        pair = _pair(row)
+        if pair is None and not isinstance(row.get("text"), str):
+            raise ValueError("no prompt and response; a row needs messages, prompt and response, or text (found: "
+                             f"{sorted(row)})")
+        return _texts(pair, tokenizer) if pair else [(row["text"], True)]
+
+    for _, _, ids in _tokenized(path, tokenizer, texts_of):
+        prompt, response = ids if len(ids) == 2 else (ids[0][:1], ids[0][1:])
+        # a list would take nine times the memory
+        example = Example(array("i", prompt), array("i", [*response, tokenizer.eos]))
         if len(example.prompt) + len(example.response) > max_len:
             n_long += 1
         else:
@@ -294,26 +340,27 @@ def sft_examples(path: str, tokenizer: Tokenizer, max_len: int) -> tuple[list[Ex
 def problems(path: str, tokenizer: Tokenizer, max_prompt: int) -> tuple[list[Problem], int]:
     """(problems, number dropped as longer than max_prompt tokens) of an RL or evaluation file."""
     found, n_long, n_empty = [], 0, 0
-    for n, row in enumerate(read_rows(path), 1):
-        prompt, gold = _question(row), _find(row, GOLD)
-        if prompt is None or gold is None:
+
+    def texts_of(row):
+        prompt, pair = _question(row), _pair({k: v for k, v in row.items() if k != "answer"})
+        if prompt is None or _find(row, GOLD) is None:
             missing = "prompt" if prompt is None else "answer"
-            raise ValueError(f'{path}:{n}: no "{missing}"; a problem needs prompt and answer (found: {sorted(row)})')
-        gold = str(gold)                            # a worked solution: its last box, or what GSM8K writes behind ####
+            raise ValueError(f'no "{missing}"; a problem needs prompt and answer (found: {sorted(row)})')
+        return _texts(pair, tokenizer) if pair else [tokenizer.prompt(prompt)]
+
+    for row, ((text, _), *_), (ids, *expert) in _tokenized(path, tokenizer, texts_of):
+        gold = str(_find(row, GOLD))                # a worked solution: its last box, or what GSM8K writes behind ####
         gold = verify.boxed(gold) or gold.split("####")[-1].strip()
         if not gold:
             n_empty += 1                            # an empty box would earn the reward
             continue
-        ids, text = tokenizer.prompt(prompt)
-        pair = _pair({k: v for k, v in row.items() if k != "answer"})
-        expert = tokenizer.encode(_continuation(text, pair[1])) + [tokenizer.eos] if pair else None
         if len(ids) > max_prompt:
             n_long += 1
         else:
-            shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
             numbers = row.get("numbers")        # of Countdown; another data set may mean something else by it
             whole = isinstance(numbers, list) and all(isinstance(number, int) for number in numbers)
-            found.append(Problem(shown, ids, gold, numbers if whole else None, expert, _opened(text)))
+            found.append(Problem(prompt_text(row) or "", ids, gold, numbers if whole else None,
+                                 [*expert[0], tokenizer.eos] if expert else None, _opened(text)))
     if n_empty:
         print(f"{path}: {n_empty} rows with an empty answer dropped")
     if not found:

@@ -270,7 +270,7 @@ def write(out) -> str:
 
 ## Findings
 
-{', '.join(f'{n} {verdict}' for verdict, n in count.items())}. The rules, fixed before the results (but for that of arms below 1 point): {RULES}
+{', '.join(f'{n} {verdict}' for verdict, n in count.items())}. {RULES}
 
 {findings_table(found)}
 Between seeds: standard deviation {sd:.1f} points ({f'pooled, {df} degrees of freedom' if df else 'assumed'}).
@@ -307,10 +307,11 @@ for which our five sets stand.
     return f"{study.out / 'report.md'}: " + ", ".join(f"{n} {verdict}" for verdict, n in count.items())
 
 
-RULES = ("a claim holds if its whole 90% interval lies above 0, does not hold if it lies below 1 point (0.5 for the "
-         "correlation), else it cannot be told. The intervals cover problems (bootstrap, paired) and seeds (pooled). "
-         "Arms that all stay below 1 point cannot be told apart. About one claim in twenty will hold by chance. Numbers "
-         "are pass@1 in points on test unless they say dev.")
+RULES = ("The rules, fixed before the results (but for that of arms below 1 point): a claim holds if its whole 90% "
+         "interval lies above 0, does not hold if it lies below 1 point (0.5 for the correlation), else it cannot be "
+         "told. The intervals cover problems (bootstrap, paired) and seeds (pooled). Arms that all stay below 1 point "
+         "cannot be told apart. About one claim in twenty will hold by chance. Numbers are pass@1 in points on test "
+         "unless they say dev.")
 
 
 def wall(study: Study) -> str:

@@ -33,6 +33,7 @@ import time
 import traceback
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -387,24 +388,23 @@ def write_json(path: Path, value) -> None:
     write_aside(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
-def read_jsonl(path: Path, broken_tail: bool = False) -> list[dict]:
-    """Rows of a JSONL file. broken_tail: a last line cut short by a kill is passed over instead of refused."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # not splitlines(): U+2028 may stand in a string
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    rows, last = [], max((n for n, line in enumerate(lines, 1) if line.strip()), default=0)
-    for n, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if broken_tail and n == last:
-                break
-            raise ValueError(f"{path}:{n}: not JSON ({error.msg} at column {error.colno}); "
-                             "each line must be one JSON object") from None
-    return rows
+def read_jsonl(path: Path, broken_tail: bool = False) -> Iterator[dict]:
+    """Rows of a JSONL file, one after another, as a million trajectories need more memory than their model does.
+    broken_tail: a last line cut short by a kill is passed over instead of refused."""
+    with open(path, "rb") as lines:     # bytes end lines at \\n alone: U+2028 may stand in a string
+        for n, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line.decode())
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}:{n}: not UTF-8 text (byte {error.start} of the line); save the file as UTF-8"
+                                 ) from None
+            except json.JSONDecodeError as error:
+                if broken_tail and not any(rest.strip() for rest in lines):
+                    break
+                raise ValueError(f"{path}:{n}: not JSON ({error.msg} at column {error.colno}); "
+                                 "each line must be one JSON object") from None
 
 
 # ---------------------------------------------------------------------------------------------- optimizers and schedule

@@ -74,6 +74,29 @@ def test_bad_files_are_named_with_line_and_remedy(small, tmp_path, content, mess
         data.sft_examples(str(tmp_path / "a.jsonl"), small[1], 20)
 
 
+@pytest.mark.parametrize("row", [{"prompt": 5, "response": "1"}, {"prompt": ["Make 3"], "response": "1"}, {"prompt": "Make 3", "messages": "Make 3"},
+                                 {"prompt": [{"role": "user", "content": None}], "response": "1"}])
+def test_a_prompt_of_another_kind_is_refused_with_its_line(small, tmp_path, row):
+    path = write(tmp_path / "a.jsonl", {"prompt": "Make 3", "response": "1", "answer": "1"}, {**row, "answer": "1"})
+    for read in (data.sft_examples, data.problems):
+        with pytest.raises(ValueError, match=r"a.jsonl:2: .*(neither text nor messages|without text as its content)"):
+            read(path, small[1], 20)
+
+
+def test_rows_are_the_same_however_many_are_read_at_once(small, tmp_path, monkeypatch):
+    pairs = [{"prompt": f"Make {n}", "response": f"{n} + 0"} for n in range(22)]
+    trained = write(tmp_path / "a.jsonl", *(row if n % 3 else {"text": f"{n} = {n}"} for n, row in enumerate(pairs)))
+    asked = write(tmp_path / "b.jsonl", *({**row, "answer": str(n)} if n % 3 else {"prompt": "1", "answer": str(n)} for n, row in enumerate(pairs)))
+    found = []
+    for batch in (1, 5, 1000):
+        monkeypatch.setattr(data, "ROWS", batch)
+        found.append((data.sft_examples(trained, small[1], 20)[0], data.problems(asked, small[1], 20)[0]))
+    assert found[0] == found[1] == found[2]
+    texts = [small[1].decode([*example.prompt, *example.response]) for example in found[0][0]]
+    assert texts == [f"Make {n} {n} + 0" if n % 3 else f"{n} = {n}" for n in range(22)]
+    assert [(p.gold, p.expert is None) for p in found[0][1]] == [(str(n), n % 3 == 0) for n in range(22)]
+
+
 def test_a_unicode_line_separator_inside_a_string_does_not_end_the_row(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"a": "1\u20282"}, ensure_ascii=False) + "\n", encoding="utf-8")
     assert data.read_rows(tmp_path / "a.jsonl") == [{"a": "1\u20282"}]
@@ -165,9 +188,9 @@ def chat_folder(small, tmp_path, template):
 
 def test_the_chat_template_is_rendered_with_its_special_tokens_and_the_instruction(small, tmp_path):
     tokenizer = chat_folder(small, tmp_path, TEMPLATE)
-    _, text = tokenizer.prompt("Make 3")
+    text, _ = tokenizer.prompt("Make 3")
     assert text == "<unk><user>Make 3\n" + data.INSTRUCTION + "<assistant>"
-    assert tokenizer.prompt("in \\boxed{}")[1] == "<unk><user>in \\boxed{}<assistant>"
+    assert tokenizer.prompt("in \\boxed{}")[0] == "<unk><user>in \\boxed{}<assistant>"
     assert tokenizer.eos_ids == [0, 1] and tokenizer.eos == 0
 
 
@@ -212,7 +235,8 @@ def test_templates_and_ids_equal_those_of_transformers(small, tmp_path, template
         messages = [{"role": "user", "content": text[n % len(text)][n * 50:n * 50 + 40 + 7 * n] + " é 漢字 🙂"}]
         if n % 3:
             messages = [{"role": "system", "content": f"Rule {n}"}, *messages, {"role": "assistant", "content": " ok\n"}, *messages]
-        ids, rendered = ours.prompt(messages)
+        rendered, start = ours.prompt(messages)
+        ids = ours.encode(rendered, start)
         assert rendered == theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         assert ids == theirs(rendered, add_special_tokens=False)["input_ids"]
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)

@@ -49,7 +49,7 @@ CASES = {
     "no columns": ("sft", lambda m: lines(m, "a.jsonl", '{"x": 1}\n'), "--data M/a.jsonl", "a.jsonl:1: no prompt and response"),
     "no answer": ("evaluate", lambda m: lines(m, "a.jsonl", '{"prompt": "x"}\n'), "--data M/a.jsonl", 'a.jsonl:1: no "answer"'),
     "empty file": ("sft", lambda m: lines(m, "a.jsonl", ""), "--data M/a.jsonl", "a.jsonl: no rows"),
-    "not UTF-8": ("sft", lambda m: (m / "a.jsonl").write_bytes(b'{"prompt": "\xff"}\n'), "--data M/a.jsonl", "not UTF-8"),
+    "not UTF-8": ("sft", lambda m: (m / "a.jsonl").write_bytes(GOOD.encode() + b'{"prompt": "\xff"}\n'), "--data M/a.jsonl", "a.jsonl:2: not UTF-8"),
     "all over-long": ("sft", None, "--max-len 3", "longer than 3 tokens; raise --max-len"),
     "no config.json": ("sft", lambda m: (m / "config.json").unlink(), "", "config.json"),
     "no tokenizer": ("sft", lambda m: (m / "tokenizer.json").unlink(), "", "no tokenizer.json"),

@@ -46,7 +46,7 @@ def test_a_users_mistake_is_one_line_and_code_2_but_a_bug_keeps_its_traceback(mo
     monkeypatch.setattr("sys.argv", ["x"])
 
     def mistake(cfg):
-        run.read_jsonl("no such file")
+        list(run.read_jsonl("no such file"))
 
     def bug(cfg):
         int("x")
