@@ -9,7 +9,8 @@ Continuous batching. The cache has a fixed number of rows, and a row holds one r
     row 1     b  b  EOS|3  3  3  3  3  EOS|5         a static batch would idle here until row 2 is through
     row 2     c  c  c  c  c  c  c  c  c
 Each turn of the loop in generate() does three things:
-    fit       the cache grows by a block when the longest live row reaches its end, within the memory given
+    fit       the cache grows by a block when the longest live row reaches its end, within the memory given: where that
+              leaves fewer rows, the last ones wait, with what they have drawn
     admit     free rows take waiting requests. A prompt is read once (prefill, several prompts at a time), all but its
               last token, and its keys and values are copied to the rows of its group
     step      each live row feeds its newest token (a new row: the prompt's last) and draws the next one. Rows that
@@ -19,11 +20,11 @@ Nothing is padded on the left, and attention reads as far as the longest live ro
 Choices: 1) EOS is a chosen token like any other: it is returned with its log-prob, and the trainer learns to choose it.
 2) A response depends on (weights, prompt, seed, request number) only: each request has a stream of uniform numbers, and
 the token is where the cumulated distribution passes the next of them. Neighbours, order and row numbers change nothing
-but rounding. 3) So when memory runs out, the last rows simply go back to the queue: started again, they draw the same
-tokens. 4) Log-probs are those of softmax(logits / temperature). top_p and top_k draw from another distribution, which
-the trainer does not have: they are for evaluation, and rl.py does not pass them. 5) # differs from vLLM: no paged
-cache. A row's slots are contiguous, so attention is one kernel of PyTorch; growing by blocks bounds what stands empty.
-6) This file schedules and draws; the network's step, its cache and CUDA graphs are decode.py's.
+but rounding. 3) So a row that had to wait reads its own tokens like a prompt and goes on, as in vLLM. 4) Log-probs are
+those of softmax(logits / temperature). top_p and top_k draw from another distribution, which the trainer does not have:
+they are for evaluation, and rl.py does not pass them. 5) # differs from vLLM: no paged cache. A row's slots are
+contiguous, so attention is one kernel of PyTorch; growing by blocks bounds what stands empty. 6) This file schedules
+and draws; the network's step, its cache and CUDA graphs are decode.py's.
 Shapes: R rows in the cache, n of them live, D hidden width, V vocabulary. Log-probs and entropies in nats.
 """
 import json
@@ -206,7 +207,7 @@ def _requests(prompts, n, max_new) -> list[Request]:
 class Live(NamedTuple):
     """A request in its row. Its position is `ahead` + the number of steps done so far."""
     request: Request
-    began: int    # steps done before its first
+    began: int    # steps done before its first token, as if it had drawn all of them in this row
     ahead: int
 
 
@@ -235,7 +236,8 @@ class Flight:
         self.steps = 0
         self.cache = self._new_cache(0, 0)
         self.graphs, self.bucketed, self.on_forward = Graphs(self.device), False, lambda *what: None
-        self.ready: dict[int, int] = {}   # prompts read ahead, and their rows in self.prompt_cache
+        self.kept: dict[int, list] = {}   # by request: [ids, logp, entropy] of those that had to make room
+        self.ready: dict[tuple, int] = {}  # what was read ahead (see _source), and its row in self.prompt_cache
 
         def per_row(*shape, dtype=torch.long):
             return torch.zeros(self.rows, *shape, dtype=dtype, device=self.device)
@@ -256,9 +258,22 @@ class Flight:
     def _index(self, rows) -> torch.Tensor:
         return torch.tensor(list(rows), dtype=torch.long, device=self.device)
 
+    def _drawn(self, request: Request) -> list[int]:
+        """What a request that is waiting has drawn already: nothing, unless it had to make room."""
+        return self.kept[request.number][0] if request.number in self.kept else []
+
+    def _length(self, request: Request) -> int:
+        """Tokens to read before a waiting request draws its next one."""
+        return len(self.prompts[request.prompt]) + len(self._drawn(request))
+
+    def _source(self, request: Request) -> tuple:
+        """What is read for it: the same for all requests to a prompt, but for those that have drawn already."""
+        n = len(self._drawn(request))
+        return (request.prompt, request.number, n) if n else (request.prompt,)
+
     def queue(self, requests) -> deque[Request]:
-        """Longest prompts first: those read together are of like length, and the cache finds its size early."""
-        return deque(sorted(requests, key=lambda r: (-len(self.prompts[r.prompt]), r.number)))
+        """The longest first: those read together are of like length, and the cache finds its size early."""
+        return deque(sorted(requests, key=lambda r: (-self._length(r), r.number)))
 
     def fit(self, waiting: deque[Request]) -> None:
         """Give the cache the slots that the coming step needs, and the rows that the memory then holds. Rows for which
@@ -266,7 +281,7 @@ class Flight:
         nobody fills any more, the cache is cut back."""
         longest = self.top()
         if waiting and len(self.live) < self.rows:
-            longest = max(longest, len(self.prompts[waiting[0].prompt]))
+            longest = max(longest, self._length(waiting[0]))
         slots, cache = min(-(-longest // BLOCK) * BLOCK, self.most), self.cache
         starved = waiting and cache.rows < min(self.rows, len(self.live) + len(waiting))
         if slots <= cache.slots and not (starved and slots <= cache.slots // 2):
@@ -276,6 +291,7 @@ class Flight:
             rows = min(rows, self.budget // (slots * self.slot_bytes))
         if len(self.live) > rows:
             back = [row.request for row in self.live[rows:]]
+            self.kept |= {r.number: parts for r, parts in zip(back, self._take(range(rows, len(self.live))))}
             del self.live[rows:]
             again = self.queue([*back, *waiting])
             waiting.clear(), waiting.extend(again)
@@ -295,39 +311,42 @@ class Flight:
     def admit(self, waiting: deque[Request]) -> None:
         """Begin waiting requests in free rows."""
         while waiting and len(self.live) < self.cache.rows:
-            if waiting[0].prompt not in self.ready:
+            if self._source(waiting[0]) not in self.ready:
                 self._prefill(waiting)
             first, index = len(self.live), []
-            while waiting and len(self.live) < self.cache.rows and waiting[0].prompt in self.ready:
+            while waiting and len(self.live) < self.cache.rows and self._source(waiting[0]) in self.ready:
                 request = waiting.popleft()
-                self.live.append(Live(request, self.steps, len(self.prompts[request.prompt]) - 1 - self.steps))
-                index.append(self.ready[request.prompt])
+                self.live.append(Live(request, self.steps - len(self._drawn(request)),
+                                      self._length(request) - 1 - self.steps))
+                index.append(self.ready[self._source(request)])
             begun, rows = [row.request for row in self.live[first:]], slice(first, len(self.live))
             self.cache.put(self._index(range(first, len(self.live))), self.prompt_cache, self._index(index),
-                           max(len(self.prompts[r.prompt]) for r in begun) - 1)
-            self.token[rows] = self._index(self.prompts[r.prompt][-1] for r in begun)
-            self.position[rows] = self._index(len(self.prompts[r.prompt]) - 1 for r in begun)
+                           max(map(self._length, begun)) - 1)
+            self.token[rows] = self._index((self._drawn(r) or self.prompts[r.prompt])[-1] for r in begun)
+            self.position[rows] = self._index(self._length(r) - 1 for r in begun)
             self.limit[rows] = self._index(r.limit for r in begun)
-            self.drawn[rows], self.alive[rows] = 0, 1
+            self.drawn[rows], self.alive[rows] = self._index(len(self._drawn(r)) for r in begun), 1
             for row, r in enumerate(begun, first):   # on the CPU's generator, so that a GPU draws the same
                 stream = run.generator(self.seed, "request", r.number)
                 self.uniform[row, :r.limit] = torch.rand(r.limit, generator=stream, dtype=torch.float64).to(self.device)
+                for store, values in zip(self.out, self.kept.pop(r.number, ())):
+                    store[row, :len(values)] = torch.tensor(values, dtype=store.dtype)
 
     def _prefill(self, waiting: deque[Request]) -> None:
         """Read the next prompts of the queue, but for their last tokens, padded on the right to the longest, the first.
 
         What padding writes into the cache stands beyond the row's position: never seen, overwritten by the response.
         """
-        T, chosen = len(self.prompts[waiting[0].prompt]) - 1, []
+        T, chosen, self.ready = self._length(waiting[0]) - 1, [], {}
         for request in waiting:
-            if request.prompt not in chosen[-1:]:   # requests to one prompt stand together
+            if self._source(request) not in self.ready:
                 if chosen and (len(chosen) + 1) * T > PREFILL:
                     break
-                chosen.append(request.prompt)
-        self.ready = {prompt: i for i, prompt in enumerate(chosen)}
+                self.ready[self._source(request)] = len(chosen)
+                chosen.append([*self.prompts[request.prompt], *self._drawn(request)][:-1])
         self.prompt_cache = self._new_cache(len(chosen), T)
-        ids = torch.tensor([list(self.prompts[p][:-1]) + [0] * (T + 1 - len(self.prompts[p])) for p in chosen],
-                           dtype=torch.long, device=self.device)   # (P, T)
+        ids = torch.tensor([known + [0] * (T - len(known)) for known in chosen], dtype=torch.long,
+                           device=self.device)   # (P, T)
         if T:
             self.on_forward("read", len(chosen), self.prompt_cache)
             self.decoder.read(ids, self.prompt_cache)
@@ -361,8 +380,7 @@ class Flight:
         """Take the responses of these rows out, and move the last rows into their places."""
         if not ended:
             return []
-        taken, index, gone = [self.live[r] for r in ended], self._index(ended), set(ended)
-        values = [store.index_select(0, index).cpu() for store in self.out]   # (ended, width) each
+        requests, taken, gone = [self.live[r].request for r in ended], self._take(ended), set(ended)
         n = len(self.live) - len(ended)
         holes, last = [r for r in ended if r < n], [r for r in range(n, len(self.live)) if r not in gone]
         for hole, row in zip(holes, last):
@@ -375,8 +393,9 @@ class Flight:
                 x.index_copy_(0, to, x.index_select(0, source))
         # free rows: a padded step computes them at position 0. fit() gives the cache no row that is not taken at once
         self.alive[n:] = self.position[n:] = self.drawn[n:] = 0
-        responses = []
-        for i, row in enumerate(taken):
-            ids, logp, entropy = (x[i, :self.steps - row.began].tolist() for x in values)
-            responses.append((row.request, Response(ids, logp, entropy, ids[-1] in self.eos)))
-        return responses
+        return [(request, Response(*parts, parts[0][-1] in self.eos)) for request, parts in zip(requests, taken)]
+
+    def _take(self, rows) -> list[list[list]]:
+        """[ids, logp, entropy] that each of these rows has drawn so far."""
+        values = [store.index_select(0, self._index(rows)).cpu() for store in self.out]   # (rows, width) each
+        return [[x[i, :self.steps - self.live[r].began].tolist() for x in values] for i, r in enumerate(rows)]

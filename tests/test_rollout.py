@@ -185,7 +185,7 @@ def test_the_cache_grows_with_the_longest_live_row_not_with_max_new(small):
     assert meter.longest <= 128
 
 
-def test_little_memory_gives_the_same_responses_within_it(small):
+def test_little_memory_gives_the_same_responses_within_it_and_draws_no_token_twice(small):
     model, _, _ = small
     prompts, lengths = prompts_of(4), ragged(12, 40, 150)
     slot = 2 * 2 * 2 * 8 * 4   # keys and values, 2 layers, 2 heads, 8 wide, fp32
@@ -194,7 +194,9 @@ def test_little_memory_gives_the_same_responses_within_it(small):
     for budget in (slot * need, slot * 3 * need, slot * 8 * 100):
         meter = Meter()
         tight = rollout.generate(model, prompts, 3, lengths, 1.0, eos_ids=[], seed=4, cache_bytes=budget, on_forward=meter)
-        assert ids_of(tight) == ids_of(plenty)
+        assert ids_of(tight) == ids_of(plenty) and sum(meter.steps) == sum(lengths)
+        for one, other in zip(sum(tight, []), sum(plenty, [])):
+            torch.testing.assert_close(torch.tensor([one.logp, one.entropy]), torch.tensor([other.logp, other.entropy]), atol=1e-4, rtol=0)
         assert 0.5 * budget < meter.largest <= budget
 
 
