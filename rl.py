@@ -474,13 +474,15 @@ def show_first(row: Row, tokenizer) -> None:
 
 
 def print_step(cfg, step: int, row: dict, book) -> None:
-    head = f"step {step:4d}/{cfg.steps}  reward {row['reward']:5.1f}  signal {row['signal']:3.0f}%  "
+    by_flops = math.ceil(step * cfg.max_flops / row["flops"]) if cfg.max_flops else cfg.steps
+    steps = min(cfg.steps, max(step, by_flops))     # that the run is likely to have
+    head = f"step {step:4d}/{steps}  reward {row['reward']:5.1f}  signal {row['signal']:3.0f}%  "
     if not row["updates"]:
         print(f"{head}no prompt had both right and wrong answers in {row['rounds']} rounds: no update", flush=True)
         return
     print(f"{head}rounds {row['rounds']}  length {row['length']:4.0f}  cut {row['truncated']:4.1f}%  unparsed "
           f"{row['unparsed']:4.1f}%  entropy {row['entropy']:.3f}  grad {row['grad_norm']:.2f}  "
-          f"{row['sample_s']:.1f}+{row['logp_s'] + row['update_s']:.1f} s  {book.eta(step, cfg.steps)}", flush=True)
+          f"{row['sample_s']:.1f}+{row['logp_s'] + row['update_s']:.1f} s  {book.eta(step, steps)}", flush=True)
 
 
 def finish(cfg, book, stopped: bool) -> None:

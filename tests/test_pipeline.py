@@ -1,5 +1,6 @@
 """The loops end to end on a tiny model: they learn, resume to the same bits, and do not depend on how a step is cut."""
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -244,16 +245,18 @@ def test_a_run_beyond_the_steps_asked_for_is_named(coin, tmp_path):
         rl.main(rl_config(coin, tmp_path / "r", steps=1, resume=True))
 
 
-def test_under_max_flops_the_prefix_shrinks_with_the_compute_that_is_spent(coin, tmp_path, monkeypatch):
+def test_under_max_flops_the_prefix_and_the_time_left_follow_the_compute_that_is_spent(coin, tmp_path, monkeypatch, capsys):
     seen, window = [], losses.prefix_window
     monkeypatch.setattr(losses, "prefix_window", lambda done, total: seen.append(done / total) or window(done, total))
     rl.main(rl_config(coin, tmp_path / "r", algo="prefix_rft", steps=8, eval_every=8))
     assert seen == [step / 8 for step in range(8)]
     spent = [row["flops"] for row in lines_of(tmp_path / "r") if row["kind"] == "train"]
-    seen.clear()
+    seen.clear(), capsys.readouterr()
     rl.main(rl_config(coin, tmp_path / "s", algo="prefix_rft", steps=10**6, eval_every=8, max_flops=spent[3]))
     flops = [0.0] + [row["flops"] for row in lines_of(tmp_path / "s") if row["kind"] == "train"]
     assert seen == [at / spent[3] for at in flops[:-1]] and len(seen) >= 3 and 0.3 < seen[-1] < 1
+    ends = [int(steps) for steps in re.findall(r"step +\d+/(\d+) ", capsys.readouterr().out)]     # of step 1/ENDS
+    assert ends[-1] == len(seen) == len(ends) and max(ends) <= 2 * len(seen)
 
 
 def test_max_flops_ends_a_run_with_an_evaluation_and_a_checkpoint(coin, tmp_path):
