@@ -100,12 +100,9 @@ class Tokenizer:
         if not (Path(folder) / "generation_config.json").exists():
             run.write_json(Path(folder) / "generation_config.json", {"eos_token_id": self.eos_ids})
 
-    def encode(self, text: str, start: bool = False) -> list[int]:
-        """Ids of a text. start: it opens the sequence, so the tokenizer's own BOS (Llama) is added where it has one."""
-        return self.encode_all([(text, start)])[0]
-
-    def encode_all(self, texts: list[tuple[str, bool]]) -> list[list[int]]:
-        """Ids of many (text, start), on all cores."""
+    def encode(self, texts: list[tuple[str, bool]]) -> list[list[int]]:
+        """Ids of many (text, start), on all cores. start: it opens the sequence, so the tokenizer's own BOS (Llama) is
+        added where it has one."""
         ids = {}
         for start in (False, True):
             places = [i for i, (_, opens) in enumerate(texts) if opens == start]
@@ -223,7 +220,7 @@ def _tokenized(path: str, tokenizer: Tokenizer, texts_of: Callable) -> Iterator[
                 texts.append(texts_of(row))
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from None
-        ids = iter(tokenizer.encode_all(list(itertools.chain(*texts))))
+        ids = iter(tokenizer.encode(list(itertools.chain(*texts))))
         for (_, row), mine in zip(batch, texts):
             yield row, mine, [next(ids) for _ in mine]
 
@@ -308,7 +305,7 @@ def joint_mismatch(path: str, tokenizer: Tokenizer, limit: int = 500) -> float:
     for prompt, response in pairs:
         text, start = tokenizer.prompt(prompt)
         response = _continuation(text, response)
-        joint, *apart = tokenizer.encode_all([(text + response, start), (text, start), (response, False)])
+        joint, *apart = tokenizer.encode([(text + response, start), (text, start), (response, False)])
         n_differ += joint != sum(apart, [])
     return 100 * n_differ / max(1, len(pairs))
 

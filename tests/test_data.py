@@ -50,7 +50,7 @@ def test_problem_columns_of_other_trainers_are_accepted(small, tmp_path, row):
 
 def test_a_problem_keeps_its_demonstration_with_eos(small, tmp_path):
     (problem,), _ = data.problems(write(tmp_path / "a.jsonl", {"prompt": "Make 3", "answer": "3", "response": "1 + 2"}), small[1], 100)
-    assert problem.expert == small[1].encode("1 + 2") + [small[1].eos] and problem.gold == "3"
+    assert problem.expert == small[1].encode([("1 + 2", False)])[0] + [small[1].eos] and problem.gold == "3"
 
 
 def test_plain_text_is_trained_from_its_second_token(small, tmp_path):
@@ -236,7 +236,7 @@ def test_templates_and_ids_equal_those_of_transformers(small, tmp_path, template
         if n % 3:
             messages = [{"role": "system", "content": f"Rule {n}"}, *messages, {"role": "assistant", "content": " ok\n"}, *messages]
         rendered, start = ours.prompt(messages)
-        ids = ours.encode(rendered, start)
+        ids, = ours.encode([(rendered, start)])
         assert rendered == theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         assert ids == theirs(rendered, add_special_tokens=False)["input_ids"]
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)

@@ -200,6 +200,12 @@ def test_little_memory_gives_the_same_responses_within_it_and_draws_no_token_twi
         assert 0.5 * budget < meter.largest <= budget
 
 
+def test_a_row_that_makes_room_twice_reads_all_that_it_has_drawn(small):
+    lengths, slot = [150, 100, 200, 60], 2 * 2 * 2 * 8 * 4
+    plenty, tight = (rollout.generate(small[0], [[3, 4]] * 4, 1, lengths, 1.0, seed=0, cache_bytes=memory) for memory in (None, slot * 330))
+    assert ids_of(plenty) == ids_of(tight)
+
+
 def test_memory_that_a_long_response_held_goes_back_to_the_waiting_ones(small):
     model, _, _ = small
     lengths, slot = [150] + [10] * 89, 2 * 2 * 2 * 8 * 4
