@@ -21,6 +21,7 @@ Columns (aliases in brackets; dots go into nested objects):
               optional "numbers" (Countdown), "response" (the expert)
 Shapes: B rows, T tokens.
 """
+
 import itertools
 import json
 import math
@@ -34,30 +35,45 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said aloud, or it warns whenever a worker is forked
+from core import files, ranks
+from core.errors import UserError
+
+os.environ.setdefault(
+    "TOKENIZERS_PARALLELISM", "true"
+)  # said aloud, or it warns whenever a worker is forked
 import tokenizers
 import torch
 
-import run
 import verify
 
 PROMPT = ("prompt", "question", "problem", "query", "instruction", "extra_info.question")
 RESPONSE = ("response", "completion", "solution", "output", "target", "extra_info.answer")
 GOLD = ("answer", "reward_model.ground_truth", "ground_truth", "gold", "final_answer", "solution")
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-         "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json")
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-ROWS = 1000     # that are read and tokenized at once
+ROWS = 1000  # that are read and tokenized at once
 
 
 class Example(NamedTuple):
     """One training row: the model reads `prompt` and is trained on `response`, whose last id is EOS."""
+
     prompt: Sequence[int]
     response: Sequence[int]
 
 
 class Problem(NamedTuple):
     """One problem to sample answers for. `opened` = text of the answer that the prompt already holds ("<think>")."""
+
     text: str
     prompt: list[int]
     gold: str
@@ -73,20 +89,27 @@ class Tokenizer:
     def __init__(self, folder: str | Path):
         folder = self.folder = Path(folder)
         if not (folder / "tokenizer.json").exists():
-            raise ValueError(f"{folder}: no tokenizer.json; save the tokenizer beside the model "
-                             "(transformers: tokenizer.save_pretrained)")
+            raise UserError(
+                f"{folder}: no tokenizer.json; save the tokenizer beside the model "
+                "(transformers: tokenizer.save_pretrained)"
+            )
         self.backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.backend.no_padding(), self.backend.no_truncation()
         settings = _read(folder / "tokenizer_config.json")
         generation, config = _read(folder / "generation_config.json"), _read(folder / "config.json")
-        self.specials = {k: v["content"] if isinstance(v, dict) else v for k, v in settings.items()
-                         if k in ("bos_token", "eos_token", "pad_token", "unk_token") and v}
+        self.specials = {
+            k: v["content"] if isinstance(v, dict) else v
+            for k, v in settings.items()
+            if k in ("bos_token", "eos_token", "pad_token", "unk_token") and v
+        }
         ids = [i for source in (generation, config) for i in _as_list(source.get("eos_token_id"))]
         named = self.backend.token_to_id(self.specials.get("eos_token", ""))
         self.eos = named if named is not None else (ids[0] if ids else None)
         if self.eos is None:
-            raise ValueError(f"{folder}: no end-of-text token; set eos_token in tokenizer_config.json "
-                             "or eos_token_id in generation_config.json")
+            raise UserError(
+                f"{folder}: no end-of-text token; set eos_token in tokenizer_config.json "
+                "or eos_token_id in generation_config.json"
+            )
         self.eos_ids = sorted({self.eos, *ids})
         self.vocab_size = self.backend.get_vocab_size()
         self.template_source = _template(folder, settings)
@@ -98,7 +121,9 @@ class Tokenizer:
             if (self.folder / name).exists() and self.folder != Path(folder):
                 shutil.copy2(self.folder / name, folder)
         if not (Path(folder) / "generation_config.json").exists():
-            run.write_json(Path(folder) / "generation_config.json", {"eos_token_id": self.eos_ids})
+            files.write_json(
+                Path(folder) / "generation_config.json", {"eos_token_id": self.eos_ids}
+            )
 
     def encode(self, texts: list[tuple[str, bool]]) -> list[list[int]]:
         """Ids of many (text, start), on all cores. start: it opens the sequence, so the tokenizer's own BOS (Llama) is
@@ -106,7 +131,9 @@ class Tokenizer:
         ids = {}
         for start in (False, True):
             places = [i for i, (_, opens) in enumerate(texts) if opens == start]
-            found = self.backend.encode_batch_fast([texts[i][0] for i in places], add_special_tokens=start)
+            found = self.backend.encode_batch_fast(
+                [texts[i][0] for i in places], add_special_tokens=start
+            )
             ids |= {i: encoding.ids for i, encoding in zip(places, found)}
         return [ids[i] for i in range(len(texts))]
 
@@ -119,29 +146,45 @@ class Tokenizer:
         if self._template is None:
             self._template = _compile(self.template_source)
         import jinja2
+
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **self.specials)
+            return self._template.render(
+                messages=messages, add_generation_prompt=True, **self.specials
+            )
         except jinja2.TemplateError as error:
-            raise ValueError(f"chat template failed: {error}; check tokenizer_config.json's chat_template "
-                             "and the messages' roles") from None
+            raise UserError(
+                f"chat template failed: {error}; check tokenizer_config.json's chat_template "
+                "and the messages' roles"
+            ) from None
 
     def prompt(self, prompt: str | list[dict]) -> tuple[str, bool]:
         """A prompt as (text, start) for encode: through the chat template where there is one, else as it stands."""
-        if not isinstance(prompt, str) and not all(isinstance(m.get("content"), str) for m in _messages(prompt)):
-            raise ValueError("a message without text as its content; each needs {role, content}")
+        if not isinstance(prompt, str) and not all(
+            isinstance(m.get("content"), str) for m in _messages(prompt)
+        ):
+            raise UserError("a message without text as its content; each needs {role, content}")
         if self.template_source is None:
-            return prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt) + "\n", True
+            return prompt if isinstance(prompt, str) else "\n".join(
+                m["content"] for m in prompt
+            ) + "\n", True
         if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt if "\\boxed" in prompt else f"{prompt}\n{INSTRUCTION}"}]
-        return self.render(prompt), False   # the template writes its own BOS
+            prompt = [
+                {
+                    "role": "user",
+                    "content": prompt if "\\boxed" in prompt else f"{prompt}\n{INSTRUCTION}",
+                }
+            ]
+        return self.render(prompt), False  # the template writes its own BOS
 
 
 def _read(path: Path) -> dict:
     try:
         return json.loads(path.read_text()) if path.exists() else {}
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error.msg} at line {error.lineno}); "
-                         "restore the file from the original model") from None
+        raise UserError(
+            f"{path}: not JSON ({error.msg} at line {error.lineno}); "
+            "restore the file from the original model"
+        ) from None
 
 
 def _as_list(value) -> list:
@@ -161,25 +204,37 @@ def _template(folder: Path, settings: dict) -> str | None:
 
 def _compile(source: str):
     """Compile a template as transformers does, in a sandbox: a downloaded template must not reach Python."""
+    from datetime import datetime
+
     import jinja2
     import jinja2.sandbox
-    from datetime import datetime
 
     def refuse(message):
         raise jinja2.TemplateError(message)
 
     # {% generation %} only marks the assistant's text for masks, which we make by position
-    source = re.sub(r"\{%(-?)\s*(end)?generation\s*(-?)%\}",
-                    lambda m: f"{{%{m[1]} {'endif' if m[2] else 'if true'} {m[3]}%}}", source)
-    env = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                       extensions=["jinja2.ext.loopcontrols"])
-    env.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    env.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+    source = re.sub(
+        r"\{%(-?)\s*(end)?generation\s*(-?)%\}",
+        lambda m: f"{{%{m[1]} {'endif' if m[2] else 'if true'} {m[3]}%}}",
+        source,
+    )
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    env.filters["tojson"] = lambda value, indent=None: json.dumps(
+        value, ensure_ascii=False, indent=indent
+    )
+    env.globals |= {
+        "raise_exception": refuse,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+    }
     try:
         return env.from_string(source)
     except jinja2.TemplateError as error:
-        raise ValueError(f"chat template does not compile: {error}; "
-                         "mend tokenizer_config.json's chat_template or remove it") from None
+        raise UserError(
+            f"chat template does not compile: {error}; "
+            "mend tokenizer_config.json's chat_template or remove it"
+        ) from None
 
 
 # ----------------------------------------------------------------------------------------------------------------- rows
@@ -192,25 +247,35 @@ def _each_row(path: str | Path) -> Iterator[tuple[str, dict]]:
     """("file:line", row) of each row."""
     path, n = Path(path), 0
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; give a .jsonl or .parquet file")
+        raise UserError(f"{path}: no such file; give a .jsonl or .parquet file")
     if path.suffix == ".parquet":
         try:
             import pyarrow.parquet
         except ImportError:
-            raise ValueError(f"{path}: reading Parquet needs pyarrow; "
-                             "pip install pyarrow, or convert the file to JSONL") from None
-        rows = (row for batch in pyarrow.parquet.ParquetFile(path).iter_batches(ROWS) for row in batch.to_pylist())
+            raise UserError(
+                f"{path}: reading Parquet needs pyarrow; "
+                "pip install pyarrow, or convert the file to JSONL"
+            ) from None
+        rows = (
+            row
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(ROWS)
+            for row in batch.to_pylist()
+        )
     else:
-        rows = run.read_jsonl(path)
+        rows = files.read_jsonl(path)
     for n, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise ValueError(f"{path}:{n}: a {type(row).__name__}, not an object; each line must be one JSON object")
+            raise UserError(
+                f"{path}:{n}: a {type(row).__name__}, not an object; each line must be one JSON object"
+            )
         yield f"{path}:{n}", row
     if not n:
-        raise ValueError(f"{path}: no rows; each line must be one JSON object")
+        raise UserError(f"{path}: no rows; each line must be one JSON object")
 
 
-def _tokenized(path: str, tokenizer: Tokenizer, texts_of: Callable) -> Iterator[tuple[dict, list, list[list[int]]]]:
+def _tokenized(
+    path: str, tokenizer: Tokenizer, texts_of: Callable
+) -> Iterator[tuple[dict, list, list[list[int]]]]:
     """(row, its texts, their ids) of each row, tokenized ROWS rows at a time. texts_of(row) -> [(text, start)]."""
     rows = _each_row(path)
     while batch := list(itertools.islice(rows, ROWS)):
@@ -219,7 +284,7 @@ def _tokenized(path: str, tokenizer: Tokenizer, texts_of: Callable) -> Iterator[
             try:
                 texts.append(texts_of(row))
             except ValueError as error:
-                raise ValueError(f"{place}: {error}") from None
+                raise UserError(f"{place}: {error}") from None
         ids = iter(tokenizer.encode(list(itertools.chain(*texts))))
         for (_, row), mine in zip(batch, texts):
             yield row, mine, [next(ids) for _ in mine]
@@ -239,7 +304,9 @@ def _find(row: dict, names: tuple[str, ...]):
 def _messages(value) -> list[dict]:
     """The messages of a conversation, if that is what it is."""
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise ValueError(f"{str(value)[:60]!r} is neither text nor messages; a prompt is one of them")
+        raise UserError(
+            f"{str(value)[:60]!r} is neither text nor messages; a prompt is one of them"
+        )
     return value
 
 
@@ -249,7 +316,9 @@ def _question(row: dict) -> str | list[dict] | None:
     if messages:
         return (messages[:-1] if messages[-1].get("role") == "assistant" else messages) or None
     prompt = _find(row, PROMPT)
-    if isinstance(prompt, str) and "instruction" in row and row.get("input"):   # Alpaca: what the instruction is about
+    if (
+        isinstance(prompt, str) and "instruction" in row and row.get("input")
+    ):  # Alpaca: what the instruction is about
         prompt = f"{prompt}\n{row['input']}"
     return prompt
 
@@ -305,7 +374,9 @@ def joint_mismatch(path: str, tokenizer: Tokenizer, limit: int = 500) -> float:
     for prompt, response in pairs:
         text, start = tokenizer.prompt(prompt)
         response = _continuation(text, response)
-        joint, *apart = tokenizer.encode([(text + response, start), (text, start), (response, False)])
+        joint, *apart = tokenizer.encode(
+            [(text + response, start), (text, start), (response, False)]
+        )
         n_differ += joint != sum(apart, [])
     return 100 * n_differ / max(1, len(pairs))
 
@@ -317,8 +388,10 @@ def sft_examples(path: str, tokenizer: Tokenizer, max_len: int) -> tuple[list[Ex
     def texts_of(row):
         pair = _pair(row)
         if pair is None and not isinstance(row.get("text"), str):
-            raise ValueError("no prompt and response; a row needs messages, prompt and response, or text (found: "
-                             f"{sorted(row)})")
+            raise UserError(
+                "no prompt and response; a row needs messages, prompt and response, or text (found: "
+                f"{sorted(row)})"
+            )
         return _texts(pair, tokenizer) if pair else [(row["text"], True)]
 
     for _, _, ids in _tokenized(path, tokenizer, texts_of):
@@ -330,7 +403,9 @@ def sft_examples(path: str, tokenizer: Tokenizer, max_len: int) -> tuple[list[Ex
         else:
             examples.append(example)
     if not examples:
-        raise ValueError(f"{path}: all {n_long} examples are longer than {max_len} tokens; raise --max-len")
+        raise UserError(
+            f"{path}: all {n_long} examples are longer than {max_len} tokens; raise --max-len"
+        )
     return examples, n_long
 
 
@@ -342,27 +417,43 @@ def problems(path: str, tokenizer: Tokenizer, max_prompt: int) -> tuple[list[Pro
         prompt, pair = _question(row), _pair({k: v for k, v in row.items() if k != "answer"})
         if prompt is None or _find(row, GOLD) is None:
             missing = "prompt" if prompt is None else "answer"
-            raise ValueError(f'no "{missing}"; a problem needs prompt and answer (found: {sorted(row)})')
+            raise UserError(
+                f'no "{missing}"; a problem needs prompt and answer (found: {sorted(row)})'
+            )
         return _texts(pair, tokenizer) if pair else [tokenizer.prompt(prompt)]
 
     for row, ((text, _), *_), (ids, *expert) in _tokenized(path, tokenizer, texts_of):
-        gold = str(_find(row, GOLD))                # a worked solution: its last box, or what GSM8K writes behind ####
+        gold = str(
+            _find(row, GOLD)
+        )  # a worked solution: its last box, or what GSM8K writes behind ####
         gold = verify.boxed(gold) or gold.split("####")[-1].strip()
         if not gold:
-            n_empty += 1                            # an empty box would earn the reward
+            n_empty += 1  # an empty box would earn the reward
             continue
         if len(ids) > max_prompt:
             n_long += 1
         else:
-            numbers = row.get("numbers")        # of Countdown; another data set may mean something else by it
+            numbers = row.get(
+                "numbers"
+            )  # of Countdown; another data set may mean something else by it
             whole = isinstance(numbers, list) and all(isinstance(number, int) for number in numbers)
-            found.append(Problem(prompt_text(row) or "", ids, gold, numbers if whole else None,
-                                 [*expert[0], tokenizer.eos] if expert else None, _opened(text)))
+            found.append(
+                Problem(
+                    prompt_text(row) or "",
+                    ids,
+                    gold,
+                    numbers if whole else None,
+                    [*expert[0], tokenizer.eos] if expert else None,
+                    _opened(text),
+                )
+            )
     if n_empty:
         print(f"{path}: {n_empty} rows with an empty answer dropped")
     if not found:
-        raise ValueError(f"{path}: no problem left, {n_long} prompts are over {max_prompt} tokens; raise --max-prompt "
-                         "(sft.py: --max-len)")
+        raise UserError(
+            f"{path}: no problem left, {n_long} prompts are over {max_prompt} tokens; raise --max-prompt "
+            "(sft.py: --max-len)"
+        )
     return found, n_long
 
 
@@ -372,13 +463,13 @@ def plan(n: int, seed: int, start: int, count: int) -> list[int]:
     picked = []
     while len(picked) < count:
         epoch, offset = divmod(start + len(picked), n)
-        picked += _permutation(n, seed, epoch)[offset:offset + count - len(picked)].tolist()
+        picked += _permutation(n, seed, epoch)[offset : offset + count - len(picked)].tolist()
     return picked
 
 
 @lru_cache(maxsize=2)  # a million rows take longer to shuffle than a small step to train
 def _permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
-    return torch.randperm(n, generator=run.generator(seed, "epoch", epoch))
+    return torch.randperm(n, generator=ranks.generator(seed, "epoch", epoch))
 
 
 def cut(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -399,7 +490,7 @@ def cut(lengths: Sequence[int], budget: int) -> list[list[int]]:
                 cost[i + n], first[i + n] = total, i
     batches, end = [], len(order)
     while end:
-        batches.append(order[first[end]:end])
+        batches.append(order[first[end] : end])
         end = first[end]
     return batches[::-1]
 
@@ -408,8 +499,14 @@ def deal(lengths: list[int], budget: int, rank: int, world: int) -> list[list[in
     """cut() for one of `world` processes: rows are dealt by length, there and back (0 1 2 2 1 0 ...), so that all get
     alike. Every process has the same number of micro-batches, as each is a collective; those it is short of are []."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    hands = [[i for n, i in enumerate(order) if n % (2 * world) in (r, 2 * world - 1 - r)] for r in range(world)]
-    cuts = [[[hand[i] for i in part] for part in cut([lengths[i] for i in hand], budget)] for hand in hands]
+    hands = [
+        [i for n, i in enumerate(order) if n % (2 * world) in (r, 2 * world - 1 - r)]
+        for r in range(world)
+    ]
+    cuts = [
+        [[hand[i] for i in part] for part in cut([lengths[i] for i in hand], budget)]
+        for hand in hands
+    ]
     return cuts[rank] + [[]] * (max(map(len, cuts)) - len(cuts[rank]))
 
 
@@ -435,7 +532,9 @@ def collate(rows: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
     """ids (B, T), padded with 0 on the right, and mask (B, T): True where the model is trained to choose the token.
     No rows make one row of nothing to train, for a process that only takes part."""
     T = max((len(r.prompt) + len(r.response) for r in rows), default=2)
-    ids, mask = (torch.zeros(max(1, len(rows)), T, dtype=dtype) for dtype in (torch.long, torch.bool))
+    ids, mask = (
+        torch.zeros(max(1, len(rows)), T, dtype=dtype) for dtype in (torch.long, torch.bool)
+    )
     for b, row in enumerate(rows):
         n_prompt, n = len(row.prompt), len(row.prompt) + len(row.response)
         ids[b, :n] = torch.tensor([*row.prompt, *row.response])

@@ -17,6 +17,7 @@ fields of ModelConfig (folder.py, which also refuses by name what is not impleme
 Shapes: B rows, T tokens, V vocabulary, D hidden width, H query heads, Hkv key/value heads, K head width, L layers,
 N = tokens of all rows in one list, n = a chunk of them.
 """
+
 import math
 from collections.abc import Iterable, Iterator
 
@@ -26,15 +27,30 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-import ranks
-from folder import ModelConfig, config_dict, read_config, read_weights, write_folder
+from core import ranks
+from core.folder import ModelConfig, config_dict, read_config, read_weights, write_folder
 
-__all__ = ["ModelConfig", "read_config", "config_dict", "Model", "init_model", "load_model", "save_model",
-           "head_logits", "token_logp", "sum_logp", "response_logp", "response_logp_sum", "forward_flops",
-           "hardware_flops"]
-CHUNK_LOGITS = 2**25   # logits held at once: 128 MB in fp32, 220 tokens of Qwen's 152k vocabulary. On CUDA 8 times as
-                       # many, since each chunk is one more pass over the head's gradient
-PIECE_LOGITS = 2**20   # of them worked on at once on the CPU: 4 MB, about a core's cache
+__all__ = [
+    "ModelConfig",
+    "read_config",
+    "config_dict",
+    "Model",
+    "init_model",
+    "load_model",
+    "save_model",
+    "head_logits",
+    "token_logp",
+    "sum_logp",
+    "response_logp",
+    "response_logp_sum",
+    "forward_flops",
+    "hardware_flops",
+]
+CHUNK_LOGITS = (
+    2**25
+)  # logits held at once: 128 MB in fp32, 220 tokens of Qwen's 152k vocabulary. On CUDA 8 times as
+# many, since each chunk is one more pass over the head's gradient
+PIECE_LOGITS = 2**20  # of them worked on at once on the CPU: 4 MB, about a core's cache
 
 
 # ---- the network -----------------------------------------------------------------------------------------------------
@@ -42,7 +58,10 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
     """Radians per position of each rotated pair, (K/2,) fp32 on the CPU. "linear" divides all of them by the factor;
     "llama3" only those too slow to turn low_freq_factor times within the original context, with a ramp up to
     high_freq_factor turns (Llama 3.1)."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float() / config.head_dim
+    exponents = (
+        torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float()
+        / config.head_dim
+    )
     fast = 1.0 / config.rope_theta**exponents
     rope = config.rope_scaling
     if rope is None:
@@ -53,7 +72,9 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
     turns = rope["original_max_position_embeddings"] * fast / (2 * math.pi)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - keep) * slow + keep * fast   # exact at both ends, so far positions do not drift from transformers'
+    return (
+        1 - keep
+    ) * slow + keep * fast  # exact at both ends, so far positions do not drift from transformers'
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -76,12 +97,17 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        D, H, Hkv, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        D, H, Hkv, K = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
         self.shape = H, Hkv, K
         self.q_proj = nn.Linear(D, H * K, bias=config.attention_bias)
         self.k_proj = nn.Linear(D, Hkv * K, bias=config.attention_bias)
         self.v_proj = nn.Linear(D, Hkv * K, bias=config.attention_bias)
-        self.o_proj = nn.Linear(H * K, D, bias=config.output_bias)   # H K differs from D in Qwen3
+        self.o_proj = nn.Linear(H * K, D, bias=config.output_bias)  # H K differs from D in Qwen3
         self.q_norm = RMSNorm(K, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(K, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
@@ -92,9 +118,13 @@ class Attention(nn.Module):
         k = rotate(self.k_norm(self.k_proj(x).view(B, T, Hkv, K)), cos, sin)
         v = self.v_proj(x).view(B, T, Hkv, K)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if q.is_cuda and q.dtype == torch.float32:   # no fused kernel of CUDA shares key heads in fp32
+        if (
+            q.is_cuda and q.dtype == torch.float32
+        ):  # no fused kernel of CUDA shares key heads in fp32
             k, v = (x.repeat_interleave(H // Hkv, 1) for x in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < H)   # (B, H, T, K)
+        y = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=k.shape[1] < H
+        )  # (B, H, T, K)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, H * K))
 
 
@@ -108,7 +138,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():   # the compiler decides for itself
+        if (
+            not torch.is_grad_enabled() or torch.compiler.is_compiling()
+        ):  # the compiler decides for itself
             return self._join(gate, up)
         # Their product is made again in backward (the matrix product behind it is not): half of the MLP's activations
         return checkpoint(self._join, gate, up, use_reentrant=False, preserve_rng_state=False)
@@ -119,14 +151,15 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """One layer. Called with tensors only, so that it can be sharded, recomputed or compiled on its own."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
-        self.recompute = False   # keep only x for the backward, and run the block once more there
-        self.compiled = None     # what runs, if not _run itself
+        self.recompute = False  # keep only x for the backward, and run the block once more there
+        self.compiled = None  # what runs, if not _run itself
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         run = self.compiled or self._run
@@ -141,27 +174,39 @@ class Block(nn.Module):
 
 class Model(nn.Module):
     """ids (B, T) -> hidden (B, T, D). Parameters have Hugging Face's names; lm_head only where it is not tied."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.model = nn.ModuleDict(dict(
-            embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
-            layers=nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
-            norm=RMSNorm(config.hidden_size, config.rms_norm_eps)))
+        self.model = nn.ModuleDict(
+            dict(
+                embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
+                layers=nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+                norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
+            )
+        )
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.inv_freq = rope_frequencies(config)   # no buffer: not saved or sharded, real while the rest is on meta
+        self.inv_freq = rope_frequencies(
+            config
+        )  # no buffer: not saved or sharded, real while the rest is on meta
 
     @property
     def head(self) -> Tensor:
         """The output matrix (V, D)."""
-        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        return (
+            self.model.embed_tokens.weight
+            if self.config.tie_word_embeddings
+            else self.lm_head.weight
+        )
 
     def forward(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """ids (B, T) long, positions (B or 1, T) long (None: 0..T-1 in each row) -> hidden (B, T, D) after the final
         norm. Attention is causal along the row; positions only turn the angles."""
-        places = torch.arange(ids.shape[1], device=ids.device)[None] if positions is None else positions
-        x = self.model.embed_tokens(ids)   # (B, T, D)
+        places = (
+            torch.arange(ids.shape[1], device=ids.device)[None] if positions is None else positions
+        )
+        x = self.model.embed_tokens(ids)  # (B, T, D)
         cos, sin = self.angles(places, x.dtype)
         for block in self.model.layers:
             x = block(x, cos, sin)
@@ -171,12 +216,14 @@ class Model(nn.Module):
         """positions (B or 1, T) -> cos and sin (B or 1, T, 1, K) for rotate()."""
         if self.inv_freq.device != positions.device:
             self.inv_freq = self.inv_freq.to(positions.device)
-        angles = positions[..., None, None].float() * self.inv_freq   # (B or 1, T, 1, K/2)
+        angles = positions[..., None, None].float() * self.inv_freq  # (B or 1, T, 1, K/2)
         cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
-def _build(config: ModelConfig, values: Iterator[tuple[str, Tensor]], dtype: torch.dtype, device, shard) -> Model:
+def _build(
+    config: ModelConfig, values: Iterator[tuple[str, Tensor]], dtype: torch.dtype, device, shard
+) -> Model:
     """A model with these (name, rows) as parameters. It begins on the meta device, so that neither memory nor time goes
     into weights that are replaced at once, and so that a process never holds more than its rows of a sharded one."""
     with torch.device("meta"):
@@ -203,6 +250,7 @@ def init_model(config: ModelConfig, seed: int, device="cpu", shard=None) -> Mode
                 yield name, torch.empty(shape).normal_(0, 0.02, generator=generator)[first:end]
             else:
                 yield name, torch.full((end - first,), 0.0 if name.endswith("bias") else 1.0)
+
     return _build(config, drawn(), torch.float32, device, shard)
 
 
@@ -235,10 +283,12 @@ def _chunks(hidden: Tensor, head: Tensor, temperature: float, chunk: int):
     """(slice s, log_p (n, V) of its tokens, fp32) of all tokens in turn. One buffer is filled again and again: pages
     that a fresh one of 128 MB would have to be given by the system cost as much as the arithmetic on it."""
     N, V = len(hidden), len(head)
-    buffer = hidden.new_empty(min(chunk, N), V, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    buffer = hidden.new_empty(
+        min(chunk, N), V, dtype=torch.promote_types(hidden.dtype, torch.float32)
+    )
     for s in (slice(i, min(i + chunk, N)) for i in range(0, N, chunk)):
-        logits = _product(hidden[s], head.T, buffer[:s.stop - s.start])
-        for piece, in _pieces(logits):
+        logits = _product(hidden[s], head.T, buffer[: s.stop - s.start])
+        for (piece,) in _pieces(logits):
             piece.copy_(F.log_softmax(piece if temperature == 1.0 else piece.div_(temperature), -1))
         yield s, logits
 
@@ -250,9 +300,11 @@ def _pieces(*tensors: Tensor):
     return zip(*(x.split(max(1, n if x.is_cuda else PIECE_LOGITS // V)) for x in tensors))
 
 
-def _head_gradients(d_logits: Tensor, hidden: Tensor, head: Tensor, d_hidden: Tensor | None, d_head: Tensor | None):
+def _head_gradients(
+    d_logits: Tensor, hidden: Tensor, head: Tensor, d_hidden: Tensor | None, d_head: Tensor | None
+):
     """Through logits = hidden head^T for some tokens: d_hidden (n, D) is written, d_head (V, D) fp32 is added to."""
-    d_logits = d_logits.to(hidden.dtype)   # (n, V)
+    d_logits = d_logits.to(hidden.dtype)  # (n, V)
     if d_hidden is not None:
         d_hidden.copy_(d_logits @ head)
     if d_head is not None and d_head.dtype == d_logits.dtype:
@@ -265,16 +317,29 @@ class _TokenLogp(torch.autograd.Function):
     """token_logp() on flat inputs. Between forward and backward the inputs, two numbers a token and the last chunk's
     log-probs are kept: backward begins with that chunk, at whose side it needs the memory anyway, and computes the
     others' logits a second time. A micro-batch of one chunk computes no logits twice."""
+
     @staticmethod
-    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, temperature: float, chunk: int, entropy: bool):
+    def forward(
+        ctx,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        temperature: float,
+        chunk: int,
+        entropy: bool,
+    ):
         N, work = len(hidden), head.to(hidden.dtype)
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        logp, spread = (torch.zeros(N, dtype=wide, device=hidden.device) for _ in range(2))   # (N,) each
+        logp, spread = (
+            torch.zeros(N, dtype=wide, device=hidden.device) for _ in range(2)
+        )  # (N,) each
         log_p = s = None
         for s, log_p in _chunks(hidden, work, temperature, chunk):
             logp[s] = log_p.gather(1, targets[s, None])[:, 0]
-            if entropy:   # H = -sum p log p
-                spread[s] = -torch.cat([(piece.exp() * piece).sum(-1) for piece, in _pieces(log_p)])
+            if entropy:  # H = -sum p log p
+                spread[s] = -torch.cat(
+                    [(piece.exp() * piece).sum(-1) for (piece,) in _pieces(log_p)]
+                )
         ctx.save_for_backward(hidden, head, targets, spread)
         ctx.settings, ctx.last = (temperature, chunk, entropy), (s, log_p) if N else None
         if not entropy:
@@ -288,25 +353,34 @@ class _TokenLogp(torch.autograd.Function):
         temperature, chunk, entropy = ctx.settings
         work = head.to(hidden.dtype)
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_head = torch.zeros_like(head, dtype=spread.dtype) if ctx.needs_input_grad[1] else None   # summed in fp32
+        d_head = (
+            torch.zeros_like(head, dtype=spread.dtype) if ctx.needs_input_grad[1] else None
+        )  # summed in fp32
 
         def add(s: slice, log_p: Tensor) -> None:
             """dlogp/dz_j = [j = target] - p_j and dH/dz_j = -p_j (log p_j + H), z = logits / temperature."""
             g = g_logp[s, None] / temperature
             if entropy:
-                for piece, H, g_H, own in _pieces(log_p, spread[s, None], g_entropy[s, None] / temperature, g):
+                for piece, H, g_H, own in _pieces(
+                    log_p, spread[s, None], g_entropy[s, None] / temperature, g
+                ):
                     p = piece.exp()
                     piece.add_(H).mul_(-g_H).sub_(own).mul_(p)
             else:
                 log_p.exp_().mul_(-g)
             log_p.scatter_add_(1, targets[s, None], g)
-            _head_gradients(log_p, hidden[s], work, None if d_hidden is None else d_hidden[s], d_head)
+            _head_gradients(
+                log_p, hidden[s], work, None if d_hidden is None else d_hidden[s], d_head
+            )
 
-        first, ctx.last = ctx.last, None   # used up: a second backward through this graph computes all logits again
+        first, ctx.last = (
+            ctx.last,
+            None,
+        )  # used up: a second backward through this graph computes all logits again
         if first is not None:
             add(*first)
-            hidden = hidden[:first[0].start]
-            del first   # its memory serves the next chunk
+            hidden = hidden[: first[0].start]
+            del first  # its memory serves the next chunk
         for s, log_p in _chunks(hidden, work, temperature, chunk):
             add(s, log_p)
         return d_hidden, None if d_head is None else d_head.to(head.dtype), None, None, None, None
@@ -314,18 +388,28 @@ class _TokenLogp(torch.autograd.Function):
 
 class _SumLogp(torch.autograd.Function):
     """sum_logp() on flat inputs: a sum's gradient is known before backward, so it is made while the logits exist."""
+
     @staticmethod
     def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, chunk: int, learning: bool):
-        work, total = head.to(hidden.dtype), torch.zeros((), dtype=torch.float64, device=hidden.device)
+        work, total = (
+            head.to(hidden.dtype),
+            torch.zeros((), dtype=torch.float64, device=hidden.device),
+        )
         wide = torch.promote_types(hidden.dtype, torch.float32)
         d_hidden = torch.empty_like(hidden) if learning and ctx.needs_input_grad[0] else None
-        d_head = torch.zeros_like(head, dtype=wide) if learning and ctx.needs_input_grad[1] else None   # fp32 sum
+        d_head = (
+            torch.zeros_like(head, dtype=wide) if learning and ctx.needs_input_grad[1] else None
+        )  # fp32 sum
         for s, log_p in _chunks(hidden, work, 1.0, chunk):
             total += log_p.gather(1, targets[s, None]).sum(dtype=torch.float64)
             if d_hidden is not None or d_head is not None:
                 d_logits = log_p.exp_().neg_()
-                d_logits.scatter_add_(1, targets[s, None], torch.ones_like(targets[s, None], dtype=wide))
-                _head_gradients(d_logits, hidden[s], work, None if d_hidden is None else d_hidden[s], d_head)
+                d_logits.scatter_add_(
+                    1, targets[s, None], torch.ones_like(targets[s, None], dtype=wide)
+                )
+                _head_gradients(
+                    d_logits, hidden[s], work, None if d_hidden is None else d_hidden[s], d_head
+                )
         ctx.save_for_backward(d_hidden, d_head)
         ctx.head_type = head.dtype
         return total.to(wide)
@@ -333,9 +417,16 @@ class _SumLogp(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g: Tensor):
-        d_hidden, d_head = ctx.saved_tensors   # scaled in place: a second backward through one graph is refused anyway
-        return (None if d_hidden is None else d_hidden.mul_(g),
-                None if d_head is None else d_head.mul_(g).to(ctx.head_type), None, None, None)
+        d_hidden, d_head = (
+            ctx.saved_tensors
+        )  # scaled in place: a second backward through one graph is refused anyway
+        return (
+            None if d_hidden is None else d_hidden.mul_(g),
+            None if d_head is None else d_head.mul_(g).to(ctx.head_type),
+            None,
+            None,
+            None,
+        )
 
 
 def chunk_tokens(hidden: Tensor, head: Tensor) -> int:
@@ -343,8 +434,14 @@ def chunk_tokens(hidden: Tensor, head: Tensor) -> int:
     return max(1, CHUNK_LOGITS * (8 if hidden.is_cuda else 1) // head.shape[0])
 
 
-def token_logp(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int | None = None,
-               entropy: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+def token_logp(
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+    entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Log-prob of each target under softmax(hidden head^T / temperature), without holding the logits of all tokens.
 
     | hidden  | (..., D) | the model's output, of any float type                                                |
@@ -354,38 +451,55 @@ def token_logp(hidden: Tensor, head: Tensor, targets: Tensor, temperature: float
     | returns | (...)    | logp, or with entropy=True the pair (logp, entropy): nats, fp32, both differentiable |
 
     The peak is one (chunk, V) tensor, plus the head's gradient in backward."""
-    chunk, flat = chunk or chunk_tokens(hidden, head), hidden.reshape(-1, hidden.shape[-1])   # (N, D)
+    chunk, flat = (
+        chunk or chunk_tokens(hidden, head),
+        hidden.reshape(-1, hidden.shape[-1]),
+    )  # (N, D)
     logp, spread = _TokenLogp.apply(flat, head, targets.reshape(-1), temperature, chunk, entropy)
-    return (logp.view(targets.shape), spread.view(targets.shape)) if entropy else logp.view(targets.shape)
+    return (
+        (logp.view(targets.shape), spread.view(targets.shape))
+        if entropy
+        else logp.view(targets.shape)
+    )
 
 
 def sum_logp(hidden: Tensor, head: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
     """token_logp(...).sum() as a scalar, with each chunk's logits computed once instead of twice: all that a loss needs
     in which every token weighs the same."""
-    chunk, flat = chunk or chunk_tokens(hidden, head), hidden.reshape(-1, hidden.shape[-1])   # (N, D)
+    chunk, flat = (
+        chunk or chunk_tokens(hidden, head),
+        hidden.reshape(-1, hidden.shape[-1]),
+    )  # (N, D)
     return _SumLogp.apply(flat, head, targets.reshape(-1), chunk, torch.is_grad_enabled())
 
 
 def _trained(model: Model, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of the tokens that mask (B, T) trains: the hidden states that choose them (n, D), their ids (n,) and the mask of
     each row moved left (B, R). Positions that nobody trains never reach the head."""
-    picked = mask[:, 1:]                                              # the state at t - 1 chooses token t
+    picked = mask[:, 1:]  # the state at t - 1 chooses token t
     at, lengths = picked.flatten().nonzero()[:, 0], picked.sum(1)
     chosen = torch.arange(int(lengths.max()), device=mask.device) < lengths[:, None]
-    at, chosen = at.to(ids.device), chosen.to(ids.device)             # a mask on the CPU: nobody waited for the device
-    hidden = model(ids)[:, :-1].flatten(0, 1).index_select(0, at)     # (n, D)
+    at, chosen = (
+        at.to(ids.device),
+        chosen.to(ids.device),
+    )  # a mask on the CPU: nobody waited for the device
+    hidden = model(ids)[:, :-1].flatten(0, 1).index_select(0, at)  # (n, D)
     return hidden, ids[:, 1:].flatten()[at], chosen
 
 
-def response_logp(model: Model, ids: Tensor, mask: Tensor, temperature: float = 1.0, entropy: bool = False):
+def response_logp(
+    model: Model, ids: Tensor, mask: Tensor, temperature: float = 1.0, entropy: bool = False
+):
     """Log-probs of each row's trained tokens, moved left: logp (B, R), entropy (B, R) or None, chosen (B, R) bool.
 
     ids, mask (B, T), mask True where the model chose the token; R = most such tokens of a row. chosen is False, and the
     values 0, behind a row's last one."""
     hidden, targets, chosen = _trained(model, ids, mask)
     values = token_logp(hidden, model.head, targets, temperature, entropy=entropy)
-    logp, *rest = (torch.zeros(chosen.shape, device=ids.device).masked_scatter(chosen, v)
-                   for v in (values if entropy else [values]))
+    logp, *rest = (
+        torch.zeros(chosen.shape, device=ids.device).masked_scatter(chosen, v)
+        for v in (values if entropy else [values])
+    )
     return logp, rest[0] if entropy else None, chosen
 
 
@@ -399,9 +513,13 @@ def response_logp_sum(model: Model, ids: Tensor, mask: Tensor) -> Tensor:
 def forward_flops(config: ModelConfig, lengths: Iterable[int]) -> float:
     """FLOPs of one forward over rows of these lengths, the paper's count: sum of S F_fwd(S) with F_fwd(S) =
     2 [L (P_mlp + P_attn) + P_vocab] + 4 S L D_q (20, 21). A backward is twice as much (22)."""
-    D, L, D_q = config.hidden_size, config.num_hidden_layers, config.num_attention_heads * config.head_dim
+    D, L, D_q = (
+        config.hidden_size,
+        config.num_hidden_layers,
+        config.num_attention_heads * config.head_dim,
+    )
     p_mlp = 3 * D * config.intermediate_size
-    p_attn = 2 * D * (D_q + config.num_key_value_heads * config.head_dim)   # D_q = D but for Qwen3
+    p_attn = 2 * D * (D_q + config.num_key_value_heads * config.head_dim)  # D_q = D but for Qwen3
     p_vocab = 2 * config.vocab_size * D
     return float(sum(S * (2 * (L * (p_mlp + p_attn) + p_vocab) + 4 * S * L * D_q) for S in lengths))
 
@@ -409,7 +527,10 @@ def forward_flops(config: ModelConfig, lengths: Iterable[int]) -> float:
 def hardware_flops(config: ModelConfig, lengths: Iterable[int]) -> float:
     """FLOPs that the same forward costs a machine: no embedding product, and the causal half of the attention core."""
     lengths, D_q = list(lengths), config.num_attention_heads * config.head_dim
-    unused = sum(2 * S * (config.vocab_size * config.hidden_size + S * config.num_hidden_layers * D_q) for S in lengths)
+    unused = sum(
+        2 * S * (config.vocab_size * config.hidden_size + S * config.num_hidden_layers * D_q)
+        for S in lengths
+    )
     return forward_flops(config, lengths) - unused
 
 
@@ -423,9 +544,18 @@ def load_model(folder, dtype: torch.dtype = torch.float32, device="cpu", shard=N
     return _build(config, rows, dtype, device, shard)
 
 
-def save_model(model: Model, folder, dtype: torch.dtype | None = None, max_shard_bytes: float = 5e9) -> None:
+def save_model(
+    model: Model, folder, dtype: torch.dtype | None = None, max_shard_bytes: float = 5e9
+) -> None:
     """Write the model as a Hugging Face folder, in dtype (None = the parameters' own): without a cast it reads back bit
     for bit. Above max_shard_bytes the weights are cut into shards with an index. A tied head is left out. All processes
     of a sharded model call it, and the first one writes."""
-    write_folder(folder, model.config, dict(model.named_parameters()), dtype or model.head.dtype, max_shard_bytes,
-                 ranks.whole, ranks.rank() == 0)
+    write_folder(
+        folder,
+        model.config,
+        dict(model.named_parameters()),
+        dtype or model.head.dtype,
+        max_shard_bytes,
+        ranks.whole,
+        ranks.rank() == 0,
+    )

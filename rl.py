@@ -18,6 +18,7 @@ Why is the loss near 0, or negative? It is a surrogate: with advantages of mean 
 signal, entropy and length instead.
 Shapes: B rows, R response tokens, G responses a prompt. Log-probs in nats; pass@1 and shares in points (0..100).
 """
+
 import math
 import time
 from dataclasses import dataclass, field, replace
@@ -31,10 +32,9 @@ import data
 import evaluate
 import losses
 import model as model_file
-import ranks
 import rollout
-import run
-import sft
+from core import cli, optim, ranks, run
+from core.errors import UserError
 
 # Where the command line is silent: the paper's settings for comparing methods (6.1) and for RL after SFT (C.2.2)
 COMPARISON = dict(prompts=128, update_prompts=64, lr=1e-6, temperature=1.0)
@@ -45,63 +45,100 @@ SETTINGS["dapo"] = SETTINGS["dapo_dc"] = {**COMPARISON, "prompts": 64, "temperat
 
 @dataclass
 class Config:
-    init: str = "runs/sft"      # model folder, checkpoint, run directory or hub name
-    data: str = ""              # problems: prompt, answer and, for the mixed methods, response; empty = built-in
-    val: str = ""               # problems for evaluation; empty = 200 (10% if under 2,000) held out of --data
-    out: str = "runs/rl"        # run directory
-    overwrite: bool = False     # delete an earlier run in --out
-    resume: bool = False        # go on from the newest checkpoint in --out
-    dry_run: bool = False       # show model, data and plan, then stop
-    algo: Literal["grpo", "dapo_d", "dapo_dc", "dapo", "luffy", "srft", "upt", "prefix_rft"] = "dapo"  # dapo = dapo_dc
-    steps: int = 500            # rounds of collect, score, weigh, update
+    init: str = "runs/sft"  # model folder, checkpoint, run directory or hub name
+    data: str = (
+        ""  # problems: prompt, answer and, for the mixed methods, response; empty = built-in
+    )
+    val: str = ""  # problems for evaluation; empty = 200 (10% if under 2,000) held out of --data
+    out: str = "runs/rl"  # run directory
+    overwrite: bool = False  # delete an earlier run in --out
+    resume: bool = False  # go on from the newest checkpoint in --out
+    dry_run: bool = False  # show model, data and plan, then stop
+    algo: Literal["grpo", "dapo_d", "dapo_dc", "dapo", "luffy", "srft", "upt", "prefix_rft"] = (
+        "dapo"  # dapo = dapo_dc
+    )
+    steps: int = 500  # rounds of collect, score, weigh, update
     prompts: int | None = None  # prompts trained on a round; none = the method's
     update_prompts: int | None = None  # prompts an optimizer step; none = the method's
-    group: int = 8              # rows a prompt, the expert's included (upt: besides it)
-    gen_prompts: int | None = None  # prompts that dynamic sampling draws at once; none = 2 x prompts
-    max_rounds: int = 10        # dynamic sampling trains on what there is after so many
-    temperature: float | None = None  # of sampling and of the trained log-probs; none = the method's
-    max_new: int = 8192         # tokens a response, at most
-    max_prompt: int = 1024      # tokens a prompt; longer ones are dropped and counted
-    rows: int = 512             # responses in flight at once
-    micro_tokens: int = 16384   # tokens a micro-batch, padding included
-    lr: float | None = None     # learning rate, constant after the warm-up; none = the method's
-    warmup: float = 0.0         # share of the steps with a rising learning rate
+    group: int = 8  # rows a prompt, the expert's included (upt: besides it)
+    gen_prompts: int | None = (
+        None  # prompts that dynamic sampling draws at once; none = 2 x prompts
+    )
+    max_rounds: int = 10  # dynamic sampling trains on what there is after so many
+    temperature: float | None = (
+        None  # of sampling and of the trained log-probs; none = the method's
+    )
+    max_new: int = 8192  # tokens a response, at most
+    max_prompt: int = 1024  # tokens a prompt; longer ones are dropped and counted
+    rows: int = 512  # responses in flight at once
+    micro_tokens: int = 16384  # tokens a micro-batch, padding included
+    lr: float | None = None  # learning rate, constant after the warm-up; none = the method's
+    warmup: float = 0.0  # share of the steps with a rising learning rate
     weight_decay: float = 0.01  # decoupled, as AdamW
-    clip: float = 1.0           # largest gradient norm
-    overlong: int = 0           # soft punishment over the last so many tokens before max-new (DAPO); 0 = none
-    seed: int = 0               # order of the prompts and every sampled token
-    save_every: int = 0         # steps between checkpoints besides the evaluated ones; 0 = none
-    eval_every: int = 20        # steps between evaluations; each is saved
-    eval_n: int = 4             # samples a problem at an evaluation
+    clip: float = 1.0  # largest gradient norm
+    overlong: int = (
+        0  # soft punishment over the last so many tokens before max-new (DAPO); 0 = none
+    )
+    seed: int = 0  # order of the prompts and every sampled token
+    save_every: int = 0  # steps between checkpoints besides the evaluated ones; 0 = none
+    eval_every: int = 20  # steps between evaluations; each is saved
+    eval_n: int = 4  # samples a problem at an evaluation
     eval_temperature: float = 0.7  # of evaluation
-    max_flops: float = 0.0      # stop once the run has used so much compute (the paper's count); 0 = never
-    until_share: float = 0.0    # stop once this share of the gain is surely reached (lower end of 90%); 0 = never
-    keep: int = 0               # checkpoints to keep; 0 = all. The newest and the best one always stay
-    bf16: bool = False          # sample and compute in bfloat16; weights, gradients and optimizer stay fp32
-    recompute: bool = True      # keep no activations inside a block for the backward: less memory, 4/3 of the work
-    compile: bool = False       # torch.compile each block: a minute or two at first, then faster updates
-    offload: bool = False       # several GPUs: weights and optimizer state wait in the CPU's memory
-    gpus: int = 0               # of --dry-run: show the memory for so many; 0 = the processes there are
+    max_flops: float = (
+        0.0  # stop once the run has used so much compute (the paper's count); 0 = never
+    )
+    until_share: float = (
+        0.0  # stop once this share of the gain is surely reached (lower end of 90%); 0 = never
+    )
+    keep: int = 0  # checkpoints to keep; 0 = all. The newest and the best one always stay
+    bf16: bool = False  # sample and compute in bfloat16; weights, gradients and optimizer stay fp32
+    recompute: bool = (
+        True  # keep no activations inside a block for the backward: less memory, 4/3 of the work
+    )
+    compile: bool = False  # torch.compile each block: a minute or two at first, then faster updates
+    offload: bool = False  # several GPUs: weights and optimizer state wait in the CPU's memory
+    gpus: int = 0  # of --dry-run: show the memory for so many; 0 = the processes there are
     options: dict = field(default_factory=dict)
-    refused = dict.fromkeys(("--top-p", "--top-k"), "the trainer's log-probs are those of the full distribution, so "
-                            "training has to sample from it; evaluate.py has this flag")
+    refused = dict.fromkeys(
+        ("--top-p", "--top-k"),
+        "the trainer's log-probs are those of the full distribution, so "
+        "training has to sample from it; evaluate.py has this flag",
+    )
 
     def __post_init__(self):
         for name, value in SETTINGS[self.algo].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         self.gen_prompts = self.gen_prompts or 2 * self.prompts
-        run.require_positive(self, "prompts", "update_prompts", "gen_prompts", "max_rounds", "temperature", "max_new",
-                             "max_prompt", "rows", "micro_tokens", "lr", "clip", "eval_every", "eval_n")
+        cli.require_positive(
+            self,
+            "prompts",
+            "update_prompts",
+            "gen_prompts",
+            "max_rounds",
+            "temperature",
+            "max_new",
+            "max_prompt",
+            "rows",
+            "micro_tokens",
+            "lr",
+            "clip",
+            "eval_every",
+            "eval_n",
+        )
         if self.steps < 0:
-            raise ValueError(f"--steps is {self.steps}; give a number of steps, or 0 to evaluate --init only")
+            raise UserError(
+                f"--steps is {self.steps}; give a number of steps, or 0 to evaluate --init only"
+            )
         if self.prompts % self.update_prompts:
             fits = [d for d in range(1, self.prompts + 1) if self.prompts % d == 0]
             near = sorted(fits, key=lambda d: abs(d - self.update_prompts))[:2]
-            raise ValueError(f"--prompts {self.prompts} does not divide into updates of {self.update_prompts}; "
-                             f"use --update-prompts {near[0]} or {near[-1]}")
+            raise UserError(
+                f"--prompts {self.prompts} does not divide into updates of {self.update_prompts}; "
+                f"use --update-prompts {near[0]} or {near[-1]}"
+            )
         if self.group < 2:
-            raise ValueError(f"--group {self.group}: needs at least 2 rows, or every advantage is 0")
+            raise UserError(f"--group {self.group}: needs at least 2 rows, or every advantage is 0")
 
 
 def preset(given: dict) -> dict:
@@ -109,22 +146,36 @@ def preset(given: dict) -> dict:
     folder, algo = evaluate.built_in(given), given.get("algo", "dapo")
     if folder is None:
         return {}
-    plain = losses.OBJECTIVES[algo].demo == "none"                                # the others need demonstrations
-    return {"data": f"{folder}/{'rl' if plain else 'train'}.jsonl", "val": f"{folder}/eval.jsonl", "steps": 50,
-            "prompts": 64, "update_prompts": 32, "gen_prompts": 64, "temperature": 1.0, "max_new": 128,
-            "max_prompt": 64, "micro_tokens": 4096, "lr": 1e-4, "eval_every": 5, "eval_n": 2, "recompute": False}
+    plain = losses.OBJECTIVES[algo].demo == "none"  # the others need demonstrations
+    return {
+        "data": f"{folder}/{'rl' if plain else 'train'}.jsonl",
+        "val": f"{folder}/eval.jsonl",
+        "steps": 50,
+        "prompts": 64,
+        "update_prompts": 32,
+        "gen_prompts": 64,
+        "temperature": 1.0,
+        "max_new": 128,
+        "max_prompt": 64,
+        "micro_tokens": 4096,
+        "lr": 1e-4,
+        "eval_every": 5,
+        "eval_n": 2,
+        "recompute": False,
+    }
 
 
 class Row(NamedTuple):
     """One sequence of a group. response ends with EOS if finished; logp: the sampler's, 0 on expert tokens."""
+
     prompt: list[int]
     response: list[int]
     logp: list[float]
-    correct: float          # 1 if right and finished: what dynamic sampling and gates look at
-    reward: float           # correct plus penalties: what advantages are made of
-    group: int              # number of the prompt in the endless stream
+    correct: float  # 1 if right and finished: what dynamic sampling and gates look at
+    reward: float  # correct plus penalties: what advantages are made of
+    group: int  # number of the prompt in the endless stream
     is_expert: bool = False
-    n_prefix: int = 0       # leading response tokens copied from the demonstration
+    n_prefix: int = 0  # leading response tokens copied from the demonstration
     finished: bool = True
 
     @property
@@ -133,7 +184,9 @@ class Row(NamedTuple):
 
 
 # ----------------------------------------------------------------------------------------------------------- collect
-def sample_round(cfg, objective, net, tokenizer, pool, numbers, step: int, done: float) -> tuple[list, list, float]:
+def sample_round(
+    cfg, objective, net, tokenizer, pool, numbers, step: int, done: float
+) -> tuple[list, list, float]:
     """Groups of rollouts for these prompts (numbers in the endless stream), the records of all responses, and the
     seconds that judging them took.
 
@@ -146,22 +199,49 @@ def sample_round(cfg, objective, net, tokenizer, pool, numbers, step: int, done:
     for owner, (number, problem) in enumerate(zip(numbers, problems)):
         prefix = []
         if objective.demo == "prefix" and problem.expert:
-            u = torch.rand((), generator=run.generator(cfg.seed, "prefix", number)).item()
-            prefix = problem.expert[:losses.prefix_length(u, window, len(problem.expert))]
+            u = torch.rand((), generator=ranks.generator(cfg.seed, "prefix", number)).item()
+            prefix = problem.expert[: losses.prefix_length(u, window, len(problem.expert))]
         has_demo = bool(prefix) or objective.demo == "row" and bool(problem.expert)
         for head, count in [([], cfg.group - has_demo)] + [(prefix, 1)] * bool(prefix):
-            requests.append(problem.prompt + head), counts.append(count), prefixes.append(head), owners.append(owner)
-    sampled = rollout.generate(net, requests, counts, cfg.max_new, cfg.temperature, tokenizer.eos_ids,
-                               run.seed_of(cfg.seed, "rollout", step, numbers[0]), cfg.rows)
+            (
+                requests.append(problem.prompt + head),
+                counts.append(count),
+                prefixes.append(head),
+                owners.append(owner),
+            )
+    sampled = rollout.generate(
+        net,
+        requests,
+        counts,
+        cfg.max_new,
+        cfg.temperature,
+        tokenizer.eos_ids,
+        ranks.seed_of(cfg.seed, "rollout", step, numbers[0]),
+        cfg.rows,
+    )
     began, groups, records = time.monotonic(), [[] for _ in problems], []
     for owner, prefix, responses in zip(owners, prefixes, sampled):
         for r in responses:
             r = r._replace(ids=prefix + r.ids, logp=[0.0] * len(prefix) + r.logp)
             record = evaluate.judge(problems[owner], r, tokenizer)
             correct = float(record["correct"] and r.finished)
-            penalty = losses.overlong_penalty(len(r.ids), cfg.max_new, cfg.overlong) if cfg.overlong else 0.0
-            groups[owner].append(Row(problems[owner].prompt, r.ids, r.logp, correct, correct + penalty, numbers[owner],
-                                     n_prefix=len(prefix), finished=r.finished))
+            penalty = (
+                losses.overlong_penalty(len(r.ids), cfg.max_new, cfg.overlong)
+                if cfg.overlong
+                else 0.0
+            )
+            groups[owner].append(
+                Row(
+                    problems[owner].prompt,
+                    r.ids,
+                    r.logp,
+                    correct,
+                    correct + penalty,
+                    numbers[owner],
+                    n_prefix=len(prefix),
+                    finished=r.finished,
+                )
+            )
             records.append({**record, "reward": correct + penalty})
     return groups, records, time.monotonic() - began
 
@@ -170,7 +250,9 @@ def expert_row(problem, tokenizer, number: int) -> Row:
     """The demonstration as a row of the group; the same verifier judges it, so its reward may be 0."""
     response = rollout.Response(problem.expert, [0.0] * len(problem.expert), [], True)
     correct = float(evaluate.judge(problem, response, tokenizer)["correct"])
-    return Row(problem.prompt, problem.expert, response.logp, correct, correct, number, is_expert=True)
+    return Row(
+        problem.prompt, problem.expert, response.logp, correct, correct, number, is_expert=True
+    )
 
 
 def collect(cfg, objective, net, tokenizer, pool, cursor: int, step: int, done: float) -> tuple:
@@ -182,22 +264,31 @@ def collect(cfg, objective, net, tokenizer, pool, cursor: int, step: int, done: 
         while True:
             first = cursor + len(generated)
             numbers = range(first, first + n_prompts)
-            groups, judged, took = sample_round(cfg, objective, net, tokenizer, pool, numbers, step, done)
+            groups, judged, took = sample_round(
+                cfg, objective, net, tokenizer, pool, numbers, step, done
+            )
             generated.extend(groups), records.extend(judged), seconds.append(took)
             yield [(group, [row.correct for row in group]) for group in groups]
 
     if dynamic:
-        groups, dropped, surplus, n_rounds, _ = losses.collect_informative(rounds(), cfg.prompts, cfg.max_rounds)
+        groups, dropped, surplus, n_rounds, _ = losses.collect_informative(
+            rounds(), cfg.prompts, cfg.max_rounds
+        )
     else:
         groups, dropped, surplus, n_rounds = [group for group, _ in next(rounds())], [], [], 1
     rows = [row for group in generated for row in group]
     n = len(rows) / 100
     agree = sum(len({row.correct for row in group}) == 1 for group in generated)
-    stats = {"reward": sum(row.correct for row in rows) / n, "signal": 100 * (1 - agree / len(generated)),
-             "rounds": n_rounds, "discarded": len(dropped) + len(surplus),
-             "length": sum(len(row.response) for row in rows) / len(rows),
-             "truncated": sum(not row.finished for row in rows) / n,
-             "unparsed": sum(record["answer"] is None for record in records) / n, "score_s": round(sum(seconds), 4)}
+    stats = {
+        "reward": sum(row.correct for row in rows) / n,
+        "signal": 100 * (1 - agree / len(generated)),
+        "rounds": n_rounds,
+        "discarded": len(dropped) + len(surplus),
+        "length": sum(len(row.response) for row in rows) / len(rows),
+        "truncated": sum(not row.finished for row in rows) / n,
+        "unparsed": sum(record["answer"] is None for record in records) / n,
+        "score_s": round(sum(seconds), 4),
+    }
     if objective.demo in ("row", "gate"):
         for group in groups:
             problem = pool[data.plan(len(pool), cfg.seed, group[0].group, 1)[0]]
@@ -210,58 +301,95 @@ def collect(cfg, objective, net, tokenizer, pool, cursor: int, step: int, done: 
 def micro_batches(cfg, rows: list[Row]):
     """(indices of the rows, ids (b, T), mask (b, T)) of each micro-batch of this process. Every process gets as many;
     one that is short of rows takes part with no index and a row that trains nothing."""
-    for part in data.deal([row.length for row in rows], cfg.micro_tokens, ranks.rank(), ranks.world()):
+    for part in data.deal(
+        [row.length for row in rows], cfg.micro_tokens, ranks.rank(), ranks.world()
+    ):
         yield part, *data.collate([data.Example(rows[i].prompt, rows[i].response) for i in part])
 
 
-def forward(cfg, net, ids, mask, width: int, device, entropy: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(
+    cfg, net, ids, mask, width: int, device, entropy: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropies (0 if not asked for) of the responses at the sampling temperature, both (b, width)."""
-    logp, entropies, _ = model_file.response_logp(net, ids.to(device), mask, cfg.temperature, entropy)
+    logp, entropies, _ = model_file.response_logp(
+        net, ids.to(device), mask, cfg.temperature, entropy
+    )
     entropies = torch.zeros_like(logp) if entropies is None else entropies
     return tuple(F.pad(x, (0, width - x.shape[1])) for x in (logp, entropies))
 
 
 @torch.no_grad()
-def forward_rows(cfg, net, rows: list[Row], device, entropy: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def forward_rows(
+    cfg, net, rows: list[Row], device, entropy: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropies (B, R) of all rows under the weights as they are; R = the longest response."""
     R = max(len(row.response) for row in rows)
     values = torch.zeros(2, len(rows), R, device=device)
     for part, ids, mask in micro_batches(cfg, rows):
-        values[:, part] = torch.stack(forward(cfg, net, ids, mask, R, device, entropy))[:, :len(part)]
+        values[:, part] = torch.stack(forward(cfg, net, ids, mask, R, device, entropy))[
+            :, : len(part)
+        ]
     return tuple(ranks.add_up(values))
 
 
-def weigh(objective, rows: list[Row], entropy, device) -> tuple[torch.Tensor, losses.Rows, torch.Tensor]:
+def weigh(
+    objective, rows: list[Row], entropy, device
+) -> tuple[torch.Tensor, losses.Rows, torch.Tensor]:
     """(indices of rows that stay, what their losses need, weights (4, B)), made from all rows of one optimizer step.
 
     entropy (B, R): of the policy before the update; Prefix-RFT ranks all demonstration tokens of the update by it.
     """
+
     def column(values, dtype=torch.float32):
         return torch.tensor(list(values), dtype=dtype, device=device)
 
     rewards, correct = column(r.reward for r in rows), column(r.correct for r in rows)
-    groups, lengths = (column(v, torch.long) for v in ((r.group for r in rows), (len(r.response) for r in rows)))
-    is_expert, finished = (column(v, torch.bool) for v in ((r.is_expert for r in rows), (r.finished for r in rows)))
+    groups, lengths = (
+        column(v, torch.long) for v in ((r.group for r in rows), (len(r.response) for r in rows))
+    )
+    is_expert, finished = (
+        column(v, torch.bool) for v in ((r.is_expert for r in rows), (r.finished for r in rows))
+    )
     R = int(lengths.max())
-    mask = torch.arange(R, device=device) < lengths[:, None]                      # (B, R)
-    logp = column((r.logp + [0.0] * (R - len(r.logp)) for r in rows))             # (B, R) the sampler's
+    mask = torch.arange(R, device=device) < lengths[:, None]  # (B, R)
+    logp = column(r.logp + [0.0] * (R - len(r.logp)) for r in rows)  # (B, R) the sampler's
     is_prefix = losses.prefix_tokens(mask, column((r.n_prefix for r in rows), torch.long))
     if objective.mask_truncated:
-        mask = mask & finished[:, None]         # first: what trains nothing takes no place in the ranking below either
-    stays, how = torch.ones_like(is_expert), dict(normalize_std=objective.normalize_std, singleton=objective.singleton)
+        mask = (
+            mask & finished[:, None]
+        )  # first: what trains nothing takes no place in the ranking below either
+    stays, how = (
+        torch.ones_like(is_expert),
+        dict(normalize_std=objective.normalize_std, singleton=objective.singleton),
+    )
     if objective.demo == "prefix":
         keep = losses.most_uncertain(entropy, is_prefix & mask, objective.drop_ratio)
         split = objective.prefix_adv == "split"
         advantages = losses.prefix_advantages(rewards, groups, is_prefix, keep, split, **how)
-    elif objective.demo == "gate":                                    # the expert has no say in the rollouts' baseline
+    elif objective.demo == "gate":  # the expert has no say in the rollouts' baseline
         stays = losses.gate_rows(correct, groups, is_expert, objective.gate_gamma)
-        advantages = losses.group_advantages(rewards, torch.where(is_expert, -1 - groups, groups), **how)
+        advantages = losses.group_advantages(
+            rewards, torch.where(is_expert, -1 - groups, groups), **how
+        )
     else:
         advantages = losses.group_advantages(rewards, groups, **how)
     index = stays.nonzero()[:, 0]
-    batch = losses.take(losses.Rows(mask, advantages, rollout_logp=logp, is_expert=is_expert, is_prefix=is_prefix,
-                                    is_success=correct > 0.5), index)
-    return index, batch, losses.batch_weights(objective, batch.mask.sum(1), groups[index], is_expert[index])
+    batch = losses.take(
+        losses.Rows(
+            mask,
+            advantages,
+            rollout_logp=logp,
+            is_expert=is_expert,
+            is_prefix=is_prefix,
+            is_success=correct > 0.5,
+        ),
+        index,
+    )
+    return (
+        index,
+        batch,
+        losses.batch_weights(objective, batch.mask.sum(1), groups[index], is_expert[index]),
+    )
 
 
 def without_idle(objective, index, batch: losses.Rows, weights) -> tuple:
@@ -275,17 +403,22 @@ def without_idle(objective, index, batch: losses.Rows, weights) -> tuple:
     return index[keep], losses.take(batch, keep), weights[:, keep]
 
 
-def plan_updates(cfg, objective, net, reference, groups, device) -> tuple[list, list[int], list[int]]:
+def plan_updates(
+    cfg, objective, net, reference, groups, device
+) -> tuple[list, list[int], list[int]]:
     """The round's optimizer steps as (rows, batch, weights), all made before the first; the lengths of extra forwards;
     the lengths of all rows that the method trains on."""
     plans, extra, trained, over_batch = [], [], [], objective.entropy_weights == "batch"
 
     def look(with_model, rows, width, entropy=False):
         extra.extend(row.length for row in rows)
-        return tuple(F.pad(x, (0, width - x.shape[1])) for x in forward_rows(cfg, with_model, rows, device, entropy))
+        return tuple(
+            F.pad(x, (0, width - x.shape[1]))
+            for x in forward_rows(cfg, with_model, rows, device, entropy)
+        )
 
     for first in range(0, len(groups), cfg.update_prompts):
-        rows = [row for group in groups[first:first + cfg.update_prompts] for row in group]
+        rows = [row for group in groups[first : first + cfg.update_prompts] for row in group]
         width, old, entropy = max(len(row.response) for row in rows), None, None
         if objective.demo == "prefix" or over_batch:
             old, entropy = look(net, rows, width, True)
@@ -294,9 +427,13 @@ def plan_updates(cfg, objective, net, reference, groups, device) -> tuple[list, 
         index, batch, weights = without_idle(objective, index, batch, weights)
         rows = [rows[i] for i in index.tolist()]
         if first > 0:
-            batch = batch._replace(old_logp=look(net, rows, width)[0] if old is None else old[index])
+            batch = batch._replace(
+                old_logp=look(net, rows, width)[0] if old is None else old[index]
+            )
         if over_batch:
-            batch = batch._replace(mean_entropy=losses.mean_entropy(entropy[index], batch.mask, "batch"))
+            batch = batch._replace(
+                mean_entropy=losses.mean_entropy(entropy[index], batch.mask, "batch")
+            )
         if reference is not None:
             batch = batch._replace(ref_logp=look(reference, rows, width)[0])
         plans.append((rows, batch, weights))
@@ -311,19 +448,23 @@ def train_on(cfg, objective, net, rows: list[Row], batch: losses.Rows, weights, 
     parts = list(micro_batches(cfg, rows))
     for n, (part, ids, mask) in enumerate(parts, 1):
         ranks.reduce_now(net, n == len(parts))
-        logp, entropy = forward(cfg, net, ids, mask, batch.mask.shape[1], device, True)            # (b, R)
-        if not part:                                                          # only the collectives of the others
+        logp, entropy = forward(cfg, net, ids, mask, batch.mask.shape[1], device, True)  # (b, R)
+        if not part:  # only the collectives of the others
             (logp.sum() * 0).backward()
             continue
         mine = losses.take(batch, torch.tensor(part, device=device))
         loss = losses.update_loss(objective, logp, entropy, mine, weights[:, part])
         loss.backward()
-        own = mine.mask & ~mine.is_expert[:, None] & ~mine.is_prefix          # sampled by the policy
+        own = mine.mask & ~mine.is_expert[:, None] & ~mine.is_prefix  # sampled by the policy
         logp, entropy = logp.detach(), entropy.detach()
-        log_ratio = losses.log_ratio(objective, logp, logp if mine.old_logp is None else mine.old_logp, own)
+        log_ratio = losses.log_ratio(
+            objective, logp, logp if mine.old_logp is None else mine.old_logp, own
+        )
         ratio = log_ratio.exp()
         clipped, gap = (ratio > high) | (ratio < low), (logp - mine.rollout_logp).abs()
-        numbers = [(x * own).sum().double() for x in (own, entropy, clipped, ratio - 1 - log_ratio, gap)]
+        numbers = [
+            (x * own).sum().double() for x in (own, entropy, clipped, ratio - 1 - log_ratio, gap)
+        ]
         sums += torch.stack([loss.detach().double(), *numbers])
     return dict(zip(names, ranks.add_up(sums).tolist()))
 
@@ -333,15 +474,22 @@ def update(cfg, objective, net, model, optimizers, plans, book, step, device) ->
     done, norms = [], []
     for rows, batch, weights in plans:
         done.append(train_on(cfg, objective, net, rows, batch, weights, device))
-        lr = run.lr_at(step, cfg.steps, cfg.lr, "constant", cfg.warmup)
-        norms.append(run.update(model, optimizers, lr, cfg.clip))
+        lr = optim.lr_at(step, cfg.steps, cfg.lr, "constant", cfg.warmup)
+        norms.append(optim.update(model, optimizers, lr, cfg.clip))
         ranks.refresh(net, model)
         book.watch(norms[-1], step + 1)
     n = max(1, sum(d["n"] for d in done))
     means = {name: sum(d[name] for d in done) / n for name in ("entropy", "clipped", "kl")}
-    gap = done[0]["gap"] / max(1, done[0]["n"])                                   # later the weights have moved
-    return {"loss": sum(d["loss"] for d in done) / len(done), "grad_norm": sum(norms) / len(norms),
-            "lr": lr, "updates": len(done), **means, "clipped": 100 * means["clipped"], "gap": gap}
+    gap = done[0]["gap"] / max(1, done[0]["n"])  # later the weights have moved
+    return {
+        "loss": sum(d["loss"] for d in done) / len(done),
+        "grad_norm": sum(norms) / len(norms),
+        "lr": lr,
+        "updates": len(done),
+        **means,
+        "clipped": 100 * means["clipped"],
+        "gap": gap,
+    }
 
 
 def flops_of(config, generated: list[int], trained: list[int], experts: list[int]) -> float:
@@ -354,18 +502,24 @@ def flops_of(config, generated: list[int], trained: list[int], experts: list[int
 # --------------------------------------------------------------------------------------------------------------- main
 def fit_so_far(book) -> ceiling.CeilingFit:
     points = book.of_kind("eval")
-    return ceiling.fit([p["flops"] for p in points], [p["pass1"] for p in points], n=[p["n"] for p in points])
+    return ceiling.fit(
+        [p["flops"] for p in points], [p["pass1"] for p in points], n=[p["n"] for p in points]
+    )
 
 
 def evaluate_now(cfg, book, step, net, tokenizer, problems, totals) -> None:
     """pass@1 on the validation problems, and the ceiling as it looks now."""
-    seed = run.seed_of(cfg.seed, "eval")
-    summary, records = evaluate.evaluate(net, tokenizer, problems, cfg.eval_n, cfg.eval_temperature, cfg.max_new,
-                                         seed, cfg.rows)
+    seed = ranks.seed_of(cfg.seed, "eval")
+    summary, records = evaluate.evaluate(
+        net, tokenizer, problems, cfg.eval_n, cfg.eval_temperature, cfg.max_new, seed, cfg.rows
+    )
     book.log(step, "eval", **totals, **summary)
     book.log_samples(step, [{**record, "kind": "eval"} for record in records[:8]])
-    print(f"step {step:4d}  pass@1 {summary['pass1']:.1f} (se {summary['pass1_se']:.1f})  length "
-          f"{summary['length']:.0f}  cut {summary['truncated']:.1f}%  {describe(fit_so_far(book))}", flush=True)
+    print(
+        f"step {step:4d}  pass@1 {summary['pass1']:.1f} (se {summary['pass1_se']:.1f})  length "
+        f"{summary['length']:.0f}  cut {summary['truncated']:.1f}%  {describe(fit_so_far(book))}",
+        flush=True,
+    )
 
 
 def describe(fit: ceiling.CeilingFit) -> str:
@@ -384,16 +538,23 @@ def load_problems(cfg, objective, tokenizer) -> tuple[list, list]:
         val, _ = data.problems(cfg.val, tokenizer, cfg.max_prompt)
     else:
         n_val = min(200, max(1, len(pool) // 10))
-        held_out = set(data.plan(len(pool), run.seed_of("held out"), 0, n_val))   # the same problems whatever --seed is
+        held_out = set(
+            data.plan(len(pool), ranks.seed_of("held out"), 0, n_val)
+        )  # the same problems whatever --seed is
         val = [pool[i] for i in sorted(held_out)]
         pool = [problem for i, problem in enumerate(pool) if i not in held_out] or pool
         print(f"no --val: {n_val} problems of {cfg.data} held out for evaluation")
     experts = sum(problem.expert is not None for problem in pool)
-    print(f"{len(pool)} problems ({experts} with a demonstration; {n_long} prompts over {cfg.max_prompt} tokens "
-          f"dropped), {len(val)} for evaluation", flush=True)
+    print(
+        f"{len(pool)} problems ({experts} with a demonstration; {n_long} prompts over {cfg.max_prompt} tokens "
+        f"dropped), {len(val)} for evaluation",
+        flush=True,
+    )
     if objective.demo != "none" and not experts:
-        raise ValueError(f"{cfg.data}: --algo {cfg.algo} needs demonstrations, and no row has a response; "
-                         "add a column response, or use --algo dapo")
+        raise UserError(
+            f"{cfg.data}: --algo {cfg.algo} needs demonstrations, and no row has a response; "
+            "add a column response, or use --algo dapo"
+        )
     return pool, val
 
 
@@ -404,9 +565,12 @@ def main(cfg: Config) -> None:
     objective = replace(losses.OBJECTIVES[cfg.algo], **cfg.options)
     pool, val = load_problems(cfg, objective, tokenizer)
     differs = {k: v for k, v in vars(objective).items() if v != vars(losses.OBJECTIVES["grpo"])[k]}
-    print(f"{cfg.algo} on {ranks.world()} x {device}: {cfg.steps} steps x {cfg.prompts} prompts x {cfg.group} "
-          f"responses, {cfg.prompts // cfg.update_prompts} updates a step, temperature {cfg.temperature}, "
-          f"lr {cfg.lr:g}; GRPO with {', '.join(f'{k}={v}' for k, v in differs.items()) or 'its defaults'}", flush=True)
+    print(
+        f"{cfg.algo} on {ranks.world()} x {device}: {cfg.steps} steps x {cfg.prompts} prompts x {cfg.group} "
+        f"responses, {cfg.prompts // cfg.update_prompts} updates a step, temperature {cfg.temperature}, "
+        f"lr {cfg.lr:g}; GRPO with {', '.join(f'{k}={v}' for k, v in differs.items()) or 'its defaults'}",
+        flush=True,
+    )
     longest = max(len(problem.prompt) for problem in pool) + cfg.max_new
     evaluate.show_memory(cfg, folder, device, "adamw", 2, longest, bool(objective.kl_coef))
     evaluate.show_disk(cfg, folder, cfg.steps, "adamw")
@@ -416,27 +580,43 @@ def main(cfg: Config) -> None:
     model = evaluate.open_trained(folder, device, cfg)
     net = ranks.compute(model, cfg.bf16, cfg.recompute, cfg.compile)
     reference = evaluate.open_frozen(folder, device, cfg) if objective.kl_coef else None
-    optimizers = run.make_optimizers(model, "adamw", cfg.lr, (0.9, 0.999), cfg.weight_decay)
+    optimizers = optim.make_optimizers(model, "adamw", cfg.lr, (0.9, 0.999), cfg.weight_decay)
     book = run.Run(cfg, cfg.resume, cfg.overwrite, start=str(folder))
-    totals, start, cursor, stop = {"tokens": 0, "flops": 0.0, "flops_hw": 0.0}, 0, 0, run.catch_signals()
+    totals, start, cursor, stop = (
+        {"tokens": 0, "flops": 0.0, "flops_hw": 0.0},
+        0,
+        0,
+        run.catch_signals(),
+    )
     if book.resumed:
         state = book.load(model, optimizers)
         ranks.refresh(net, model)
         start, cursor, totals = state["step"], state["cursor"], {k: state[k] for k in totals}
         print(f"resuming {cfg.out} after step {start}, at prompt {cursor}", flush=True)
         if start > cfg.steps:
-            raise ValueError(f"{cfg.out} is at step {start} already, beyond --steps {cfg.steps}; give more")
+            raise UserError(
+                f"{cfg.out} is at step {start} already, beyond --steps {cfg.steps}; give more"
+            )
     dtype, enough = torch.bfloat16 if cfg.bf16 else torch.float32, False
     for step in range(start, cfg.steps + 1):
         last = step == cfg.steps or 0 < cfg.max_flops <= totals["flops"]
         due, stopping = step % cfg.eval_every == 0 or last, ranks.any_of(stop)
         if due or stopping or (cfg.save_every and step % cfg.save_every == 0):
-            book.save(step, lambda to: evaluate.save_model(model, tokenizer, to, dtype), model, optimizers, **totals,
-                      cursor=cursor, seed=cfg.seed)
+            book.save(
+                step,
+                lambda to: evaluate.save_model(model, tokenizer, to, dtype),
+                model,
+                optimizers,
+                **totals,
+                cursor=cursor,
+                seed=cfg.seed,
+            )
         if due:
             if not any(row["step"] == step for row in book.of_kind("eval")):
                 evaluate_now(cfg, book, step, net, tokenizer, val, totals)
-                book.prune(cfg.keep, {max(book.of_kind("eval"), key=lambda row: row["pass1"])["step"]})
+                book.prune(
+                    cfg.keep, {max(book.of_kind("eval"), key=lambda row: row["pass1"])["step"]}
+                )
             enough = cfg.until_share and (fit_so_far(book).share_low or 0.0) >= cfg.until_share
             if enough:
                 print(f"--until-share {cfg.until_share}: surely reached at step {step}")
@@ -444,23 +624,40 @@ def main(cfg: Config) -> None:
             break
         began = time.monotonic()
         done = max(step / cfg.steps, totals["flops"] / cfg.max_flops if cfg.max_flops else 0.0)
-        groups, cursor, stats, records, generated = collect(cfg, objective, net, tokenizer, pool, cursor, step, done)
+        groups, cursor, stats, records, generated = collect(
+            cfg, objective, net, tokenizer, pool, cursor, step, done
+        )
         sampled = time.monotonic()
         if step == start and groups:
             show_first(groups[0][0], tokenizer)
         book.log_samples(step + 1, [{**record, "kind": "train"} for record in records[:8]])
         plans, extra, trained = plan_updates(cfg, objective, net, reference, groups, device)
         planned = time.monotonic()
-        result = update(cfg, objective, net, model, optimizers, plans, book, step, device) if plans else {"updates": 0}
+        result = (
+            update(cfg, objective, net, model, optimizers, plans, book, step, device)
+            if plans
+            else {"updates": 0}
+        )
         rows = [row for rows, _, _ in plans for row in rows]
         experts = [row.length for row in rows if row.is_expert and objective.demo == "row"]
-        passes = (4 if cfg.recompute else 3) * [row.length for row in rows]   # a backward is two forwards
+        passes = (4 if cfg.recompute else 3) * [
+            row.length for row in rows
+        ]  # a backward is two forwards
         hw = model_file.hardware_flops(model.config, generated + extra + passes)
-        totals = {"tokens": totals["tokens"] + sum(generated), "flops_hw": totals["flops_hw"] + hw,
-                  "flops": totals["flops"] + flops_of(model.config, generated, trained, experts)}
-        line = {**totals, **stats, **result, "sample_s": round(sampled - began - stats["score_s"], 4),
-                "logp_s": round(planned - sampled, 4), "update_s": round(time.monotonic() - planned, 4),
-                **run.peak_memory(device)}
+        totals = {
+            "tokens": totals["tokens"] + sum(generated),
+            "flops_hw": totals["flops_hw"] + hw,
+            "flops": totals["flops"] + flops_of(model.config, generated, trained, experts),
+        }
+        line = {
+            **totals,
+            **stats,
+            **result,
+            "sample_s": round(sampled - began - stats["score_s"], 4),
+            "logp_s": round(planned - sampled, 4),
+            "update_s": round(time.monotonic() - planned, 4),
+            **run.peak_memory(device),
+        }
         book.log(step + 1, "train", **line)
         print_step(cfg, step + 1, line, book)
     finish(cfg, book, stopping)
@@ -469,20 +666,29 @@ def main(cfg: Config) -> None:
 def show_first(row: Row, tokenizer) -> None:
     """The first rollout as text, the trained part between >> and <<."""
     end = "<eos>" if row.finished else " [cut]"
-    print(f"first rollout, the trained part between >> and <<:\n  {tokenizer.decode(row.prompt)}>>"
-          f"{tokenizer.decode(row.response)}{end}<<  reward {row.reward:g}\n", flush=True)
+    print(
+        f"first rollout, the trained part between >> and <<:\n  {tokenizer.decode(row.prompt)}>>"
+        f"{tokenizer.decode(row.response)}{end}<<  reward {row.reward:g}\n",
+        flush=True,
+    )
 
 
 def print_step(cfg, step: int, row: dict, book) -> None:
     by_flops = math.ceil(step * cfg.max_flops / row["flops"]) if cfg.max_flops else cfg.steps
-    steps = min(cfg.steps, max(step, by_flops))     # that the run is likely to have
+    steps = min(cfg.steps, max(step, by_flops))  # that the run is likely to have
     head = f"step {step:4d}/{steps}  reward {row['reward']:5.1f}  signal {row['signal']:3.0f}%  "
     if not row["updates"]:
-        print(f"{head}no prompt had both right and wrong answers in {row['rounds']} rounds: no update", flush=True)
+        print(
+            f"{head}no prompt had both right and wrong answers in {row['rounds']} rounds: no update",
+            flush=True,
+        )
         return
-    print(f"{head}rounds {row['rounds']}  length {row['length']:4.0f}  cut {row['truncated']:4.1f}%  unparsed "
-          f"{row['unparsed']:4.1f}%  entropy {row['entropy']:.3f}  grad {row['grad_norm']:.2f}  "
-          f"{row['sample_s']:.1f}+{row['logp_s'] + row['update_s']:.1f} s  {book.eta(step, steps)}", flush=True)
+    print(
+        f"{head}rounds {row['rounds']}  length {row['length']:4.0f}  cut {row['truncated']:4.1f}%  unparsed "
+        f"{row['unparsed']:4.1f}%  entropy {row['entropy']:.3f}  grad {row['grad_norm']:.2f}  "
+        f"{row['sample_s']:.1f}+{row['logp_s'] + row['update_s']:.1f} s  {book.eta(step, steps)}",
+        flush=True,
+    )
 
 
 def finish(cfg, book, stopped: bool) -> None:
@@ -492,9 +698,11 @@ def finish(cfg, book, stopped: bool) -> None:
         return
     points = book.of_kind("eval")
     best = max(points, key=lambda row: row["pass1"])
-    print(f"done: pass@1 {points[0]['pass1']:.1f} -> {points[-1]['pass1']:.1f}, best {best['pass1']:.1f} at step "
-          f"{best['step']}; checkpoint {book.path(points[-1]['step'])}\nnext: python evaluate.py --init {cfg.out}")
+    print(
+        f"done: pass@1 {points[0]['pass1']:.1f} -> {points[-1]['pass1']:.1f}, best {best['pass1']:.1f} at step "
+        f"{best['step']}; checkpoint {book.path(points[-1]['step'])}\nnext: python evaluate.py --init {cfg.out}"
+    )
 
 
 if __name__ == "__main__":
-    run.cli(main, Config, preset, losses.Objective)
+    cli.cli(main, Config, preset, losses.Objective)

@@ -21,6 +21,7 @@ r"""The reward: is the answer in a response equal to the gold answer? Exact wher
 No eval, signal, thread or sympy; safe in threads and forked workers.
 # differs: the paper's released reward accepts any answer that is 60% similar to the gold one as a string.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -31,16 +32,35 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from decimal import Context, Decimal, DivisionByZero, InvalidOperation, Overflow, getcontext, localcontext
+from decimal import (
+    Context,
+    Decimal,
+    DivisionByZero,
+    InvalidOperation,
+    Overflow,
+    getcontext,
+    localcontext,
+)
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
-from mathexpr import MAX_BITS, UNITS, Approx, Parser, Unread, evaluate, lift, tokenize
+from core.errors import UserError
+from core.mathexpr import MAX_BITS, UNITS, Approx, Parser, Unread, evaluate, lift, tokenize
 
-MAX_BOXES, MAX_BRACES, PLAIN_TAIL = 8, 10_000, 4000  # boxes tried; braces in one; characters searched for "answer is"
-MAX_ITEMS = 24  # longer lists are sorted by their spelling first: matching in any order is quadratic
-POINTS, ENOUGH, MAX_PRECISION = 12, 3, 200  # points tried, points that must agree; digits of an approximate value
+MAX_BOXES, MAX_BRACES, PLAIN_TAIL = (
+    8,
+    10_000,
+    4000,
+)  # boxes tried; braces in one; characters searched for "answer is"
+MAX_ITEMS = (
+    24  # longer lists are sorted by their spelling first: matching in any order is quadratic
+)
+POINTS, ENOUGH, MAX_PRECISION = (
+    12,
+    3,
+    200,
+)  # points tried, points that must agree; digits of an approximate value
 EXTRA = 40  # digits of the second evaluation beyond the first
 MAX_WORK = 70_000  # units that one comparison may spend, each about 0.2 us
 LENIENT = 10_000  # lenient equality is to one part in this many
@@ -48,6 +68,7 @@ LENIENT = 10_000  # lenient equality is to one part in this many
 
 class Verdict(NamedTuple):
     """correct: the training reward. lenient: for evaluation. extracted: the answer as written. reason: fixed words."""
+
     correct: bool
     lenient: bool
     extracted: str | None
@@ -57,8 +78,12 @@ class Verdict(NamedTuple):
 # --------------------------------------------------------------------------------------------------------- extraction
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 TEX_TOKEN = re.compile(r"\s+(\w+)")  # \boxed 5
-FINAL = re.compile(r"(?:answer\W{0,4}?(?:is|:|=)|####(?=\s*[-$\\\d])|<answer>)[\s:*]*", re.IGNORECASE)
-MATHS = re.compile(r"(?:\$(?:\\.|[^$\\])+\$(?:\s*,?\s*(?:and\s)?\s*)?)+|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+FINAL = re.compile(
+    r"(?:answer\W{0,4}?(?:is|:|=)|####(?=\s*[-$\\\d])|<answer>)[\s:*]*", re.IGNORECASE
+)
+MATHS = re.compile(
+    r"(?:\$(?:\\.|[^$\\])+\$(?:\s*,?\s*(?:and\s)?\s*)?)+|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL
+)
 LAST = re.compile(r"\$(?:\\.|[^$\\])+\$|-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
@@ -76,7 +101,7 @@ def boxed(text: str) -> str | None:
             depth += {"{": 1, "}": -1}.get(brace[0], 0)
             if depth <= 0 or seen > MAX_BRACES:
                 if brace[0] == "}" and depth == 0:
-                    return text[text.index("{", first) + 1:brace.start()].strip()
+                    return text[text.index("{", first) + 1 : brace.start()].strip()
                 break
         end = start
     return None
@@ -88,9 +113,11 @@ def phrased(text: str) -> str | None:
     ends = [found.end() for found in FINAL.finditer(tail)]
     if not ends:
         return None
-    tail = tail[ends[-1]:]
+    tail = tail[ends[-1] :]
     maths = MATHS.match(tail)
-    answer = maths[1] or maths[2] or maths[0] if maths else re.split(r"\.(?:\s|$)|\n|</answer>", tail)[0]
+    answer = (
+        maths[1] or maths[2] or maths[0] if maths else re.split(r"\.(?:\s|$)|\n|</answer>", tail)[0]
+    )
     return answer.strip() or None
 
 
@@ -140,7 +167,9 @@ class Reading:
         except Unread:
             self.tokens = []
         self.plain = " ".join(self.tokens) or text.strip()
-        if '"' in self.plain:  # words letter by letter, so that \text{VW} is VW; capitals matter in short words only
+        if (
+            '"' in self.plain
+        ):  # words letter by letter, so that \text{VW} is VW; capitals matter in short words only
             folded = (t.casefold() if len(t) > 5 else t for t in self.tokens)
             self.plain = " ".join(" ".join(t[1:-1]) if t[0] == '"' else t for t in folded)
 
@@ -152,10 +181,19 @@ class Reading:
             return None
         if "±" not in self.tokens and "∓" not in self.tokens:
             return tree
-        return ("set", *(v for item in members(tree) for v in dict.fromkeys((signed(item, True), signed(item, False)))))
+        return (
+            "set",
+            *(
+                v
+                for item in members(tree)
+                for v in dict.fromkeys((signed(item, True), signed(item, False)))
+            ),
+        )
 
 
-read_short = lru_cache(1024)(Reading)  # a gold answer is read once for its whole group; long texts are not kept
+read_short = lru_cache(1024)(
+    Reading
+)  # a gold answer is read once for its whole group; long texts are not kept
 
 
 def read(text: str, thousands: bool = True) -> Reading:
@@ -176,7 +214,9 @@ def survey(node: tuple, names: set[str]) -> int:
 
 @lru_cache(64)
 def context(digits: int) -> Context:
-    return Context(prec=digits, Emax=20_000, Emin=-20_000, traps=[Overflow, InvalidOperation, DivisionByZero])
+    return Context(
+        prec=digits, Emax=20_000, Emin=-20_000, traps=[Overflow, InvalidOperation, DivisionByZero]
+    )
 
 
 def members(node: tuple) -> list[tuple]:
@@ -207,21 +247,33 @@ def named(side: tuple) -> bool:
 
 def assignments(node: tuple) -> tuple | None:
     """x = 1, y = 2 -> (1, 2)"""
-    equations = node[0] == "list" and all(item[:2] == ("rel", ("=",)) and item[2][0][0] == "sym" for item in node[1:])
+    equations = node[0] == "list" and all(
+        item[:2] == ("rel", ("=",)) and item[2][0][0] == "sym" for item in node[1:]
+    )
     return ("tuple", "()", *(item[2][1] for item in node[1:])) if equations else None
 
 
 def upward(ops: tuple, sides: tuple) -> tuple[tuple, tuple]:
     """b > a -> a < b."""
     turned = {">": "<", ">=": "<="}
-    return (tuple(turned[op] for op in ops[::-1]), sides[::-1]) if set(ops) <= set(turned) else (ops, sides)
+    return (
+        (tuple(turned[op] for op in ops[::-1]), sides[::-1])
+        if set(ops) <= set(turned)
+        else (ops, sides)
+    )
 
 
 class Comparison:
     """One comparison, to one part in `parts`: whether that was needed, the work done, the largest approximate value."""
 
     def __init__(self, parts: int = 0):
-        self.parts, self.tolerated, self.work, self.peak, self.natural = parts, False, 0, Decimal(0), False
+        self.parts, self.tolerated, self.work, self.peak, self.natural = (
+            parts,
+            False,
+            0,
+            Decimal(0),
+            False,
+        )
 
     def pay(self, value: Fraction | Approx, series: int = 0) -> Fraction | Approx:
         """Count the cost of a value. series: how many it took; one costs about the square of the precision."""
@@ -253,18 +305,28 @@ class Comparison:
         if heads & {"list", "set"}:
             return self.same_items(members(a), members(b))
         (unit_a, a), (unit_b, b) = unit_of(a), unit_of(b)
-        if unit_a != unit_b and (unit_a and unit_b and ("/" in unit_a) == ("/" in unit_b) or "base" in unit_a + unit_b):
+        if unit_a != unit_b and (
+            unit_a and unit_b and ("/" in unit_a) == ("/" in unit_b) or "base" in unit_a + unit_b
+        ):
             return False
         heads = {a[0], b[0]}
         if heads & {"tuple", "matrix", "ratio"}:
-            return len(heads) == 1 and len(a) == len(b) and all(
-                self.same(x, y) if isinstance(x, tuple) else x == y for x, y in zip(a[1:], b[1:]))
+            return (
+                len(heads) == 1
+                and len(a) == len(b)
+                and all(
+                    self.same(x, y) if isinstance(x, tuple) else x == y
+                    for x, y in zip(a[1:], b[1:])
+                )
+            )
         return self.equal(a, b)
 
     def same_items(self, a: list[tuple], b: list[tuple]) -> bool:
         """The same items equally often, in any order."""
         if len(a) != len(b) or len(a) > MAX_ITEMS:
-            return len(a) == len(b) and all(map(self.same, sorted(a, key=repr), sorted(b, key=repr)))
+            return len(a) == len(b) and all(
+                map(self.same, sorted(a, key=repr), sorted(b, key=repr))
+            )
         rest = list(b)
         for item in a:
             at = next((n for n, other in enumerate(rest) if self.same(item, other)), None)
@@ -289,7 +351,9 @@ class Comparison:
         except ArithmeticError:
             return False
         positive = (ratio if isinstance(ratio, Fraction) else ratio.re) > 0
-        return (positive or ops[0] in ("=", "!=")) and self.equal(("*", f, ("at", 0, g)), ("*", g, ("at", 0, f)))
+        return (positive or ops[0] in ("=", "!=")) and self.equal(
+            ("*", f, ("at", 0, g)), ("*", g, ("at", 0, f))
+        )
 
     def assigned(self, ops: tuple, sides: tuple) -> tuple | None:
         """x = 5, 2 + 3 = 5 -> 5; x in S -> S; 2/3 ~ 0.67 -> 2/3; x > 4 -> (4, oo). None where there is no value."""
@@ -302,14 +366,26 @@ class Comparison:
             return rest[0] if all(self.same(rest[0], other) for other in rest[1:]) else None
         infinity = ("sym", "\\infty")
         if ops == ("!=",) and sides[0][0] == "sym":
-            return ("set", ("tuple", "()", ("neg", infinity), sides[1]), ("tuple", "()", sides[1], infinity))
+            return (
+                "set",
+                ("tuple", "()", ("neg", infinity), sides[1]),
+                ("tuple", "()", sides[1], infinity),
+            )
         if not set(ops) <= {"<", "<="}:
             return None
         if len(ops) == 1:
             ray = sides[1][0] == "sym"  # 4 < x, else x < 4
-            ops, sides = ((*ops, "<"), (*sides, infinity)) if ray else (("<", *ops), (("neg", infinity), *sides))
+            ops, sides = (
+                ((*ops, "<"), (*sides, infinity))
+                if ray
+                else (("<", *ops), (("neg", infinity), *sides))
+            )
         brackets = "(["[ops[0] == "<="] + ")]"[ops[1] == "<="]
-        return ("tuple", brackets, sides[0], sides[2]) if len(sides) == 3 and sides[1][0] == "sym" else None
+        return (
+            ("tuple", brackets, sides[0], sides[2])
+            if len(sides) == 3 and sides[1][0] == "sym"
+            else None
+        )
 
     def equal(self, a: tuple, b: tuple) -> bool:
         """Do two trees have the same value wherever both are defined?"""
@@ -318,7 +394,7 @@ class Comparison:
         names: set[str] = set()
         digits = 60 + 2 * max(survey(a, names), survey(b, names))
         variables = names - {"i", "fn", "log"}
-        for self.natural in (False, True)[:1 + ("log" in names)]:
+        for self.natural in (False, True)[: 1 + ("log" in names)]:
             seen = 0
             for point in range(POINTS if variables else 1):
                 verdict = self.agree(a, b, point, digits, "i" in names)
@@ -344,15 +420,27 @@ class Comparison:
                         return None
                     x, y = self.pay(lift(x)), self.pay(lift(y))
                     passes.append((x, y))
-                    gap, size, slack = abs(x - y).re, max(abs(x).re, abs(y).re), self.peak.scaleb(-digits // 2)
-                    if gap > slack and not self.tolerates(gap, size):  # 30 digits cannot have been lost
+                    gap, size, slack = (
+                        abs(x - y).re,
+                        max(abs(x).re, abs(y).re),
+                        self.peak.scaleb(-digits // 2),
+                    )
+                    if gap > slack and not self.tolerates(
+                        gap, size
+                    ):  # 30 digits cannot have been lost
                         return False if complex_too or max(abs(x.im), abs(y.im)) <= slack else None
             with localcontext(context(digits + EXTRA)):
-                err = 10 * sum(abs(late - early).re for early, late in zip(*passes)) + self.peak.scaleb(3 - digits)
+                err = 10 * sum(
+                    abs(late - early).re for early, late in zip(*passes)
+                ) + self.peak.scaleb(3 - digits)
                 if err <= Decimal("1e-25"):
                     return gap <= err or self.tolerates(gap, size)
             more = digits + self.peak.adjusted()  # 10^50 + x needs 50 digits more
-            return self.agree(a, b, point, more, complex_too) if digits < more <= MAX_PRECISION else None
+            return (
+                self.agree(a, b, point, more, complex_too)
+                if digits < more <= MAX_PRECISION
+                else None
+            )
         except ArithmeticError:
             return None
 
@@ -381,7 +469,9 @@ def judge(gold: str, answer: str, parts: int = 0) -> tuple[bool, bool]:
         if comparison.same(a.tree, b.tree):
             return True, not comparison.tolerated
         # 120,240 is a number or a list: where one side can only be a list, both are read as lists
-        if not {a.tree[0], b.tree[0]} & {"list", "set"} or not re.search(r"\d,\d{3}", f"{gold} {answer}"):
+        if not {a.tree[0], b.tree[0]} & {"list", "set"} or not re.search(
+            r"\d,\d{3}", f"{gold} {answer}"
+        ):
             break
     return False, False
 
@@ -408,11 +498,15 @@ def countdown(answer: str, gold: str, numbers: list[int]) -> str:
     try:
         if Counter(numbers_used(sides[0])) != Counter(map(Fraction, numbers)):
             return "wrong numbers"
-    except (Unread, ValueError, TypeError):     # the latter two: numbers that are none
+    except (Unread, ValueError, TypeError):  # the latter two: numbers that are none
         return "not an expression"
     try:
-        return "correct" if all(evaluate(side, 0, Comparison()) == Fraction(gold) for side in sides) else "wrong value"
-    except (ArithmeticError, ValueError):       # a gold answer that is no number
+        return (
+            "correct"
+            if all(evaluate(side, 0, Comparison()) == Fraction(gold) for side in sides)
+            else "wrong value"
+        )
+    except (ArithmeticError, ValueError):  # a gold answer that is no number
         return "wrong value"
 
 
@@ -453,9 +547,15 @@ def read_rows(path: str) -> list[dict]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{n}: not JSON ({error.msg}); each line is one object") from None
-            if not isinstance(row, dict) or "gold" not in row or not {"response", "prediction"} & set(row):
-                raise ValueError(f"{path}:{n}: a row needs gold and response (or prediction)")
+                raise UserError(
+                    f"{path}:{n}: not JSON ({error.msg}); each line is one object"
+                ) from None
+            if (
+                not isinstance(row, dict)
+                or "gold" not in row
+                or not {"response", "prediction"} & set(row)
+            ):
+                raise UserError(f"{path}:{n}: a row needs gold and response (or prediction)")
             rows.append(row)
     return rows
 
@@ -465,17 +565,29 @@ def verify_rows(rows: list[dict], workers: int) -> Iterator[dict]:
     if workers < 2 or len(rows) < 5000:
         yield from map(verify_row, rows)
         return
-    with ProcessPoolExecutor(workers) as pool:  # not multiprocessing.Pool: that ends its workers by SIGTERM, which a
-        yield from pool.map(verify_row, rows, chunksize=250)  # trainer catches, and waits for a killed one for ever
+    with ProcessPoolExecutor(
+        workers
+    ) as pool:  # not multiprocessing.Pool: that ends its workers by SIGTERM, which a
+        yield from pool.map(
+            verify_row, rows, chunksize=250
+        )  # trainer catches, and waits for a killed one for ever
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Is the answer in a response equal to the gold answer?")
+    parser = argparse.ArgumentParser(
+        description="Is the answer in a response equal to the gold answer?"
+    )
     parser.add_argument("gold", nargs="?", help="the gold answer, as \\frac{1}{2}")
     parser.add_argument("response", nargs="?", help="a response with its answer in \\boxed{}")
-    parser.add_argument("--in", dest="source", help='JSONL rows {"response" or "prediction", "gold"[, "numbers"]}')
-    parser.add_argument("--out", help="JSONL: the same rows with correct, lenient, extracted, reason")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes, for 5000 rows or more")
+    parser.add_argument(
+        "--in", dest="source", help='JSONL rows {"response" or "prediction", "gold"[, "numbers"]}'
+    )
+    parser.add_argument(
+        "--out", help="JSONL: the same rows with correct, lenient, extracted, reason"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes, for 5000 rows or more"
+    )
     args = parser.parse_args(argv)
     if bool(args.source) != bool(args.out) or bool(args.source) == (args.response is not None):
         parser.error("give GOLD RESPONSE, or --in FILE --out FILE")

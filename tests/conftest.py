@@ -1,4 +1,5 @@
 """What every test needs: the project's files on the path, and one thread (two busy OpenMP threads on shared cores run 10-20x slower)."""
+
 import os
 import sys
 from pathlib import Path
@@ -15,9 +16,21 @@ import signal  # noqa: E402
 
 import pytest  # noqa: E402
 
-SMALL = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-         "hidden_act": "silu", "tie_word_embeddings": True, "torch_dtype": "float32"}
+SMALL = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +44,9 @@ def signals_as_before():
 
 def write_small_task(folder):
     """Few built-in problems and trajectories, the tokenizer, and a random model of 30,000 parameters."""
-    import countdown
     import model
+    from tasks import countdown
+
     countdown.write(folder, countdown.Config(trajectories=200, val=40, rl=100, test=20, base=40))
     words = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
     (folder / "config.json").write_text(json.dumps({**SMALL, "vocab_size": words}))
@@ -40,7 +54,7 @@ def write_small_task(folder):
     with torch.no_grad():
         for p in net.parameters():
             if p.ndim == 2:
-                p.mul_(8)                                                          # logits with spread: a wrong position shows
+                p.mul_(8)  # logits with spread: a wrong position shows
     model.save_model(net, folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
     return folder
@@ -57,4 +71,5 @@ def small(small_task):
     """(model, tokenizer, folder) of small_task."""
     import data
     import model
+
     return model.load_model(small_task), data.Tokenizer(small_task), small_task

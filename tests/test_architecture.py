@@ -1,12 +1,20 @@
 """The layers of the project: a file imports only files below its own, and importing one does nothing."""
+
 import ast
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LEVELS = {0: {"folder", "mathexpr", "losses", "phases", "ceiling", "countdown", "ranks"}, 1: {"memory", "model", "run", "verify", "figures", "findings"},
-          2: {"decode", "data", "report"}, 3: {"rollout", "curate"}, 4: {"evaluate", "study"}, 5: {"sft", "bench"}, 6: {"rl"}}
+LEVELS = {
+    0: {"folder", "mathexpr", "losses", "phases", "ceiling", "countdown", "ranks"},
+    1: {"memory", "model", "run", "verify", "figures", "findings"},
+    2: {"decode", "data", "report"},
+    3: {"rollout", "curate"},
+    4: {"evaluate", "study"},
+    5: {"sft", "bench"},
+    6: {"rl"},
+}
 WITHOUT_TORCH = {"verify", "mathexpr", "phases", "ceiling", "countdown", "findings", "report"}
 
 
@@ -26,7 +34,9 @@ def test_every_file_has_a_level_and_imports_only_lower_ones():
     ours = {path.stem for path in ROOT.glob("*.py")}
     assert ours <= set(level), "a new file needs a level"
     for name in ours:
-        above = {other for other in imports_of(ROOT / f"{name}.py") & ours if level[other] >= level[name]}
+        above = {
+            other for other in imports_of(ROOT / f"{name}.py") & ours if level[other] >= level[name]
+        }
         assert not above, f"{name} imports {above}, which is not below it"
 
 
@@ -36,10 +46,23 @@ def test_files_meant_to_be_lifted_out_do_not_need_torch():
 
 
 def test_only_agreed_packages_are_imported():
-    agreed = {"torch", "tokenizers", "safetensors", "numpy", "jinja2", "sympy", "huggingface_hub", "tqdm", "matplotlib", "pyarrow"}
+    agreed = {
+        "torch",
+        "tokenizers",
+        "safetensors",
+        "numpy",
+        "jinja2",
+        "sympy",
+        "huggingface_hub",
+        "tqdm",
+        "matplotlib",
+        "pyarrow",
+    }
     ours = {path.stem for path in ROOT.glob("*.py")}
     for name in ours:
-        others = imports_of(ROOT / f"{name}.py") - ours - set(sys.stdlib_module_names) - {"__future__"}
+        others = (
+            imports_of(ROOT / f"{name}.py") - ours - set(sys.stdlib_module_names) - {"__future__"}
+        )
         assert others <= agreed, f"{name} imports {others - agreed}"
 
 

@@ -2,6 +2,7 @@
 it. The figures that docs/LOG.md quotes, with all 200 synthetic curves:
 
     python tests/test_ceiling.py"""
+
 import csv
 import json
 import math
@@ -12,28 +13,40 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))    # for the command above
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the command above
 
 import ceiling  # noqa: E402
 
 RETU = Path(__file__).resolve().parents[2] / "shared" / "retu"
 needs_paper_data = pytest.mark.skipif(not RETU.is_dir(), reason="the paper's points are not here")
-AT_BOUND = {("Easy102K", 720), ("Easy102K", 1080), ("Easy102K", 1800), ("SFT889K", 360)}     # as published
+AT_BOUND = {
+    ("Easy102K", 720),
+    ("Easy102K", 1080),
+    ("Easy102K", 1800),
+    ("SFT889K", 360),
+}  # as published
 
 
 def truth(x, a, p_sft, b, c):
     """Eq. (2) as printed, with eps = 0."""
     x = np.asarray(x, float)
-    return p_sft + (a - p_sft) / (1 + np.maximum(x, 1e-9) ** -b * c ** b)
+    return p_sft + (a - p_sft) / (1 + np.maximum(x, 1e-9) ** -b * c**b)
 
 
-def synthetic(rng, n=30, noise=.5):
+def synthetic(rng, n=30, noise=0.5):
     """A run of n evaluations and one at 0, with Gaussian noise on each: (flops, performance, its truth)."""
-    b, gain, p_sft = rng.uniform(.8, 3), rng.uniform(3, 15), rng.uniform(40, 75)
-    c = math.exp(rng.uniform(math.log(.05), 0))     # of the run's compute
+    b, gain, p_sft = rng.uniform(0.8, 3), rng.uniform(3, 15), rng.uniform(40, 75)
+    c = math.exp(rng.uniform(math.log(0.05), 0))  # of the run's compute
     x = np.linspace(0, 1, n + 1)
     reached = float(truth(1, 1, 0, b, c))
-    known = {"a": p_sft + gain, "p_sft": p_sft, "gain": gain, "b": b, "c": c * 1e20, "share": reached}
+    known = {
+        "a": p_sft + gain,
+        "p_sft": p_sft,
+        "gain": gain,
+        "b": b,
+        "c": c * 1e20,
+        "share": reached,
+    }
     return x * 1e20, truth(x, p_sft + gain, p_sft, b, c) + rng.normal(0, noise, n + 1), known
 
 
@@ -45,8 +58,10 @@ def synthetic_coverage(n_curves):
         found = ceiling.fit(x, y)
         ends = vars(found)
         pairs = (("a_post", "a"), ("plasticity", "gain"), ("c_mid", "c"), ("share", "share"))
-        hits.append([ends[f"{ours}_low"] <= known[name] <= ends[f"{ours}_high"] for ours, name in pairs])
-        if known["share"] >= .7:
+        hits.append(
+            [ends[f"{ours}_low"] <= known[name] <= ends[f"{ours}_high"] for ours, name in pairs]
+        )
+        if known["share"] >= 0.7:
             post = found.posterior
             errors.append(abs(np.median(post.p_sft + post.eps + post.gain) - known["a"]))
     return np.mean(hits, axis=0), float(np.median(errors)), len(errors)
@@ -54,9 +69,10 @@ def synthetic_coverage(n_curves):
 
 # -- the formula and the closed forms
 
+
 def test_sigmoid_is_half_at_c_mid_zero_at_zero_and_grows_by_b():
     s = ceiling.sigmoid([0, 1, 2, 4], [1.0, 3.0], [2.0, 2.0])
-    assert s[:, 0].tolist() == [0, 0] and s[:, 2].tolist() == [.5, .5]
+    assert s[:, 0].tolist() == [0, 0] and s[:, 2].tolist() == [0.5, 0.5]
     assert s[1, 3] == pytest.approx(1 / (1 + (4 / 2) ** -3))
 
 
@@ -64,14 +80,14 @@ def test_posterior_of_one_cell_is_that_of_generalized_least_squares():
     """Against the textbook formula with the full covariance, no rotation: mean, covariance and evidence differences."""
     rng = np.random.default_rng(1)
     x = np.array([0, 1, 2, 3, 5, 8.0])
-    y, sigma, tau = rng.normal(size=6), .7, .9
-    cov = sigma ** 2 * np.eye(6) + tau ** 2 * ceiling._kernel(x, x, 8.0)
+    y, sigma, tau = rng.normal(size=6), 0.7, 0.9
+    cov = sigma**2 * np.eye(6) + tau**2 * ceiling._kernel(x, x, 8.0)
     values, rotate = np.linalg.eigh(ceiling._kernel(x, x, 8.0))
     cells = ceiling.sigmoid(x, [1.0, 2.0], [2.0, 3.0])
     design = np.stack([np.broadcast_to(v, (2, 6)) for v in (np.ones(6), x > 0)] + [cells])
-    weight = 1 / (sigma ** 2 + tau ** 2 * values)[None]
+    weight = 1 / (sigma**2 + tau**2 * values)[None]
     mean, covariance, log_fit = ceiling._linear_posterior(weight, design @ rotate, y @ rotate)
-    prior = np.diag([100.0 ** 2, .3 ** 2, 20.0 ** 2])
+    prior = np.diag([100.0**2, 0.3**2, 20.0**2])
     evidence = []
     for k in range(2):
         a = design[:, k].T
@@ -79,7 +95,9 @@ def test_posterior_of_one_cell_is_that_of_generalized_least_squares():
         assert np.allclose(covariance[0, k], expected)
         assert np.allclose(mean[0, k], expected @ a.T @ np.linalg.solve(cov, y))
         marginal = cov + a @ prior @ a.T
-        evidence.append(-.5 * y @ np.linalg.solve(marginal, y) - .5 * np.linalg.slogdet(marginal)[1])
+        evidence.append(
+            -0.5 * y @ np.linalg.solve(marginal, y) - 0.5 * np.linalg.slogdet(marginal)[1]
+        )
     assert log_fit[0, 1] - log_fit[0, 0] == pytest.approx(evidence[1] - evidence[0])
 
 
@@ -87,32 +105,38 @@ def test_forecast_carries_the_last_deviation_on_as_a_gaussian_process_does():
     rng = np.random.default_rng(2)
     x = np.array([0, 1, 2, 3.0])
     y, at = np.array([50, 55, 60, 66.0]), np.array([3.5, 30.0])
-    one = ceiling.Posterior(*(np.array([v]) for v in (50.0, 0.0, 12.0, 1.5, 1.0, .5, 2.0)), x, y, np.ones(4))
+    one = ceiling.Posterior(
+        *(np.array([v]) for v in (50.0, 0.0, 12.0, 1.5, 1.0, 0.5, 2.0)), x, y, np.ones(4)
+    )
     many = ceiling.Posterior(*(np.repeat(v, 20000) for v in one[:7]), *one[7:])
     mean, low, high = ceiling.predict(many, at)
-    cov, cross = .25 * np.eye(4) + 4 * ceiling._kernel(x, x, 3.0), 4 * ceiling._kernel(at, x, 3.0)
+    cov, cross = 0.25 * np.eye(4) + 4 * ceiling._kernel(x, x, 3.0), 4 * ceiling._kernel(at, x, 3.0)
     trend = lambda v: truth(v, 62, 50, 1.5, 1.0)
     expected = trend(at) + cross @ np.linalg.solve(cov, y - trend(x))
-    spread = 1.645 * np.sqrt(.25 + 4 - (cross * np.linalg.solve(cov, cross.T).T).sum(1))
-    assert np.allclose(mean, expected, atol=1e-6) and np.allclose(high - expected, spread, atol=.1)
-    assert mean[0] - trend(at)[0] > 1 > abs(mean[1] - trend(at)[1]) + .9    # fades far away
+    spread = 1.645 * np.sqrt(0.25 + 4 - (cross * np.linalg.solve(cov, cross.T).T).sum(1))
+    assert np.allclose(mean, expected, atol=1e-6) and np.allclose(high - expected, spread, atol=0.1)
+    assert mean[0] - trend(at)[0] > 1 > abs(mean[1] - trend(at)[1]) + 0.9  # fades far away
 
 
 def test_least_squares_returns_the_parameters_of_a_noiseless_curve():
     x = np.linspace(0, 5e19, 40)
     found = ceiling.least_squares_fit(x, truth(x, 8, 0, 1.4, 1.2e19))
-    assert (found.top, found.b, found.c) == pytest.approx((8, 1.4, 1.2e19), rel=2e-3) and not found.at_bound
-    offset = ceiling.least_squares_fit(x[1:], 1 + 7 * ceiling.sigmoid(x[1:], [3.0], [1.2e19])[0], free_epsilon=True)
+    assert (found.top, found.b, found.c) == pytest.approx(
+        (8, 1.4, 1.2e19), rel=2e-3
+    ) and not found.at_bound
+    offset = ceiling.least_squares_fit(
+        x[1:], 1 + 7 * ceiling.sigmoid(x[1:], [3.0], [1.2e19])[0], free_epsilon=True
+    )
     assert (offset.top, offset.eps, offset.b) == pytest.approx((8, 1, 3), rel=5e-3)
 
 
 def test_least_squares_drops_outliers_and_c_steps_keep_their_share():
     x = np.linspace(0, 50, 30)
-    y = truth(x, 8, 0, 1.4, 12) + np.random.default_rng(0).normal(0, .1, 30)
+    y = truth(x, 8, 0, 1.4, 12) + np.random.default_rng(0).normal(0, 0.1, 30)
     y[[7, 20]] += 4
-    plain, steps = ceiling.least_squares_fit(x, y), ceiling.least_squares_fit(x, y, lts_alpha=.75)
-    assert not plain.keep[[7, 20]].any() and plain.top == pytest.approx(8, abs=.4)
-    assert steps.keep.sum() == int(.75 * plain.keep.sum())
+    plain, steps = ceiling.least_squares_fit(x, y), ceiling.least_squares_fit(x, y, lts_alpha=0.75)
+    assert not plain.keep[[7, 20]].any() and plain.top == pytest.approx(8, abs=0.4)
+    assert steps.keep.sum() == int(0.75 * plain.keep.sum())
 
 
 def test_least_squares_at_its_bound_is_not_identified():
@@ -123,40 +147,45 @@ def test_least_squares_at_its_bound_is_not_identified():
 
 # -- the posterior on curves of known truth
 
+
 def test_noiseless_curve_gives_its_parameters_back():
     x = np.linspace(0, 1e20, 31)
     found = ceiling.fit(x, truth(x, 80, 70, 2, 2e19))
     assert found.identified and found.status == "ok"
-    assert found.a_post == pytest.approx(80, abs=.15) and found.plasticity == pytest.approx(10, abs=.2)
-    assert found.c_mid == pytest.approx(2e19, rel=.05) and found.b == pytest.approx(2, abs=.15)
-    assert found.share == pytest.approx(float(truth(5, 1, 0, 2, 1)), abs=.02)
+    assert found.a_post == pytest.approx(80, abs=0.15) and found.plasticity == pytest.approx(
+        10, abs=0.2
+    )
+    assert found.c_mid == pytest.approx(2e19, rel=0.05) and found.b == pytest.approx(2, abs=0.15)
+    assert found.share == pytest.approx(float(truth(5, 1, 0, 2, 1)), abs=0.02)
 
 
 def test_intervals_hold_the_truth_about_nine_times_in_ten_on_synthetic_curves():
     """40 curves here; the 200 of docs/LOG.md: python tests/test_ceiling.py."""
     coverage, error, _ = synthetic_coverage(40)
-    assert .8 <= coverage[0] <= 1 and (coverage[1:] >= .75).all() and error < 1
+    assert 0.8 <= coverage[0] <= 1 and (coverage[1:] >= 0.75).all() and error < 1
 
 
 def test_plasticity_carries_the_noise_of_p_sft():
     """On a long plateau A_post is sharp, but P_sft is one evaluation: the gain is not known better than that."""
     x = np.linspace(0, 1, 61)
-    y = truth(x, 80, 70, 4, .05) + np.random.default_rng(0).normal(0, .5, 61)
+    y = truth(x, 80, 70, 4, 0.05) + np.random.default_rng(0).normal(0, 0.5, 61)
     found = ceiling.fit(x, y)
     width = found.plasticity_high - found.plasticity_low
-    assert width > 1.2 * (found.a_post_high - found.a_post_low) and width > .7 * 2 * 1.645 * .5
+    assert width > 1.2 * (found.a_post_high - found.a_post_low) and width > 0.7 * 2 * 1.645 * 0.5
 
 
 def test_fewer_responses_make_wider_intervals():
     x = np.linspace(0, 1, 16)
-    y = truth(x, 50, 30, 1.5, .2) + np.random.default_rng(0).normal(0, .3, 16)
-    widths = [f.a_post_high - f.a_post_low for f in (ceiling.fit(x, y, n=n) for n in (200, 2000, 20000))]
+    y = truth(x, 50, 30, 1.5, 0.2) + np.random.default_rng(0).normal(0, 0.3, 16)
+    widths = [
+        f.a_post_high - f.a_post_low for f in (ceiling.fit(x, y, n=n) for n in (200, 2000, 20000))
+    ]
     assert widths[0] > 1.5 * widths[1] > 1.5 * widths[2]
 
 
 def test_point_with_few_responses_counts_little():
     x = np.linspace(0, 1, 7)
-    y, n = truth(x, 60, 40, 1.5, .2), np.full(7, 4000)
+    y, n = truth(x, 60, 40, 1.5, 0.2), np.full(7, 4000)
     y[-1] += 6
     n[-1] = 40
     trusted, doubted = ceiling.fit(x, y, n=4000), ceiling.fit(x, y, n=n)
@@ -165,11 +194,11 @@ def test_point_with_few_responses_counts_little():
 
 def test_one_outlier_does_not_move_the_ceiling():
     x = np.linspace(0, 1, 31)
-    y = truth(x, 80, 70, 2, .2) + np.random.default_rng(3).normal(0, .3, 31)
+    y = truth(x, 80, 70, 2, 0.2) + np.random.default_rng(3).normal(0, 0.3, 31)
     spoiled = y.copy()
     spoiled[15] -= 6
     clean, found = ceiling.fit(x, y), ceiling.fit(x, spoiled)
-    assert found.n_fit <= 30 and found.a_post == pytest.approx(clean.a_post, abs=.3)
+    assert found.n_fit <= 30 and found.a_post == pytest.approx(clean.a_post, abs=0.3)
 
 
 def test_order_units_and_missing_points_do_not_matter():
@@ -203,43 +232,54 @@ def test_same_points_give_the_same_numbers():
 
 # -- what cannot be known is said so
 
-@pytest.mark.parametrize("gain", [0, .3])
+
+@pytest.mark.parametrize("gain", [0, 0.3])
 def test_flat_noisy_curve_is_not_identified_and_its_values_are_null(gain):
     x = np.linspace(0, 1, 13)
     found = ceiling.fit(x, 12 + gain * x + np.random.default_rng(1).normal(0, 1, 13), n=2000)
     row = found.as_json()
     assert found.status == "ok" and not row["identified"]
-    assert all(row[name] is None for name in ("a_post", "plasticity", "c_mid", "b", "epsilon", "share"))
+    assert all(
+        row[name] is None for name in ("a_post", "plasticity", "c_mid", "b", "epsilon", "share")
+    )
     assert row["a_post_low"] < row["a_post_high"] and row["forecast"][0]["mean"] is not None
     assert "ceiling not identified [" in ceiling.report(found)
 
 
 def test_straight_rise_is_not_identified():
     x = np.linspace(0, 1, 30)
-    found = ceiling.fit(x, 50 + 5 * x + np.random.default_rng(0).normal(0, .4, 30))
-    assert not found.identified and found.share_low < .6
+    found = ceiling.fit(x, 50 + 5 * x + np.random.default_rng(0).normal(0, 0.4, 30))
+    assert not found.identified and found.share_low < 0.6
 
 
 def test_few_points_are_too_few_and_five_are_not():
     assert ceiling.fit([0, 1, 2, 3], [10, 15, 17, 18]).status == "too few points"
-    assert ceiling.fit([], []).status == "too few points" and ceiling.fit([0] * 6, [1] * 6).status == "too few points"
+    assert (
+        ceiling.fit([], []).status == "too few points"
+        and ceiling.fit([0] * 6, [1] * 6).status == "too few points"
+    )
     five = ceiling.fit([0, 1, 2, 3, 4], [10, 15, 17, 18, 18.5])
     assert five.status == "ok" and five.a_post_high - five.a_post_low > 1
 
 
 def test_collapse_reports_the_best_before_it_without_interval_or_forecast():
     x = np.linspace(0, 1, 30)
-    y = truth(x, 78, 68, 2, .2) + np.random.default_rng(0).normal(0, .3, 30)
+    y = truth(x, 78, 68, 2, 0.2) + np.random.default_rng(0).normal(0, 0.3, 30)
     best = y[:24].max()
     y[24:] -= [5, 9, 12, 9, 14, 15]
     found = ceiling.fit(x, y)
-    assert found.status == "collapse" and not found.identified and found.a_post == best and found.a_post_low is None
+    assert (
+        found.status == "collapse"
+        and not found.identified
+        and found.a_post == best
+        and found.a_post_low is None
+    )
     assert found.plasticity == best - y[0] and all(f["mean"] is None for f in found.forecast)
 
 
 def test_repeated_falls_are_an_oscillation_and_one_bad_point_or_noise_is_neither():
     rng = np.random.default_rng(0)
-    y = 70 + 3 * np.linspace(0, 1, 30) + rng.normal(0, .3, 30)
+    y = 70 + 3 * np.linspace(0, 1, 30) + rng.normal(0, 0.3, 30)
     assert ceiling.falls(y)[0] == "ok"
     one = y.copy()
     one[12] -= 8
@@ -255,15 +295,16 @@ def test_share_is_not_called_reached_before_it_is():
     for _ in range(8):
         b, c = rng.uniform(2, 4), rng.uniform(2, 6)
         x = np.arange(0, 61, 4.0)
-        y = truth(x, 45, 30, b, c) + rng.normal(0, .4, len(x))
+        y = truth(x, 45, 30, b, c) + rng.normal(0, 0.4, len(x))
         for k in range(5, len(x) + 1):
-            if (ceiling.fit(x[:k], y[:k]).share_low or 0) >= .95:
+            if (ceiling.fit(x[:k], y[:k]).share_low or 0) >= 0.95:
                 stops.append(float(truth(x[k - 1], 1, 0, b, c)))
                 break
-    assert len(stops) >= 4 and sum(share >= .95 for share in stops) >= len(stops) - 1
+    assert len(stops) >= 4 and sum(share >= 0.95 for share in stops) >= len(stops) - 1
 
 
 # -- files and the command line
+
 
 def write_csv(path, columns, rows):
     with open(path, "w", newline="") as file:
@@ -273,28 +314,56 @@ def write_csv(path, columns, rows):
 
 def test_json_has_the_documented_keys_and_forecasts_the_points_left_out(tmp_path, capsys):
     x, y, _ = synthetic(np.random.default_rng(7))
-    path = write_csv(tmp_path / "p.csv", ["run", "flops", "performance"], [("a", *row) for row in zip(x, y)])
+    path = write_csv(
+        tmp_path / "p.csv", ["run", "flops", "performance"], [("a", *row) for row in zip(x, y)]
+    )
     assert ceiling.main(["--csv", path, "--fit-fraction", "0.71", "--json"]) == 0
     row = json.loads(capsys.readouterr().out)["runs"][0]
-    documented = {f"{name}{end}" for name in ("a_post", "plasticity", "c_mid") for end in ("", "_low", "_high")}
-    assert documented | {"run", "p_sft", "b", "epsilon", "identified", "status", "n_fit", "rmse", "share"} <= set(row)
+    documented = {
+        f"{name}{end}"
+        for name in ("a_post", "plasticity", "c_mid")
+        for end in ("", "_low", "_high")
+    }
+    assert documented | {
+        "run",
+        "p_sft",
+        "b",
+        "epsilon",
+        "identified",
+        "status",
+        "n_fit",
+        "rmse",
+        "share",
+    } <= set(row)
     assert [f["flops"] for f in row["forecast"]] == [*x[22:], 2 * x[21], 10 * x[21]]
     assert all(f["low"] < f["mean"] < f["high"] for f in row["forecast"])
 
 
 def test_fit_column_chooses_the_points_and_runs_stay_apart(tmp_path):
     x, y, _ = synthetic(np.random.default_rng(8))
-    rows = [(run, *v) for v in zip(x[1:], y[1:], [y[0]] * 30, [2000] * 30, [1] * 20 + [0] * 10) for run in ("b", "a")]
-    found = ceiling.read_csv(write_csv(tmp_path / "p.csv", "run flops performance p_sft n fit".split(), rows))
+    rows = [
+        (run, *v)
+        for v in zip(x[1:], y[1:], [y[0]] * 30, [2000] * 30, [1] * 20 + [0] * 10)
+        for run in ("b", "a")
+    ]
+    found = ceiling.read_csv(
+        write_csv(tmp_path / "p.csv", "run flops performance p_sft n fit".split(), rows)
+    )
     assert [p.run for p in found] == ["b", "a"]
-    one = ceiling.fit_points(found[0], .3)
+    one = ceiling.fit_points(found[0], 0.3)
     assert len(one.forecast) == 12 and one.p_sft == y[0] and one.forecast[0]["flops"] == x[21]
-    assert one.as_json() | {"run": ""} == ceiling.fit(x[:21], y[:21], n=2000, forecast_at=x[21:]).as_json()
+    assert (
+        one.as_json() | {"run": ""}
+        == ceiling.fit(x[:21], y[:21], n=2000, forecast_at=x[21:]).as_json()
+    )
 
 
 def test_run_directory_is_read_from_its_eval_lines(tmp_path, capsys):
     x, y, _ = synthetic(np.random.default_rng(9), n=8)
-    rows = [{"step": i, "kind": "eval", "flops": x[i], "pass1": y[i], "pass1_se": 1.0, "n": 2000} for i in range(9)]
+    rows = [
+        {"step": i, "kind": "eval", "flops": x[i], "pass1": y[i], "pass1_se": 1.0, "n": 2000}
+        for i in range(9)
+    ]
     lines = [json.dumps(row) for row in [*rows, {"step": 8, "kind": "train", "flops": 9}]]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 9, "ki')
     assert ceiling.main([str(tmp_path), "--json"]) == 0
@@ -302,9 +371,14 @@ def test_run_directory_is_read_from_its_eval_lines(tmp_path, capsys):
     assert row == {**ceiling.fit(x, y, n=2000).as_json(), "run": str(tmp_path)}
 
 
-@pytest.mark.parametrize("text, words", [
-    ("run,flops\na,1\n", "needs columns run, flops, performance"), ("", "no row"),
-    ("run,flops,performance\na,x,1\n", ":2: could not convert")])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("run,flops\na,1\n", "needs columns run, flops, performance"),
+        ("", "no row"),
+        ("run,flops,performance\na,x,1\n", ":2: could not convert"),
+    ],
+)
 def test_bad_csv_is_one_line_and_exit_code_2(tmp_path, capsys, text, words):
     (tmp_path / "c.csv").write_text(text)
     assert ceiling.main(["--csv", str(tmp_path / "c.csv")]) == 2
@@ -313,8 +387,11 @@ def test_bad_csv_is_one_line_and_exit_code_2(tmp_path, capsys, text, words):
 
 
 def test_user_mistakes_are_named():
-    for flops, performance, n, words in (([-1, 2], [1, 2], None, "from 0 on"), ([1], [1, 2], None, "one length"),
-                                         ([0, 1], [1, 2], 0, "responses")):
+    for flops, performance, n, words in (
+        ([-1, 2], [1, 2], None, "from 0 on"),
+        ([1], [1, 2], None, "one length"),
+        ([0, 1], [1, 2], 0, "responses"),
+    ):
         with pytest.raises(ValueError, match=words):
             ceiling.fit(flops, performance, n=n)
     assert ceiling.main(["runs/none", "--fit-fraction", "0"]) == 2
@@ -322,11 +399,14 @@ def test_user_mistakes_are_named():
 
 # -- the paper's own points
 
+
 def paper_runs():
     """{(dataset, sft_step): (flops, performance with the point at 0, settings, Table 4's row)} of the given runs."""
     table = lambda name: list(csv.DictReader(open(RETU / name, newline="")))
     key = lambda row: (row["dataset"], int(row["sft_step"]))
-    start = {key(row): float(row["performance"]) for row in table("sft_points.csv")} | {("Base", 0): 46.71}
+    start = {key(row): float(row["performance"]) for row in table("sft_points.csv")} | {
+        ("Base", 0): 46.71
+    }
     settings = {key(row): row for row in table("fit_settings.csv")}
     published = {key(row): row for row in table("table4.csv")}
     points: dict = {}
@@ -344,9 +424,21 @@ def table4_rows():
             continue
         part = slice(int(settings["train_start"]), int(settings["train_end"]))
         found = ceiling.least_squares_fit(
-            x[part], (y - y[0])[part], float(settings["outlier_tau"]),
-            float(settings["lts_alpha"]) if settings["use_lts"] == "True" else None, settings["free_epsilon"] == "True")
-        rows.append((run, float(published["PL_rl"]), found, float(published["C_mid_exa"]), float(published["B"])))
+            x[part],
+            (y - y[0])[part],
+            float(settings["outlier_tau"]),
+            float(settings["lts_alpha"]) if settings["use_lts"] == "True" else None,
+            settings["free_epsilon"] == "True",
+        )
+        rows.append(
+            (
+                run,
+                float(published["PL_rl"]),
+                found,
+                float(published["C_mid_exa"]),
+                float(published["B"]),
+            )
+        )
     return rows
 
 
@@ -356,13 +448,21 @@ def forecast_errors(fraction):
     for run, (x, y, _, published) in paper_runs().items():
         if published is None:
             continue
-        n = int(fraction * len(x) + .5)
+        n = int(fraction * len(x) + 0.5)
         held = y[n:] >= y[0]
-        paper = [f["mean"] for f in ceiling.fit(x[:n], y[:n], forecast_at=x[n:], paper={}).forecast[:-2]]
+        paper = [
+            f["mean"] for f in ceiling.fit(x[:n], y[:n], forecast_at=x[n:], paper={}).forecast[:-2]
+        ]
         ours = ceiling.fit(x[:n], y[:n], forecast_at=x[n:]).forecast[:-2]
         mean, low, high = (np.array([f[k] for f in ours])[held] for k in ("mean", "low", "high"))
         rmse = lambda forecast: float(np.sqrt(np.mean((forecast - y[n:][held]) ** 2)))
-        rows.append((rmse(mean), rmse(np.array(paper)[held]), np.mean((low <= y[n:][held]) & (y[n:][held] <= high))))
+        rows.append(
+            (
+                rmse(mean),
+                rmse(np.array(paper)[held]),
+                np.mean((low <= y[n:][held]) & (y[n:][held] <= high)),
+            )
+        )
     return np.array(rows)
 
 
@@ -370,8 +470,10 @@ def forecast_errors(fraction):
 def test_paper_mode_agrees_with_table_4_and_names_the_bounds():
     rows = table4_rows()
     assert {run for run, _, found, *_ in rows if found.at_bound} >= AT_BOUND
-    close = [abs(found.top - published) <= .5 for _, published, found, *_ in rows if not found.at_bound]
-    assert len(close) >= 15 and np.mean(close) >= .9
+    close = [
+        abs(found.top - published) <= 0.5 for _, published, found, *_ in rows if not found.at_bound
+    ]
+    assert len(close) >= 15 and np.mean(close) >= 0.9
 
 
 @needs_paper_data
@@ -379,9 +481,20 @@ def test_command_line_fits_table_4_from_a_csv_with_its_split_and_settings(tmp_pa
     names = ["outlier_tau", "use_lts", "lts_alpha", "free_epsilon"]
     rows = []
     for run, (x, y, settings, published) in paper_runs().items():
-        first, last = (int(settings[k]) for k in ("train_start", "train_end")) if published else (0, 0)
-        rows += [(f"{run[0]}-{run[1]}", x[i], y[i], int(first <= i < last), *(settings[k] for k in names))
-                 for i in range(len(x)) if published]
+        first, last = (
+            (int(settings[k]) for k in ("train_start", "train_end")) if published else (0, 0)
+        )
+        rows += [
+            (
+                f"{run[0]}-{run[1]}",
+                x[i],
+                y[i],
+                int(first <= i < last),
+                *(settings[k] for k in names),
+            )
+            for i in range(len(x))
+            if published
+        ]
     path = write_csv(tmp_path / "p.csv", ["run", "flops", "performance", "fit", *names], rows)
     assert ceiling.main(["--csv", path, "--paper", "--json"]) == 0
     said = {row["run"]: row for row in json.loads(capsys.readouterr().out)["runs"]}
@@ -392,12 +505,12 @@ def test_command_line_fits_table_4_from_a_csv_with_its_split_and_settings(tmp_pa
 
 
 @needs_paper_data
-@pytest.mark.parametrize("fraction", [.71, .5, .35])
+@pytest.mark.parametrize("fraction", [0.71, 0.5, 0.35])
 def test_forecasts_beat_the_bounded_sigmoid_on_both_halves_and_intervals_cover(fraction):
     rows = forecast_errors(fraction)
-    for half in (rows[0::2], rows[1::2]):           # the estimator was chosen on the first
+    for half in (rows[0::2], rows[1::2]):  # the estimator was chosen on the first
         assert half[:, 0].mean() < half[:, 1].mean()
-    assert .8 <= rows[:, 2].mean() <= .97
+    assert 0.8 <= rows[:, 2].mean() <= 0.97
 
 
 @needs_paper_data
@@ -413,24 +526,50 @@ def report() -> None:
     """Every figure that docs/LOG.md quotes of ceiling.py, as text."""
     if RETU.is_dir():
         rows = table4_rows()
-        print("Table 4: run, PL_rl published and ours, C_mid (EFLOP), B; at a bound = not identified")
+        print(
+            "Table 4: run, PL_rl published and ours, C_mid (EFLOP), B; at a bound = not identified"
+        )
         for (name, step), published, found, c, b in rows:
-            note = "at a bound" if found.at_bound else "" if abs(found.top - published) <= .5 else "off by over 0.5"
-            print(f"  {name:>9} {step:>6} {published:6.1f} {found.top:6.2f} {c:6.0f} {found.c / 1e18:7.1f} {b:5.1f} "
-                  f"{found.b:6.2f}  {note}")
-        free = [abs(found.top - published) for _, published, found, *_ in rows if not found.at_bound]
-        print(f"  within 0.5 points: {sum(v <= .5 for v in free)} of {len(free)} identified rows, "
-              f"{sum(abs(f.top - v) <= .5 for _, v, f, *_ in rows)} of all {len(rows)}")
-        print("Forecasts: mean RMSE over runs, ours / bounded sigmoid with MAD 2.5; coverage of the 90% interval")
-        for fraction in (.71, .5, .35):
+            note = (
+                "at a bound"
+                if found.at_bound
+                else ""
+                if abs(found.top - published) <= 0.5
+                else "off by over 0.5"
+            )
+            print(
+                f"  {name:>9} {step:>6} {published:6.1f} {found.top:6.2f} {c:6.0f} {found.c / 1e18:7.1f} {b:5.1f} "
+                f"{found.b:6.2f}  {note}"
+            )
+        free = [
+            abs(found.top - published) for _, published, found, *_ in rows if not found.at_bound
+        ]
+        print(
+            f"  within 0.5 points: {sum(v <= 0.5 for v in free)} of {len(free)} identified rows, "
+            f"{sum(abs(f.top - v) <= 0.5 for _, v, f, *_ in rows)} of all {len(rows)}"
+        )
+        print(
+            "Forecasts: mean RMSE over runs, ours / bounded sigmoid with MAD 2.5; coverage of the 90% interval"
+        )
+        for fraction in (0.71, 0.5, 0.35):
             rows = forecast_errors(fraction)
-            parts = [f"{name} {half[:, 0].mean():.3f} / {half[:, 1].mean():.3f}, {half[:, 2].mean():.0%}"
-                     for name, half in (("all", rows), ("chosen on", rows[0::2]), ("confirmed on", rows[1::2]))]
+            parts = [
+                f"{name} {half[:, 0].mean():.3f} / {half[:, 1].mean():.3f}, {half[:, 2].mean():.0%}"
+                for name, half in (
+                    ("all", rows),
+                    ("chosen on", rows[0::2]),
+                    ("confirmed on", rows[1::2]),
+                )
+            ]
             print(f"  first {fraction:.0%}: {'   '.join(parts)}")
     coverage, error, n = synthetic_coverage(200)
-    covered = ", ".join(f"{name} {v:.1%}" for name, v in zip(("A_post", "plasticity", "C_mid", "share"), coverage))
-    print(f"200 synthetic curves (30 points, noise 0.5): 90% intervals cover {covered};\n"
-          f"  median error of A_post {error:.2f} points on the {n} curves whose data reach 70% of the gain")
+    covered = ", ".join(
+        f"{name} {v:.1%}" for name, v in zip(("A_post", "plasticity", "C_mid", "share"), coverage)
+    )
+    print(
+        f"200 synthetic curves (30 points, noise 0.5): 90% intervals cover {covered};\n"
+        f"  median error of A_post {error:.2f} points on the {n} curves whose data reach 70% of the gain"
+    )
 
 
 if __name__ == "__main__":

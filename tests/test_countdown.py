@@ -1,4 +1,5 @@
 """countdown.py: what the built-in files promise, checked on the files and against arithmetic that is not ours."""
+
 import ast
 import json
 import operator
@@ -10,8 +11,20 @@ from itertools import permutations
 import pytest
 from tokenizers import Tokenizer
 
-import countdown
-from countdown import LIMIT, SIZES, SPECIAL, SPLITS, Config, all_problems, expert, main, pool, split_of, write
+from tasks import countdown
+from tasks.countdown import (
+    LIMIT,
+    SIZES,
+    SPECIAL,
+    SPLITS,
+    Config,
+    all_problems,
+    expert,
+    main,
+    pool,
+    split_of,
+    write,
+)
 from verify import verify
 
 SMALL = Config(trajectories=600, val=100, rl=200, test=100, base=400)
@@ -43,7 +56,9 @@ def reaches(response, numbers, target):
     """True when the boxed expression uses exactly the numbers and equals the target: an independent verdict."""
     expression = boxed(response)
     used = [int(n) for n in re.findall(r"\d+", expression)]
-    return sorted(used) == sorted(numbers) and value(ast.parse(expression, mode="eval").body) == target
+    return (
+        sorted(used) == sorted(numbers) and value(ast.parse(expression, mode="eval").body) == target
+    )
 
 
 def traces(k, hazard, lines=17, n=500):
@@ -66,8 +81,11 @@ def test_no_problem_is_in_two_splits_whatever_the_order_of_its_numbers(folder):
     def key(prompt):
         numbers, target = problem(prompt)
         return *sorted(numbers), target
-    seen = {name: {key(row["prompt"]) for row in rows(folder, f"{name}.jsonl")}
-            for name in ("train", "val", "rl", "eval", "test", "test_k5")}
+
+    seen = {
+        name: {key(row["prompt"]) for row in rows(folder, f"{name}.jsonl")}
+        for name in ("train", "val", "rl", "eval", "test", "test_k5")
+    }
     base = [re.match(r"Make \d+ from [\d ]+ ->", row["text"]) for row in rows(folder, "base.jsonl")]
     seen["train"] |= {key(match[0]) for match in base if match}
     assert any(base), "base text holds no prompts, so the check above says nothing"
@@ -90,9 +108,10 @@ def test_the_listed_problems_are_those_that_trying_everything_solves():
     def solutions(numbers):
         found = set(numbers) if len(numbers) == 1 else set()
         for i, last in enumerate(numbers if len(numbers) > 1 else ()):
-            for before in solutions(numbers[:i] + numbers[i + 1:]):
+            for before in solutions(numbers[:i] + numbers[i + 1 :]):
                 found |= {v for v in (before + last, before - last, before * last) if 0 <= v <= 60}
         return found
+
     table = all_problems(3)
     for numbers in [(1, 1, 1), (2, 5, 9), (7, 7, 10), (3, 8, 8)]:
         assert {t for n, t in table if n == numbers} == {v for v in solutions(numbers) if v >= 1}
@@ -100,14 +119,23 @@ def test_the_listed_problems_are_those_that_trying_everything_solves():
 
 def test_default_sizes_hold_as_many_different_rows_as_asked(tmp_path):
     counts = write(tmp_path, Config(base=10, trajectories=16000))
-    assert counts == {"base.jsonl": 10, "train.jsonl": 16000, "val.jsonl": 1000, "rl.jsonl": 6000, "eval.jsonl": 500,
-                      "test.jsonl": 500, "test_k5.jsonl": 500}
+    assert counts == {
+        "base.jsonl": 10,
+        "train.jsonl": 16000,
+        "val.jsonl": 1000,
+        "rl.jsonl": 6000,
+        "eval.jsonl": 500,
+        "test.jsonl": 500,
+        "test_k5.jsonl": 500,
+    }
     for name in set(counts) - {"base.jsonl"}:
         lines = (tmp_path / name).read_text().splitlines()
         assert len(set(lines)) == len(lines), name
     for name in ("eval.jsonl", "test.jsonl"):
         problems = {(*sorted(row["numbers"]), row["answer"]) for row in rows(tmp_path, name)}
-        assert len(problems) == 500, "a problem twice in an evaluation makes its standard error too small"
+        assert len(problems) == 500, (
+            "a problem twice in an evaluation makes its standard error too small"
+        )
         assert Counter(len(row["numbers"]) for row in rows(tmp_path, name)) == {3: 250, 4: 250}
 
 
@@ -118,14 +146,24 @@ def test_the_same_config_writes_the_same_bytes(folder, tmp_path):
         assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
 
 
-@pytest.mark.parametrize("change, files", [
-    ({"trajectories": 300}, {"train.jsonl"}), ({"difficulty": "hard"}, {"train.jsonl"}),
-    ({"hazard": 0.0}, {"train.jsonl", "val.jsonl"}), ({"lines": 9}, {"train.jsonl", "val.jsonl"}),
-    ({"verified": True}, {"train.jsonl", "val.jsonl"}), ({"rl": 80}, {"rl.jsonl"}),
-    ({"seed": 1}, {"base.jsonl", "train.jsonl", "val.jsonl", "rl.jsonl"}), ({"base": 30}, {"base.jsonl"})])
+@pytest.mark.parametrize(
+    "change, files",
+    [
+        ({"trajectories": 300}, {"train.jsonl"}),
+        ({"difficulty": "hard"}, {"train.jsonl"}),
+        ({"hazard": 0.0}, {"train.jsonl", "val.jsonl"}),
+        ({"lines": 9}, {"train.jsonl", "val.jsonl"}),
+        ({"verified": True}, {"train.jsonl", "val.jsonl"}),
+        ({"rl": 80}, {"rl.jsonl"}),
+        ({"seed": 1}, {"base.jsonl", "train.jsonl", "val.jsonl", "rl.jsonl"}),
+        ({"base": 30}, {"base.jsonl"}),
+    ],
+)
 def test_a_flag_changes_the_files_it_names_and_no_other(folder, tmp_path, change, files):
     write(tmp_path, Config(**(vars(SMALL) | change)))
-    changed = {p.name for p in folder.iterdir() if p.read_bytes() != (tmp_path / p.name).read_bytes()}
+    changed = {
+        p.name for p in folder.iterdir() if p.read_bytes() != (tmp_path / p.name).read_bytes()
+    }
     assert changed == files | {"countdown.json"}
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -136,7 +174,9 @@ def test_fewer_trajectories_are_the_first_of_more(folder, tmp_path):
 
 
 # Bands are about 3 standard errors of 500 tries around the rates measured over all training problems.
-@pytest.mark.parametrize("k, hazard, rate", [(3, 0.15, 0.42), (4, 0.15, 0.14), (3, 0.0, 0.76), (4, 0.0, 0.235)])
+@pytest.mark.parametrize(
+    "k, hazard, rate", [(3, 0.15, 0.42), (4, 0.15, 0.14), (3, 0.0, 0.76), (4, 0.0, 0.235)]
+)
 def test_the_expert_is_as_weak_as_planted(k, hazard, rate):
     right = [right for *_, right in traces(k, hazard)]
     assert abs(sum(right) / len(right) - rate) < 0.065
@@ -151,19 +191,27 @@ def test_every_line_of_a_trace_is_true_and_every_verdict_fits_it(k):
     for numbers, target, response, _ in traces(k, 0.05, n=200):
         body = re.fullmatch(r"<think> (.*) </think> \\boxed\{ .* \}", response).group(1)
         steps = re.findall(r"(\d+) ([-+*]) (\d+) = (\d+) (,|no|yes)", body + " ")
-        assert " ".join(f"{a} {op} {b} = {c} {end}" for a, op, b, c, end in steps) == body, "text between lines"
+        assert " ".join(f"{a} {op} {b} = {c} {end}" for a, op, b, c, end in steps) == body, (
+            "text between lines"
+        )
         for a, op, b, c, end in steps:
             assert value(ast.parse(f"{a} {op} {b}", mode="eval").body) == int(c) <= LIMIT
             assert end == "," or (end == "yes") == (int(c) == target)
         assert len(steps) <= 17 and steps[-1][-1] != ",", "the last try must be whole"
-        assert all(step[-1] != "yes" for step in steps[:-1]), "the search goes on after it has found the target"
+        assert all(step[-1] != "yes" for step in steps[:-1]), (
+            "the search goes on after it has found the target"
+        )
 
 
 @pytest.mark.parametrize("k", [3, 4, 5])
 def test_what_the_expert_claims_is_what_both_judges_find(k):
     verdicts = Counter()
     for numbers, target, response, right in traces(k, 0.1, n=300):
-        assert right == reaches(response, numbers, target) == verify(response, str(target), numbers).correct, response
+        assert (
+            right
+            == reaches(response, numbers, target)
+            == verify(response, str(target), numbers).correct
+        ), response
         assert right == (" yes </think>" in response)
         verdicts[right] += 1
     assert min(verdicts[True], verdicts[False]) > 10
@@ -181,32 +229,51 @@ def test_verified_trajectories_are_all_right_and_patience_makes_them_longer(tmp_
     for hazard in (0.0, 0.15):
         write(tmp_path, Config(**(vars(SMALL) | {"hazard": hazard, "verified": True})))
         for name in ("train.jsonl", "val.jsonl"):
-            assert all(reaches(row["response"], *problem(row["prompt"])) for row in rows(tmp_path, name))
-        length[hazard] = sum(len(row["response"].split()) for row in rows(tmp_path, "train.jsonl")) / 600
+            assert all(
+                reaches(row["response"], *problem(row["prompt"])) for row in rows(tmp_path, name)
+            )
+        length[hazard] = (
+            sum(len(row["response"].split()) for row in rows(tmp_path, "train.jsonl")) / 600
+        )
     assert length[0.0] > length[0.15] + 5
 
 
 def test_easy_problems_are_solved_more_often_than_hard_ones():
     for k in SIZES:
         assert not set(pool("train", k, "easy")) & set(pool("train", k, "hard"))
-        assert set(pool("train", k, "easy")) | set(pool("train", k, "hard")) == set(pool("train", k))
+        assert set(pool("train", k, "easy")) | set(pool("train", k, "hard")) == set(
+            pool("train", k)
+        )
     config = Config(trajectories=600)
-    right = {level: sum(reaches(row["response"], *problem(row["prompt"]))
-                        for row in countdown.trajectory_rows("train", 600, config, level))
-             for level in ("easy", "hard")}
+    right = {
+        level: sum(
+            reaches(row["response"], *problem(row["prompt"]))
+            for row in countdown.trajectory_rows("train", 600, config, level)
+        )
+        for level in ("easy", "hard")
+    }
     assert right["easy"] > right["hard"] + 40
-    assert {len(problem(row["prompt"])[0]) for row in countdown.trajectory_rows("train", 50, config, "4")} == {4}
+    assert {
+        len(problem(row["prompt"])[0])
+        for row in countdown.trajectory_rows("train", 50, config, "4")
+    } == {4}
 
 
 def test_base_text_has_true_facts_and_noisy_comparisons_and_guesses_that_seldom_hit(tmp_path):
     write(tmp_path, Config(trajectories=0, val=0, rl=0, test=0, base=4000))
     texts = [row["text"] for row in rows(tmp_path, "base.jsonl")]
     facts = [text for text in texts if "Make" not in text]
-    assert all(value(ast.parse(a, mode="eval").body) == int(b)
-               for text in facts for fact in text.split(" , ") for a, b in [fact.split(" = ")])
+    assert all(
+        value(ast.parse(a, mode="eval").body) == int(b)
+        for text in facts
+        for fact in text.split(" , ")
+        for a, b in [fact.split(" = ")]
+    )
     compared = [text for text in texts if re.match(r"Make \d+ -> ", text)]
     goals = [(text.split()[1], re.findall(r"= (\d+) (yes|no)", text)) for text in compared]
-    noise = [(result == target) != (said == "yes") for target, lines in goals for result, said in lines]
+    noise = [
+        (result == target) != (said == "yes") for target, lines in goals for result, said in lines
+    ]
     assert 0.08 < sum(noise) / len(noise) < 0.12
     answers = [text.split(" -> ") for text in texts if " from " in text]
     hits = [reaches(response, *problem(prompt + " ->")) for prompt, response in answers]
@@ -233,7 +300,9 @@ def test_problem_rows_give_prompt_answer_and_numbers_that_agree(folder):
         for row in rows(folder, f"{name}.jsonl"):
             assert set(row) == {"prompt", "answer", "numbers"}
             assert problem(row["prompt"]) == (row["numbers"], int(row["answer"]))
-            assert (tuple(sorted(row["numbers"])), int(row["answer"])) in all_problems(len(row["numbers"]))
+            assert (tuple(sorted(row["numbers"])), int(row["answer"])) in all_problems(
+                len(row["numbers"])
+            )
 
 
 def test_a_folder_without_countdown_json_is_not_whole(folder, tmp_path, monkeypatch):
@@ -241,23 +310,48 @@ def test_a_folder_without_countdown_json_is_not_whole(folder, tmp_path, monkeypa
 
     def full_disk(*_):
         raise OSError("no space left")
+
     monkeypatch.setattr(countdown.os, "replace", full_disk)
     with pytest.raises(OSError, match="no space"):
         write(tmp_path, SMALL)
     assert not (tmp_path / "countdown.json").exists()
 
 
-@pytest.mark.parametrize("flags, told", [
-    (["--hazard", "2"], "hazard is 2.0"), (["--lines", "1"], "lines is 1"), (["--difficulty", "odd"], "choose uniform"),
-    (["--rl", "9000"], "4500 rows of 3 numbers"), (["--val", "-1"], "val is -1")])
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--hazard", "2"], "hazard is 2.0"),
+        (["--lines", "1"], "lines is 1"),
+        (["--difficulty", "odd"], "choose uniform"),
+        (["--rl", "9000"], "4500 rows of 3 numbers"),
+        (["--val", "-1"], "val is -1"),
+    ],
+)
 def test_a_users_mistake_is_one_line_and_exit_code_2(tmp_path, capsys, flags, told):
-    assert main(["--out", str(tmp_path / "data"), "--base", "1", "--trajectories", "1", *flags]) == 2
+    assert (
+        main(["--out", str(tmp_path / "data"), "--base", "1", "--trajectories", "1", *flags]) == 2
+    )
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1 and told in said
 
 
 def test_the_command_of_the_manual_writes_its_files(tmp_path, capsys):
-    assert main(["--out", str(tmp_path), "--trajectories", "40", "--hazard", "0", "--verified", "--base", "5"]) == 0
+    assert (
+        main(
+            [
+                "--out",
+                str(tmp_path),
+                "--trajectories",
+                "40",
+                "--hazard",
+                "0",
+                "--verified",
+                "--base",
+                "5",
+            ]
+        )
+        == 0
+    )
     assert "40 train.jsonl" in capsys.readouterr().out
     settings = json.loads((tmp_path / "countdown.json").read_text())["config"]
     assert settings == vars(Config(trajectories=40, hazard=0.0, verified=True, base=5))
@@ -266,9 +360,22 @@ def test_the_command_of_the_manual_writes_its_files(tmp_path, capsys):
 def test_search_rates_read_patience_and_success_off_responses():
     def record(checks, closed=True):
         tries = " ".join(f"1 + 2 = 3 {word}" for word in checks.split())
-        return {"problem": "Make 3 from 1 2 3 ->", "response": f"<think> {tries}{' </think>' if closed else ''}", "correct": "yes" in checks}
-    rates = countdown.search_rates([record("no no yes"), record("no"), record("no no no", closed=False), record("yes")])[3]
-    assert rates == {"right": 0.5, "gave_up": 0.25, "tries": 2.0, "success": 0.25, "quit": pytest.approx(1 / 6)}
+        return {
+            "problem": "Make 3 from 1 2 3 ->",
+            "response": f"<think> {tries}{' </think>' if closed else ''}",
+            "correct": "yes" in checks,
+        }
+
+    rates = countdown.search_rates(
+        [record("no no yes"), record("no"), record("no no no", closed=False), record("yes")]
+    )[3]
+    assert rates == {
+        "right": 0.5,
+        "gave_up": 0.25,
+        "tries": 2.0,
+        "success": 0.25,
+        "quit": pytest.approx(1 / 6),
+    }
 
 
 def test_the_chance_to_find_is_that_of_a_simulated_search():
@@ -281,5 +388,6 @@ def test_the_chance_to_find_is_that_of_a_simulated_search():
             if rng.random() < quit_:
                 return False
         return False
+
     share = sum(search(0.1, 0.15, 14) for _ in range(20_000)) / 20_000
     assert abs(share - countdown.found(0.1, 0.15, 14)) < 0.012

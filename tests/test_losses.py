@@ -1,4 +1,5 @@
 """losses.py against vectors, short independent references and the properties every objective must keep."""
+
 import copy
 import json
 import math
@@ -15,17 +16,47 @@ from losses import OBJECTIVES, Objective, Rows
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "objective_cases.json"
 VECTORS = json.loads(SHARED.read_text()) if SHARED.exists() else {"cases": [], "misc": []}
-needs_vectors = pytest.mark.skipif(not SHARED.exists(), reason="the shared vectors are not part of the project")
+needs_vectors = pytest.mark.skipif(
+    not SHARED.exists(), reason="the shared vectors are not part of the project"
+)
 
-STARTS = {"gspo": Objective(surrogate="sequence"), "cispo": Objective(surrogate="cispo"), "dr_grpo": Objective(),
-          "sft": Objective(imitation=1.0), **OBJECTIVES}
-TIS = {None: "none", "none": "none", "tis": "token", "token": "token", "clamp": "token", "seq_tis": "sequence",
-       "seq": "sequence", "icepop": "icepop"}
+STARTS = {
+    "gspo": Objective(surrogate="sequence"),
+    "cispo": Objective(surrogate="cispo"),
+    "dr_grpo": Objective(),
+    "sft": Objective(imitation=1.0),
+    **OBJECTIVES,
+}
+TIS = {
+    None: "none",
+    "none": "none",
+    "tis": "token",
+    "token": "token",
+    "clamp": "token",
+    "seq_tis": "sequence",
+    "seq": "sequence",
+    "icepop": "icepop",
+}
 SAME = """singleton clip_low clip_high dual_clip log_ratio_clamp kl_coef kl_type kl_clamp entropy_coef mask_truncated
           agg norm_const const_div_seqs shaping_gamma mix_norm gate_gamma prefix_adv prefix_clip drop_ratio""".split()
-RENAMED = {"filter_groups": "dynamic_sampling", "is_low": "tis_low", "is_high": "tis_high", "w1_scale": "imitation",
-           "w2_scale": "success_coef", "sft_coef": "imitation", "srft_entropy": "entropy_weights"}
-ELSEWHERE = {"adv_norm", "adv_ddof", "adv_eps", "success_threshold", "is_mode", "ratio_cap", "ratio_floor"}
+RENAMED = {
+    "filter_groups": "dynamic_sampling",
+    "is_low": "tis_low",
+    "is_high": "tis_high",
+    "w1_scale": "imitation",
+    "w2_scale": "success_coef",
+    "sft_coef": "imitation",
+    "srft_entropy": "entropy_weights",
+}
+ELSEWHERE = {
+    "adv_norm",
+    "adv_ddof",
+    "adv_eps",
+    "success_threshold",
+    "is_mode",
+    "ratio_cap",
+    "ratio_floor",
+}
 
 
 def objective_of(algo: str, hparams: dict) -> Objective:
@@ -33,10 +64,15 @@ def objective_of(algo: str, hparams: dict) -> Objective:
     unknown = set(hparams) - set(SAME) - set(RENAMED) - ELSEWHERE
     assert not unknown, f"hyper-parameters without a meaning here: {sorted(unknown)}"
     assert hparams["adv_norm"] in ("none", "group_std"), hparams["adv_norm"]
-    chosen = {RENAMED.get(name, name): value for name, value in hparams.items() if name not in ELSEWHERE}
-    if algo == "cispo":         # its bounds are absolute, ours are distances from 1
+    chosen = {
+        RENAMED.get(name, name): value for name, value in hparams.items() if name not in ELSEWHERE
+    }
+    if algo == "cispo":  # its bounds are absolute, ours are distances from 1
         cap, floor = hparams["ratio_cap"], hparams["ratio_floor"]
-        chosen.update(clip_high=None if cap is None else cap - 1, clip_low=None if floor is None else 1 - floor)
+        chosen.update(
+            clip_high=None if cap is None else cap - 1,
+            clip_low=None if floor is None else 1 - floor,
+        )
     chosen.update(normalize_std=hparams["adv_norm"] == "group_std", tis=TIS[hparams["is_mode"]])
     return replace(STARTS[algo], **chosen)
 
@@ -45,37 +81,70 @@ def rows_that_stay(objective: Objective, rewards, ids, expert):
     """(B,) bool: what gate and filter leave, and (B,) long: groups that share a baseline."""
     if objective.demo != "gate":
         keep = torch.ones_like(expert)
-        return (keep & losses.is_informative(rewards, ids) if objective.dynamic_sampling else keep), ids
-    own = torch.where(expert, -1 - ids, ids)    # an imitated expert has no say in the rollouts' baseline
+        return (
+            keep & losses.is_informative(rewards, ids) if objective.dynamic_sampling else keep
+        ), ids
+    own = torch.where(
+        expert, -1 - ids, ids
+    )  # an imitated expert has no say in the rollouts' baseline
     keep = losses.gate_rows(rewards, ids, expert, objective.gate_gamma)
-    return (keep & (expert | losses.is_informative(rewards, own)) if objective.dynamic_sampling else keep), own
+    return (
+        keep & (expert | losses.is_informative(rewards, own))
+        if objective.dynamic_sampling
+        else keep
+    ), own
 
 
 def prepare(objective: Objective, case: dict, dtype: torch.dtype):
     """(rows, weights (4,B), active (B,) bool) of a case, by the calls that training makes, in their order."""
     hparams = case["hparams"]
-    given = {name: None if x is None else torch.tensor(x, dtype=dtype) for name, x in case["inputs"].items()}
+    given = {
+        name: None if x is None else torch.tensor(x, dtype=dtype)
+        for name, x in case["inputs"].items()
+    }
     full, rewards, ids = given["mask"] > 0, given["rewards"], given["group_ids"].long()
     expert = (given["is_expert"] > 0) & (objective.demo in ("row", "gate"))
     active, baseline = rows_that_stay(objective, rewards, ids, expert)
-    mask = full & active[:, None] & ((given["truncated"] == 0) | (not objective.mask_truncated))[:, None]
+    mask = (
+        full
+        & active[:, None]
+        & ((given["truncated"] == 0) | (not objective.mask_truncated))[:, None]
+    )
     is_prefix = losses.prefix_tokens(full, given["prefix_len"].long())
-    options = dict(normalize_std=objective.normalize_std, singleton=objective.singleton, eps=hparams["adv_eps"],
-                   ddof=hparams["adv_ddof"])
+    options = dict(
+        normalize_std=objective.normalize_std,
+        singleton=objective.singleton,
+        eps=hparams["adv_eps"],
+        ddof=hparams["adv_ddof"],
+    )
     if objective.demo == "prefix":
         keep = losses.most_uncertain(given["entropy"], is_prefix & mask, objective.drop_ratio)
-        advantages = losses.prefix_advantages(rewards, ids, is_prefix, keep, objective.prefix_adv == "split", **options)
+        advantages = losses.prefix_advantages(
+            rewards, ids, is_prefix, keep, objective.prefix_adv == "split", **options
+        )
     else:
         imitated = expert & (objective.demo == "gate")
         advantages = (losses.group_advantages(rewards, baseline, **options) * ~imitated)[:, None]
     if case["algo"] == "sft":
         expert, advantages = torch.ones_like(expert), advantages * 0
     entropy_over = objective.entropy_weights
-    rows = Rows(mask, advantages * mask, given["old_logp"], given["ref_logp"], given["rollout_logp"], expert, is_prefix,
-                rewards > hparams["success_threshold"],
-                None if entropy_over == "none" else losses.mean_entropy(given["entropy"], mask, entropy_over))
+    rows = Rows(
+        mask,
+        advantages * mask,
+        given["old_logp"],
+        given["ref_logp"],
+        given["rollout_logp"],
+        expert,
+        is_prefix,
+        rewards > hparams["success_threshold"],
+        None
+        if entropy_over == "none"
+        else losses.mean_entropy(given["entropy"], mask, entropy_over),
+    )
     weights = torch.zeros(4, len(ids), dtype=torch.float64)
-    weights[:, active] = losses.batch_weights(objective, mask.sum(1)[active], ids[active], expert[active])
+    weights[:, active] = losses.batch_weights(
+        objective, mask.sum(1)[active], ids[active], expert[active]
+    )
     return rows, weights, active
 
 
@@ -88,7 +157,12 @@ def run_case(case: dict, dtype: torch.dtype = torch.float64):
     entropy = None if entropy is None else torch.tensor(entropy, dtype=dtype, requires_grad=True)
     loss = losses.update_loss(objective, logp, entropy, rows, weights)
     loss.backward()
-    return loss.detach(), logp.grad, entropy.grad if objective.entropy_coef else None, rows.advantages
+    return (
+        loss.detach(),
+        logp.grad,
+        entropy.grad if objective.entropy_coef else None,
+        rows.advantages,
+    )
 
 
 @needs_vectors
@@ -96,7 +170,9 @@ def run_case(case: dict, dtype: torch.dtype = torch.float64):
 @pytest.mark.parametrize("case", VECTORS["cases"], ids=[case["id"] for case in VECTORS["cases"]])
 def test_a_shared_case_agrees_in_loss_gradients_and_advantages(case, dtype):
     expected = case["expected"]
-    tolerance = dict(rtol=1e-9, atol=1e-12) if dtype == torch.float64 else dict(rtol=2e-5, atol=2e-6)
+    tolerance = (
+        dict(rtol=1e-9, atol=1e-12) if dtype == torch.float64 else dict(rtol=2e-5, atol=2e-6)
+    )
     got = dict(zip(("loss", "grad_logp", "grad_entropy", "advantages"), run_case(case, dtype)))
     assert (got["grad_entropy"] is None) == (expected["grad_entropy"] is None)
     for name, value in got.items():
@@ -104,9 +180,14 @@ def test_a_shared_case_agrees_in_loss_gradients_and_advantages(case, dtype):
             want = torch.tensor(expected[name], dtype=dtype)
             torch.testing.assert_close(value, want, **tolerance, msg=lambda text: f"{name}: {text}")
     rows, _, active = prepare(objective_of(case["algo"], case["hparams"]), case, dtype)
-    assert int(rows.mask.sum()) == expected["n_tokens"] and active.int().tolist() == expected["active_rows"]
+    assert (
+        int(rows.mask.sum()) == expected["n_tokens"]
+        and active.int().tolist() == expected["active_rows"]
+    )
     if "H" in expected["extra"]:
-        torch.testing.assert_close(rows.mean_entropy, torch.tensor(expected["extra"]["H"], dtype=dtype), **tolerance)
+        torch.testing.assert_close(
+            rows.mean_entropy, torch.tensor(expected["extra"]["H"], dtype=dtype), **tolerance
+        )
     for group, decision in expected["extra"].items() if case["algo"] == "upt" else ():
         mine = torch.tensor(case["inputs"]["group_ids"]) == int(group)
         assert bool((rows.is_expert & active)[mine].any()) == (decision == "sft")
@@ -125,33 +206,67 @@ def run_rule(case: dict):
     if case["kind"] == "dynamic_sampling":
         found = losses.collect_informative(x["rounds"], x["train_prompts"], x.get("max_rounds", 10))
         names = ("selected", "dropped", "discarded_surplus", "rounds_used", "status")
-        return {**dict(zip(names, found)), "leftover": []}    # nothing is carried over to the next step
+        return {
+            **dict(zip(names, found)),
+            "leftover": [],
+        }  # nothing is carried over to the next step
     assert case["kind"] == "group_advantage", case["kind"]
     options = {name: x[name] for name in ("singleton", "ddof", "eps") if name in x}
     rewards, ids = torch.tensor(x["rewards"], dtype=torch.float64), torch.tensor(x["group_ids"])
-    return losses.group_advantages(rewards, ids, normalize_std=x["norm"] == "group_std", **options).tolist()
+    return losses.group_advantages(
+        rewards, ids, normalize_std=x["norm"] == "group_std", **options
+    ).tolist()
 
 
 @needs_vectors
 @pytest.mark.parametrize("case", VECTORS["misc"], ids=[case["id"] for case in VECTORS["misc"]])
 def test_a_shared_rule_gives_the_expected_value(case):
     exact = case["kind"] in ("dynamic_sampling", "prefix_length")
-    assert run_rule(case) == (case["expected"] if exact else pytest.approx(case["expected"], rel=1e-9, abs=0))
+    assert run_rule(case) == (
+        case["expected"] if exact else pytest.approx(case["expected"], rel=1e-9, abs=0)
+    )
 
 
 # --------------------------------------------------------------------------- an independent reference, loops and floats
-DEFAULTS = dict(agg="token-mean", norm_const=8.0, const_div_seqs=True, adv_norm="none", adv_ddof=1, adv_eps=1e-6,
-                singleton="zero", clip_low=None, clip_high=None, dual_clip=None, log_ratio_clamp=None, kl_coef=0.0,
-                kl_type="k3", kl_clamp=None, entropy_coef=0.0, filter_groups=False, mask_truncated=False, is_mode=None,
-                is_low=None, is_high=None, success_threshold=0.5)
+DEFAULTS = dict(
+    agg="token-mean",
+    norm_const=8.0,
+    const_div_seqs=True,
+    adv_norm="none",
+    adv_ddof=1,
+    adv_eps=1e-6,
+    singleton="zero",
+    clip_low=None,
+    clip_high=None,
+    dual_clip=None,
+    log_ratio_clamp=None,
+    kl_coef=0.0,
+    kl_type="k3",
+    kl_clamp=None,
+    entropy_coef=0.0,
+    filter_groups=False,
+    mask_truncated=False,
+    is_mode=None,
+    is_low=None,
+    is_high=None,
+    success_threshold=0.5,
+)
 CLIP = dict(clip_low=0.2, clip_high=0.2)
-METHODS = {"sft": {}, "grpo": CLIP, "dapo_d": {**CLIP, "filter_groups": True}, "dr_grpo": {**CLIP, "agg": "const"},
-           "dapo_dc": dict(adv_norm="group_std", clip_low=0.2, clip_high=0.28, filter_groups=True),
-           "gspo": dict(agg="seq-mean-token-mean", adv_norm="group_std", clip_low=0.1, clip_high=0.1),
-           "cispo": dict(ratio_cap=1.3, ratio_floor=None), "luffy": dict(shaping_gamma=0.1),
-           "srft": dict(shaping_gamma=0.1, w1_scale=0.5, w2_scale=0.1, srft_entropy="seq", mix_norm="joint"),
-           "upt": {**CLIP, "gate_gamma": 0.25, "sft_coef": 0.7, "mix_norm": "joint"},
-           "prefix_rft": {**CLIP, "drop_ratio": 0.6, "prefix_adv": "group", "prefix_clip": True}}
+METHODS = {
+    "sft": {},
+    "grpo": CLIP,
+    "dapo_d": {**CLIP, "filter_groups": True},
+    "dr_grpo": {**CLIP, "agg": "const"},
+    "dapo_dc": dict(adv_norm="group_std", clip_low=0.2, clip_high=0.28, filter_groups=True),
+    "gspo": dict(agg="seq-mean-token-mean", adv_norm="group_std", clip_low=0.1, clip_high=0.1),
+    "cispo": dict(ratio_cap=1.3, ratio_floor=None),
+    "luffy": dict(shaping_gamma=0.1),
+    "srft": dict(
+        shaping_gamma=0.1, w1_scale=0.5, w2_scale=0.1, srft_entropy="seq", mix_norm="joint"
+    ),
+    "upt": {**CLIP, "gate_gamma": 0.25, "sft_coef": 0.7, "mix_norm": "joint"},
+    "prefix_rft": {**CLIP, "drop_ratio": 0.6, "prefix_adv": "group", "prefix_clip": True},
+}
 N_ROWS, WIDTH = 14, 5
 
 
@@ -166,21 +281,36 @@ def make_case(algo: str, seed: int = 0, **hparams) -> dict:
     kind = [1 if i in (3, 10) else 0 for i in range(N_ROWS)]
 
     def table(make):
-        return [[make(b, t) if t < n else rng.choice([-200.0, 0.0, 77.0]) for t in range(WIDTH)]
-                for b, n in enumerate(lengths)]
+        return [
+            [make(b, t) if t < n else rng.choice([-200.0, 0.0, 77.0]) for t in range(WIDTH)]
+            for b, n in enumerate(lengths)
+        ]
 
     logp = table(lambda b, t: -rng.expovariate(1.0) - 0.01)
     near = lambda width: table(lambda b, t: logp[b][t] + rng.gauss(0, width))
     binary = rng.random() < 0.7
-    inputs = dict(logp=logp, old_logp=near(0.3), ref_logp=near(1.0), rollout_logp=near(0.3),
-                  entropy=table(lambda b, t: rng.expovariate(1.0)),
-                  mask=[[int(t < n) for t in range(WIDTH)] for n in lengths], group_ids=ids,
-                  rewards=[float(rng.random() < 0.5) if binary else rng.random() for _ in range(N_ROWS)],
-                  is_expert=kind if algo in ("luffy", "srft", "upt") else [0] * N_ROWS,
-                  prefix_len=[min(k * rng.randint(1, 4), max(n - 1, 0)) * (algo == "prefix_rft")
-                              for k, n in zip(kind, lengths)],
-                  truncated=[int(rng.random() < 0.2) for _ in range(N_ROWS)])
-    return dict(id=f"{algo} {seed}", algo=algo, inputs=inputs, hparams={**DEFAULTS, **METHODS[algo], **hparams})
+    inputs = dict(
+        logp=logp,
+        old_logp=near(0.3),
+        ref_logp=near(1.0),
+        rollout_logp=near(0.3),
+        entropy=table(lambda b, t: rng.expovariate(1.0)),
+        mask=[[int(t < n) for t in range(WIDTH)] for n in lengths],
+        group_ids=ids,
+        rewards=[float(rng.random() < 0.5) if binary else rng.random() for _ in range(N_ROWS)],
+        is_expert=kind if algo in ("luffy", "srft", "upt") else [0] * N_ROWS,
+        prefix_len=[
+            min(k * rng.randint(1, 4), max(n - 1, 0)) * (algo == "prefix_rft")
+            for k, n in zip(kind, lengths)
+        ],
+        truncated=[int(rng.random() < 0.2) for _ in range(N_ROWS)],
+    )
+    return dict(
+        id=f"{algo} {seed}",
+        algo=algo,
+        inputs=inputs,
+        hparams={**DEFAULTS, **METHODS[algo], **hparams},
+    )
 
 
 def reference_advantage(rewards: list[float], b: int, members: list[int], h: dict) -> float:
@@ -193,7 +323,9 @@ def reference_advantage(rewards: list[float], b: int, members: list[int], h: dic
     centred = rewards[b] - sum(values) / len(values)
     if h["adv_norm"] == "none":
         return centred
-    return centred / ((statistics.stdev if h["adv_ddof"] else statistics.pstdev)(values) + h["adv_eps"])
+    return centred / (
+        (statistics.stdev if h["adv_ddof"] else statistics.pstdev)(values) + h["adv_eps"]
+    )
 
 
 def reference_rows(case: dict):
@@ -212,14 +344,22 @@ def reference_rows(case: dict):
             members = [] if imitate else plain
         if h["filter_groups"] and members and len({x["rewards"][b] for b in members}) == 1:
             active -= set(members)
-    tokens = [(b, t) for b in sorted(active) for t in range(len(x["mask"][b])) if x["mask"][b][t]
-              and not (h["mask_truncated"] and x["truncated"][b])]
+    tokens = [
+        (b, t)
+        for b in sorted(active)
+        for t in range(len(x["mask"][b]))
+        if x["mask"][b][t] and not (h["mask_truncated"] and x["truncated"][b])
+    ]
     in_prefix = lambda b, t: t < x["prefix_len"][b]
     ranked = sorted((x["entropy"][b][t], b, t) for b, t in tokens if in_prefix(b, t))
-    lost = {(b, t) for _, b, t in ranked[:int(h.get("drop_ratio", 0) * len(ranked))]}
+    lost = {(b, t) for _, b, t in ranked[: int(h.get("drop_ratio", 0) * len(ranked))]}
     advantages = {}
     for b, t in tokens:
-        group = [i for i in rows if x["group_ids"][i] == x["group_ids"][b] and not (algo == "upt" and expert[i])]
+        group = [
+            i
+            for i in rows
+            if x["group_ids"][i] == x["group_ids"][b] and not (algo == "upt" and expert[i])
+        ]
         plain = [i for i in group if not x["prefix_len"][i]]
         if algo == "sft" or (b, t) in lost or (algo == "upt" and expert[b]):
             advantages[b, t] = 0.0
@@ -259,7 +399,11 @@ def reference_sampler_weight(case: dict, b: int, t: int, row: list[int]) -> floa
     x, h = case["inputs"], case["hparams"]
     if h["is_mode"] is None or t < x["prefix_len"][b]:
         return 1.0
-    gap = {s: (x["old_logp"] or x["logp"])[b][s] - x["rollout_logp"][b][s] for s in row if s >= x["prefix_len"][b]}
+    gap = {
+        s: (x["old_logp"] or x["logp"])[b][s] - x["rollout_logp"][b][s]
+        for s in row
+        if s >= x["prefix_len"][b]
+    }
     weight = math.exp(sum(gap.values()) if h["is_mode"] == "seq_tis" else gap[t])
     low, high = h["is_low"] or 0.0, math.inf if h["is_high"] is None else h["is_high"]
     if h["is_mode"] == "icepop":
@@ -267,11 +411,17 @@ def reference_sampler_weight(case: dict, b: int, t: int, row: list[int]) -> floa
     return max(low, min(high, weight))
 
 
-def reference_rollout_token(case: dict, logp, b: int, t: int, row: list[int], A: float, H: float) -> float:
+def reference_rollout_token(
+    case: dict, logp, b: int, t: int, row: list[int], A: float, H: float
+) -> float:
     """The loss of one token the policy wrote. Stopped gradients read case["inputs"]["logp"], live ones `logp`."""
     x, h, algo = case["inputs"], case["hparams"], case["algo"]
     if algo == "srft":
-        return -h["w2_scale"] * math.exp(H) * logp[b][t] if x["rewards"][b] > h["success_threshold"] else logp[b][t]
+        return (
+            -h["w2_scale"] * math.exp(H) * logp[b][t]
+            if x["rewards"][b] > h["success_threshold"]
+            else logp[b][t]
+        )
     if algo == "cispo":
         r = reference_ratio(case, x["logp"], b, t, row)
         return -min(max(r, h["ratio_floor"] or 0.0), h["ratio_cap"]) * A * logp[b][t]
@@ -328,10 +478,14 @@ def count_tokens_that_agree(case: dict) -> int:
     loss, grad_logp, grad_entropy, advantages = run_case(case)
     x = case["inputs"]
     plan = _, tokens, expected = reference_rows(case)
-    assert loss.item() == pytest.approx(reference_loss(case, x["logp"], plan), rel=1e-10, abs=1e-12), case["hparams"]
+    assert loss.item() == pytest.approx(
+        reference_loss(case, x["logp"], plan), rel=1e-10, abs=1e-12
+    ), case["hparams"]
     for b in range(N_ROWS):
         for t in range(WIDTH):
-            assert advantages[b, t].item() == pytest.approx(expected.get((b, t), 0.0), rel=1e-10, abs=1e-14)
+            assert advantages[b, t].item() == pytest.approx(
+                expected.get((b, t), 0.0), rel=1e-10, abs=1e-14
+            )
             if (b, t) not in expected:
                 assert grad_logp[b, t] == 0
                 continue
@@ -339,33 +493,69 @@ def count_tokens_that_agree(case: dict) -> int:
             up[b][t] += 1e-6
             down[b][t] -= 1e-6
             slope = (reference_loss(case, up, plan) - reference_loss(case, down, plan)) / 2e-6
-            assert grad_logp[b, t].item() == pytest.approx(slope, rel=1e-5, abs=1e-8), (b, t, case["hparams"])
+            assert grad_logp[b, t].item() == pytest.approx(slope, rel=1e-5, abs=1e-8), (
+                b,
+                t,
+                case["hparams"],
+            )
     if grad_entropy is not None:
         per_token = case["hparams"]["entropy_coef"] / max(len(tokens), 1)
-        trained = torch.tensor([[float((b, t) in expected) for t in range(WIDTH)] for b in range(N_ROWS)])
+        trained = torch.tensor(
+            [[float((b, t) in expected) for t in range(WIDTH)] for b in range(N_ROWS)]
+        )
         assert torch.allclose(grad_entropy, -per_token * trained.double())
     return len(tokens)
 
 
 OPTIONS = [dict(agg=agg) for agg in losses.CHOICES["agg"]] + [
-    dict(agg="const", const_div_seqs=False), dict(adv_norm="group_std"), dict(adv_norm="group_std", adv_ddof=0),
-    dict(singleton="raw"), dict(dual_clip=1.1), dict(log_ratio_clamp=0.2), dict(clip_low=0.1, clip_high=None),
-    dict(is_mode="tis", is_high=1.1), dict(is_mode="tis", is_low=0.9, is_high=1.2),
+    dict(agg="const", const_div_seqs=False),
+    dict(adv_norm="group_std"),
+    dict(adv_norm="group_std", adv_ddof=0),
+    dict(singleton="raw"),
+    dict(dual_clip=1.1),
+    dict(log_ratio_clamp=0.2),
+    dict(clip_low=0.1, clip_high=None),
+    dict(is_mode="tis", is_high=1.1),
+    dict(is_mode="tis", is_low=0.9, is_high=1.2),
     dict(is_mode="seq_tis", is_high=1.5),
-    dict(is_mode="icepop", is_low=0.8, is_high=1.25), dict(kl_coef=0.1, kl_type="k1"), dict(kl_coef=0.1, kl_type="k2"),
-    dict(kl_coef=0.1), dict(kl_coef=0.1, kl_clamp=0.5), dict(entropy_coef=0.01), dict(mask_truncated=True),
-    dict(filter_groups=True)]
+    dict(is_mode="icepop", is_low=0.8, is_high=1.25),
+    dict(kl_coef=0.1, kl_type="k1"),
+    dict(kl_coef=0.1, kl_type="k2"),
+    dict(kl_coef=0.1),
+    dict(kl_coef=0.1, kl_clamp=0.5),
+    dict(entropy_coef=0.01),
+    dict(mask_truncated=True),
+    dict(filter_groups=True),
+]
 OFFICIAL = dict(mix_norm="separate", agg="const", const_div_seqs=False)
 SPECIAL = {
     "cispo": [dict(ratio_floor=0.8, ratio_cap=1.28)],
     "luffy": [CLIP],
-    "srft": [OFFICIAL, dict(mix_norm="separate"), dict(srft_entropy="batch"), dict(success_threshold=0.2)],
-    "upt": [OFFICIAL, dict(gate_gamma=0.0), dict(gate_gamma=0.5), dict(mix_norm="separate"),
-            dict(mix_norm="separate", agg="const", kl_coef=0.1), dict(clip_low=None, clip_high=None),
-            dict(mix_norm="separate", filter_groups=True, agg="group-token-mean")],
-    "prefix_rft": [dict(prefix_adv="split"), dict(prefix_clip=False, dual_clip=1.1), dict(drop_ratio=0.0),
-                   dict(drop_ratio=1.0), dict(prefix_adv="split", is_mode="seq_tis", is_high=1.2),
-                   dict(prefix_adv="split", mask_truncated=True), dict(prefix_adv="split", singleton="raw")]}
+    "srft": [
+        OFFICIAL,
+        dict(mix_norm="separate"),
+        dict(srft_entropy="batch"),
+        dict(success_threshold=0.2),
+    ],
+    "upt": [
+        OFFICIAL,
+        dict(gate_gamma=0.0),
+        dict(gate_gamma=0.5),
+        dict(mix_norm="separate"),
+        dict(mix_norm="separate", agg="const", kl_coef=0.1),
+        dict(clip_low=None, clip_high=None),
+        dict(mix_norm="separate", filter_groups=True, agg="group-token-mean"),
+    ],
+    "prefix_rft": [
+        dict(prefix_adv="split"),
+        dict(prefix_clip=False, dual_clip=1.1),
+        dict(drop_ratio=0.0),
+        dict(drop_ratio=1.0),
+        dict(prefix_adv="split", is_mode="seq_tis", is_high=1.2),
+        dict(prefix_adv="split", mask_truncated=True),
+        dict(prefix_adv="split", singleton="raw"),
+    ],
+}
 
 
 @pytest.mark.parametrize("algo", METHODS)
@@ -379,7 +569,9 @@ def test_float32_stays_close_to_float64_under_every_option(algo):
     for seed, options in enumerate([{}] + OPTIONS + SPECIAL.get(algo, [])):
         case = make_case(algo, seed, **options)
         for single, double in zip(run_case(case, torch.float32), run_case(case, torch.float64)):
-            assert single is double is None or torch.allclose(single.double(), double, rtol=2e-5, atol=2e-6), options
+            assert single is double is None or torch.allclose(
+                single.double(), double, rtol=2e-5, atol=2e-6
+            ), options
 
 
 @pytest.mark.parametrize("algo", METHODS)
@@ -403,17 +595,30 @@ def sum_of_shares(case: dict, parts: list[list[int]]):
     total = 0.0
     for part in parts:
         width = max(int(rows.mask[part].sum(1).max()), 1)
-        narrow = Rows(*(None if x is None else x[:, :width] if x.dim() == 2 else x for x in losses.take(rows, part)))
-        share = losses.update_loss(objective, logp[part, :width], entropy[part, :width], narrow, weights[:, part])
+        narrow = Rows(
+            *(
+                None if x is None else x[:, :width] if x.dim() == 2 else x
+                for x in losses.take(rows, part)
+            )
+        )
+        share = losses.update_loss(
+            objective, logp[part, :width], entropy[part, :width], narrow, weights[:, part]
+        )
         share.backward()
         total += share.item()
     return total, logp.grad, torch.zeros_like(logp) if entropy.grad is None else entropy.grad
 
 
 @pytest.mark.parametrize("algo", METHODS)
-@pytest.mark.parametrize("options", [{}, dict(agg="group-token-mean", kl_coef=0.1, entropy_coef=0.01),
-                                     dict(agg="seq-mean-token-mean")],
-                         ids=["default", "group mean, KL, entropy", "sequence mean"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(agg="group-token-mean", kl_coef=0.1, entropy_coef=0.01),
+        dict(agg="seq-mean-token-mean"),
+    ],
+    ids=["default", "group mean, KL, entropy", "sequence mean"],
+)
 def test_the_cut_into_micro_batches_and_ranks_changes_neither_loss_nor_gradient(algo, options):
     extra = dict(mix_norm="separate") if algo in ("srft", "upt") and options else {}
     case = make_case(algo, 7, **options, **extra)
@@ -421,11 +626,13 @@ def test_the_cut_into_micro_batches_and_ranks_changes_neither_loss_nor_gradient(
     others = [b for b in range(N_ROWS) if b not in experts]
     whole = sum_of_shares(case, [list(range(N_ROWS))])
     assert whole[1].abs().sum() > 0
-    empty = N_ROWS - 1    # the row without a token, once as a micro-batch of its own
+    empty = N_ROWS - 1  # the row without a token, once as a micro-batch of its own
     uneven = [[empty], others[:3], [b for b in others[3:] if b != empty], experts]
     for parts in ([[b] for b in range(N_ROWS)], [experts, others], uneven):
         for one, cut in zip(whole, sum_of_shares(case, parts)):
-            assert torch.allclose(torch.as_tensor(one), torch.as_tensor(cut), rtol=1e-12, atol=1e-15)
+            assert torch.allclose(
+                torch.as_tensor(one), torch.as_tensor(cut), rtol=1e-12, atol=1e-15
+            )
 
 
 @pytest.mark.parametrize("algo", METHODS)
@@ -460,7 +667,10 @@ def test_garbage_under_the_mask_reaches_neither_loss_nor_gradient(algo, garbage)
     for b in range(N_ROWS):
         for t in range(WIDTH):
             for name in ("logp", "entropy", "ref_logp", "old_logp", "rollout_logp"):
-                unread = case["inputs"]["is_expert"][b] and name in ("old_logp", "rollout_logp")    # decoys
+                unread = case["inputs"]["is_expert"][b] and name in (
+                    "old_logp",
+                    "rollout_logp",
+                )  # decoys
                 if not case["inputs"]["mask"][b][t] or unread:
                     dirty["inputs"][name][b][t] = garbage
     for a, b in zip(clean, run_case(dirty)):
@@ -480,7 +690,12 @@ def test_adding_a_constant_to_the_rewards_of_a_group_changes_nothing(algo, norm)
 
 def gradient(algo: str, case: dict, **changes) -> torch.Tensor:
     """grad_logp of the same inputs under another method or other options."""
-    hparams = {**DEFAULTS, **METHODS[algo], **{k: v for k, v in case["hparams"].items() if k == "agg"}, **changes}
+    hparams = {
+        **DEFAULTS,
+        **METHODS[algo],
+        **{k: v for k, v in case["hparams"].items() if k == "agg"},
+        **changes,
+    }
     return run_case({**case, "algo": algo, "hparams": hparams})[1]
 
 
@@ -490,18 +705,32 @@ def test_on_policy_every_ratio_method_is_reinforce_and_no_clip_acts(agg):
     case["inputs"]["old_logp"] = case["inputs"]["logp"]
     plain = gradient("grpo", case)
     rows, weights, _ = prepare(objective_of("grpo", case["hparams"]), case, torch.float64)
-    assert torch.allclose(plain, -rows.advantages * weights[0][:, None] * rows.mask, rtol=1e-12, atol=1e-15)
-    for algo, options in (("cispo", {}), ("grpo", dict(clip_low=None, clip_high=None)), ("grpo", dict(dual_clip=3.0)),
-                          ("grpo", dict(clip_low=3e-4, clip_high=4e-4)), ("gspo", dict(adv_norm="none", agg=agg))):
-        assert torch.allclose(gradient(algo, case, **options), plain, rtol=1e-12, atol=1e-15), (algo, options)
+    assert torch.allclose(
+        plain, -rows.advantages * weights[0][:, None] * rows.mask, rtol=1e-12, atol=1e-15
+    )
+    for algo, options in (
+        ("cispo", {}),
+        ("grpo", dict(clip_low=None, clip_high=None)),
+        ("grpo", dict(dual_clip=3.0)),
+        ("grpo", dict(clip_low=3e-4, clip_high=4e-4)),
+        ("gspo", dict(adv_norm="none", agg=agg)),
+    ):
+        assert torch.allclose(gradient(algo, case, **options), plain, rtol=1e-12, atol=1e-15), (
+            algo,
+            options,
+        )
 
 
 def test_luffy_without_experts_is_grpo_without_a_clip():
     case = make_case("grpo", 12)
-    assert torch.equal(gradient("luffy", case), gradient("grpo", case, clip_low=None, clip_high=None))
+    assert torch.equal(
+        gradient("luffy", case), gradient("grpo", case, clip_low=None, clip_high=None)
+    )
 
 
-@pytest.mark.parametrize("variant", [{}, dict(prefix_adv="split"), dict(prefix_clip=False)], ids=str)
+@pytest.mark.parametrize(
+    "variant", [{}, dict(prefix_adv="split"), dict(prefix_clip=False)], ids=str
+)
 def test_prefix_rft_without_a_hybrid_is_grpo(variant):
     case = make_case("grpo", 13)
     assert torch.equal(gradient("prefix_rft", case, **variant), gradient("grpo", case))
@@ -511,18 +740,31 @@ def test_upt_with_a_gate_below_every_reward_is_grpo_on_the_rollouts():
     case = make_case("upt", 14)
     ungated = gradient("upt", case, gate_gamma=-1.0)
     keep = [b for b in range(N_ROWS) if not case["inputs"]["is_expert"][b]]
-    rollouts = {**case, "inputs": {name: [values[b] for b in keep] for name, values in case["inputs"].items()}}
+    rollouts = {
+        **case,
+        "inputs": {name: [values[b] for b in keep] for name, values in case["inputs"].items()},
+    }
     assert torch.allclose(ungated[keep], gradient("grpo", rollouts), rtol=1e-12)
-    assert all(ungated[b].abs().sum() == 0 for b in range(N_ROWS) if b not in keep) and ungated.abs().sum() > 0
+    assert (
+        all(ungated[b].abs().sum() == 0 for b in range(N_ROWS) if b not in keep)
+        and ungated.abs().sum() > 0
+    )
 
 
 def test_upt_with_a_gate_above_every_reward_is_sft_on_the_experts():
     case = make_case("upt", 15)
-    with_demo = [b for b in range(N_ROWS) if case["inputs"]["group_ids"][b] in (0, 1)]      # the groups that have one
-    case["inputs"] = {name: [values[b] for b in with_demo] for name, values in case["inputs"].items()}
+    with_demo = [
+        b for b in range(N_ROWS) if case["inputs"]["group_ids"][b] in (0, 1)
+    ]  # the groups that have one
+    case["inputs"] = {
+        name: [values[b] for b in with_demo] for name, values in case["inputs"].items()
+    }
     experts = [i for i, e in enumerate(case["inputs"]["is_expert"]) if e]
     imitated = gradient("upt", case, gate_gamma=1.0, sft_coef=1.0)
-    only = {**case, "inputs": {name: [values[i] for i in experts] for name, values in case["inputs"].items()}}
+    only = {
+        **case,
+        "inputs": {name: [values[i] for i in experts] for name, values in case["inputs"].items()},
+    }
     assert torch.allclose(imitated[experts], gradient("sft", only), rtol=1e-12)
     assert imitated.abs().sum() > 0
     assert all(imitated[i].abs().sum() == 0 for i in range(len(with_demo)) if i not in experts)
@@ -540,8 +782,13 @@ def test_luffy_weighs_an_expert_token_most_where_its_probability_is_gamma():
 @pytest.mark.parametrize("algo, policy_too", [("luffy", True), ("srft", True), ("upt", False)])
 def test_an_expert_row_has_an_advantage_term_only_in_the_methods_that_give_it_one(algo, policy_too):
     logp = torch.tensor([[-0.5, -2.0], [-0.3, -1.0]])
-    rows = Rows(torch.ones(2, 2, dtype=torch.bool), torch.tensor([1.0, -1.0]), is_expert=torch.tensor([True, False]),
-                is_success=torch.tensor([True, False]), mean_entropy=torch.ones(2))
+    rows = Rows(
+        torch.ones(2, 2, dtype=torch.bool),
+        torch.tensor([1.0, -1.0]),
+        is_expert=torch.tensor([True, False]),
+        is_success=torch.tensor([True, False]),
+        mean_entropy=torch.ones(2),
+    )
     policy, imitation = losses.token_loss(OBJECTIVES[algo], logp, rows)
     assert bool((policy[0] != 0).all()) == bool((policy[0] != 0).any()) == policy_too
     assert (policy[1] != 0).all() and (imitation[1] == 0).all()
@@ -550,25 +797,44 @@ def test_an_expert_row_has_an_advantage_term_only_in_the_methods_that_give_it_on
 
 def test_srft_without_entropy_weights_has_its_plain_coefficients():
     logp = torch.tensor([[-0.5, -2.0], [-0.3, -1.0], [-0.7, -0.2]])
-    rows = Rows(torch.ones(3, 2, dtype=torch.bool), torch.tensor([1.0, 1.0, -1.0]), is_expert=torch.tensor([True, False, False]),
-                is_success=torch.tensor([True, True, False]))
-    policy, imitation = losses.token_loss(replace(OBJECTIVES["srft"], entropy_weights="none"), logp, rows)
-    assert torch.allclose(imitation[0], -0.5 * logp[0]) and torch.allclose(policy[1], -0.1 * logp[1]) and torch.allclose(policy[2], logp[2])
+    rows = Rows(
+        torch.ones(3, 2, dtype=torch.bool),
+        torch.tensor([1.0, 1.0, -1.0]),
+        is_expert=torch.tensor([True, False, False]),
+        is_success=torch.tensor([True, True, False]),
+    )
+    policy, imitation = losses.token_loss(
+        replace(OBJECTIVES["srft"], entropy_weights="none"), logp, rows
+    )
+    assert (
+        torch.allclose(imitation[0], -0.5 * logp[0])
+        and torch.allclose(policy[1], -0.1 * logp[1])
+        and torch.allclose(policy[2], logp[2])
+    )
 
 
 @pytest.mark.parametrize("prefix_clip, slope", [(True, 0.0), (False, -1.5)])
 def test_prefix_clip_decides_whether_a_far_demonstration_token_still_teaches(prefix_clip, slope):
     logp = torch.tensor([[math.log(0.3), math.log(0.3)]], requires_grad=True)
-    rows = Rows(torch.ones(1, 2, dtype=torch.bool), torch.tensor([1.0]), torch.full((1, 2), math.log(0.2)),
-                is_prefix=torch.tensor([[True, False]]))
-    losses.token_loss(replace(OBJECTIVES["prefix_rft"], prefix_clip=prefix_clip), logp, rows)[0].sum().backward()
-    assert logp.grad[0].tolist() == pytest.approx([slope, 0.0])    # its own token: clipped either way
+    rows = Rows(
+        torch.ones(1, 2, dtype=torch.bool),
+        torch.tensor([1.0]),
+        torch.full((1, 2), math.log(0.2)),
+        is_prefix=torch.tensor([[True, False]]),
+    )
+    losses.token_loss(replace(OBJECTIVES["prefix_rft"], prefix_clip=prefix_clip), logp, rows)[
+        0
+    ].sum().backward()
+    assert logp.grad[0].tolist() == pytest.approx([slope, 0.0])  # its own token: clipped either way
 
 
 # --------------------------------------------------------------------------------------------- rules, one at a time
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_groups_that_agree_have_advantage_exactly_zero_whatever_the_rounding_of_their_mean(dtype):
-    rewards, ids = torch.tensor([0.1, 0.1, 0.1, 0.7, 1.0, 0.0], dtype=dtype), torch.tensor([0, 0, 0, 1, 2, 2])
+    rewards, ids = (
+        torch.tensor([0.1, 0.1, 0.1, 0.7, 1.0, 0.0], dtype=dtype),
+        torch.tensor([0, 0, 0, 1, 2, 2]),
+    )
     assert losses.group_advantages(rewards, ids, normalize_std=True).tolist()[:4] == [0, 0, 0, 0]
     assert losses.group_advantages(rewards, ids).tolist() == [0, 0, 0, 0, 0.5, -0.5]
     assert losses.group_advantages(rewards, ids, singleton="raw").tolist()[3] == rewards[3]
@@ -587,11 +853,25 @@ def test_the_overlong_penalty_falls_linearly_between_the_two_lengths():
 def test_the_prefix_window_opens_from_the_top_and_stays_open():
     assert losses.prefix_window(0, 500) == pytest.approx((0.95, 0.95))
     assert losses.prefix_window(250, 500) == pytest.approx((0.5, 0.95))
-    assert losses.prefix_window(500, 500) == losses.prefix_window(900, 500) == pytest.approx((0.05, 0.95))
+    assert (
+        losses.prefix_window(500, 500)
+        == losses.prefix_window(900, 500)
+        == pytest.approx((0.05, 0.95))
+    )
 
 
-@pytest.mark.parametrize("u, demo_len, expected", [(0.0, 0, 0), (0.5, 1, 0), (0.0, 2, 1), (0.0, 10, 1), (0.6, 10, 5),
-                                                   (0.999, 10, 9), (0.0, 100, 5)])
+@pytest.mark.parametrize(
+    "u, demo_len, expected",
+    [
+        (0.0, 0, 0),
+        (0.5, 1, 0),
+        (0.0, 2, 1),
+        (0.0, 10, 1),
+        (0.6, 10, 5),
+        (0.999, 10, 9),
+        (0.0, 100, 5),
+    ],
+)
 def test_a_prefix_leaves_at_least_one_token_to_write(u, demo_len, expected):
     assert losses.prefix_length(u, (0.05, 0.95), demo_len) == expected
 
@@ -615,10 +895,18 @@ def test_dynamic_sampling_draws_no_round_it_does_not_need_and_survives_running_d
 
 def test_the_gate_imitates_at_or_below_gamma_and_only_where_there_is_a_demonstration():
     rewards = torch.tensor([0, 0, 0, 1] + [1, 0, 0, 1, 1] + [0, 0, 0, 0, 0.0])
-    ids = torch.tensor([0] * 4 + [1] * 5 + [2] * 5)    # group 0 has no expert; the last of 1 and of 2 is
+    ids = torch.tensor(
+        [0] * 4 + [1] * 5 + [2] * 5
+    )  # group 0 has no expert; the last of 1 and of 2 is
     expert = torch.tensor([False] * 8 + [True] + [False] * 4 + [True])
     stays = lambda gamma: losses.gate_rows(rewards, ids, expert, gamma).int().tolist()
-    assert stays(0.0) == [1] * 4 + [1, 1, 1, 1, 0] + [0, 0, 0, 0, 1]    # an expert stays even if its own reward is 0
+    assert stays(0.0) == [1] * 4 + [1, 1, 1, 1, 0] + [
+        0,
+        0,
+        0,
+        0,
+        1,
+    ]  # an expert stays even if its own reward is 0
     assert stays(0.5) == [1] * 4 + [0, 0, 0, 0, 1] + [0, 0, 0, 0, 1]
     assert stays(-1.0) == [1] * 4 + [1, 1, 1, 1, 0] + [1, 1, 1, 1, 0]
 
@@ -626,7 +914,7 @@ def test_the_gate_imitates_at_or_below_gamma_and_only_where_there_is_a_demonstra
 def test_the_ranking_of_prefix_tokens_spans_the_step_and_rounds_down():
     entropy = torch.tensor([[5.0, 1.0, 9.0], [2.0, float("nan"), 8.0], [4.0, 3.0, 0.0]])
     among = torch.tensor([[True, True, False], [True, False, False], [True, True, False]])
-    kept = losses.most_uncertain(entropy, among, 0.5)                      # of 5, 1 2 3 4: int(2.5) = 2 go
+    kept = losses.most_uncertain(entropy, among, 0.5)  # of 5, 1 2 3 4: int(2.5) = 2 go
     assert kept.tolist() == [[True, False, False], [False, False, False], [True, True, False]]
     assert losses.most_uncertain(entropy, among, 0.0).equal(among)
     assert not losses.most_uncertain(entropy, among, 1.0).any()
@@ -649,30 +937,49 @@ def test_the_weights_of_a_step_without_tokens_are_zero_not_nan(agg):
         assert weights.tolist() == [0.0] * len(lengths)
 
 
-@pytest.mark.parametrize("agg", [name for name in losses.CHOICES["agg"] if name not in ("const", "seq-mean-token-sum")])
+@pytest.mark.parametrize(
+    "agg", [name for name in losses.CHOICES["agg"] if name not in ("const", "seq-mean-token-sum")]
+)
 def test_the_weights_of_a_mean_add_up_to_one_over_all_tokens(agg):
     lengths = torch.tensor([3, 0, 5, 1, 7])
-    weights = losses.row_weights(lengths, agg, torch.tensor([0, 3, 1, 1, 2]))    # group 3 has no token
-    assert weights.dtype == torch.float64 and (weights * lengths).sum().item() == pytest.approx(1.0, abs=1e-15)
+    weights = losses.row_weights(
+        lengths, agg, torch.tensor([0, 3, 1, 1, 2])
+    )  # group 3 has no token
+    assert weights.dtype == torch.float64 and (weights * lengths).sum().item() == pytest.approx(
+        1.0, abs=1e-15
+    )
 
 
 def test_a_ratio_that_would_overflow_leaves_loss_and_gradient_finite():
     for algo in OBJECTIVES:
         logp = torch.full((2, 3), -0.1, requires_grad=True)
-        rows = Rows(torch.ones(2, 3, dtype=torch.bool), torch.tensor([1.0, -1.0]), torch.full((2, 3), -200.0),
-                    is_success=torch.tensor([True, False]), mean_entropy=torch.ones(2))
+        rows = Rows(
+            torch.ones(2, 3, dtype=torch.bool),
+            torch.tensor([1.0, -1.0]),
+            torch.full((2, 3), -200.0),
+            is_success=torch.tensor([True, False]),
+            mean_entropy=torch.ones(2),
+        )
         loss = losses.token_loss(OBJECTIVES[algo], logp, rows)[0].sum()
         loss.backward()
         assert loss.isfinite() and logp.grad.isfinite().all(), algo
 
 
-@pytest.mark.parametrize("field, value", [("agg", "mean"), ("demo", "yes"), ("kl_type", "k4"), ("tis", "on")])
+@pytest.mark.parametrize(
+    "field, value", [("agg", "mean"), ("demo", "yes"), ("kl_type", "k4"), ("tis", "on")]
+)
 def test_an_unknown_choice_is_refused_by_name_with_the_ones_there_are(field, value):
-    with pytest.raises(ValueError, match=f"{field} is '{value}'; choose one of {', '.join(losses.CHOICES[field])}"):
+    with pytest.raises(
+        ValueError, match=f"{field} is '{value}'; choose one of {', '.join(losses.CHOICES[field])}"
+    ):
         Objective(**{field: value})
 
 
 def test_importing_losses_needs_no_other_file_of_the_project():
     source = Path(losses.__file__).read_text()
-    imported = {line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))}
+    imported = {
+        line.split()[1].split(".")[0]
+        for line in source.splitlines()
+        if line.startswith(("import ", "from "))
+    }
     assert imported == {"math", "dataclasses", "typing", "torch"}

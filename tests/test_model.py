@@ -1,4 +1,5 @@
 """The decoder against a loop-by-loop reference and against transformers; token log-probs and FLOPs by their properties."""
+
 import cmath
 import json
 import math
@@ -8,17 +9,39 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import decode
 import model as m
+from core import decode
 
-BASE = dict(vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+BASE = dict(
+    vocab_size=61,
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 CONFIGS = {
     "qwen2": m.ModelConfig(**BASE),
-    "qwen3": m.ModelConfig(**BASE, model_type="qwen3", head_dim=8, attention_bias=False, qk_norm=True, rope_theta=1e6),
-    "llama": m.ModelConfig(**BASE, model_type="llama", output_bias=True, mlp_bias=True, rope_scaling=LLAMA3),
-    "mistral": m.ModelConfig(**BASE | {"num_key_value_heads": 4}, model_type="mistral", attention_bias=False, tie_word_embeddings=False,
-                             rope_scaling={"rope_type": "linear", "factor": 4.0}),
+    "qwen3": m.ModelConfig(
+        **BASE, model_type="qwen3", head_dim=8, attention_bias=False, qk_norm=True, rope_theta=1e6
+    ),
+    "llama": m.ModelConfig(
+        **BASE, model_type="llama", output_bias=True, mlp_bias=True, rope_scaling=LLAMA3
+    ),
+    "mistral": m.ModelConfig(
+        **BASE | {"num_key_value_heads": 4},
+        model_type="mistral",
+        attention_bias=False,
+        tie_word_embeddings=False,
+        rope_scaling={"rope_type": "linear", "factor": 4.0},
+    ),
 }
 
 
@@ -31,7 +54,9 @@ def random_model(config, seed=0):
 
 
 def random_ids(B, T, seed=1):
-    return torch.randint(0, BASE["vocab_size"], (B, T), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, BASE["vocab_size"], (B, T), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 # ---- the network -----------------------------------------------------------------------------------------------------
@@ -47,7 +72,9 @@ def reference_frequency(config, i):
         return f / rope["factor"]
     if wavelength < old / rope["high_freq_factor"]:
         return f
-    smooth = (old / wavelength - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
+    smooth = (old / wavelength - rope["low_freq_factor"]) / (
+        rope["high_freq_factor"] - rope["low_freq_factor"]
+    )
     return (1 - smooth) * f / rope["factor"] + smooth * f
 
 
@@ -62,27 +89,38 @@ def reference_hidden(model, ids, positions):
     def norm(x, name):
         return x / (x.pow(2).mean(-1, keepdim=True) + c.rms_norm_eps).sqrt() * w[name + ".weight"]
 
-    def turn(x, p):   # (K,): pair i is the complex number x[i] + i x[i + K/2]
-        z = [complex(x[i], x[i + K // 2]) * cmath.exp(1j * p * reference_frequency(c, i)) for i in range(K // 2)]
+    def turn(x, p):  # (K,): pair i is the complex number x[i] + i x[i + K/2]
+        z = [
+            complex(x[i], x[i + K // 2]) * cmath.exp(1j * p * reference_frequency(c, i))
+            for i in range(K // 2)
+        ]
         return torch.tensor([v.real for v in z] + [v.imag for v in z], dtype=torch.float64)
 
     x = w["model.embed_tokens.weight"][ids]
     for i in range(c.num_hidden_layers):
         a = f"model.layers.{i}.self_attn."
         h = norm(x, f"model.layers.{i}.input_layernorm")
-        q, k, v = (linear(h, a + s).unflatten(-1, (-1, K)) for s in ("q_proj", "k_proj", "v_proj"))   # (T, heads, K)
+        q, k, v = (
+            linear(h, a + s).unflatten(-1, (-1, K)) for s in ("q_proj", "k_proj", "v_proj")
+        )  # (T, heads, K)
         if c.qk_norm:
             q, k = norm(q, a + "q_norm"), norm(k, a + "k_norm")
         out = torch.zeros_like(q)
         for t in range(len(ids)):
             for head in range(c.num_attention_heads):
                 query = turn(q[t, head], positions[t])
-                scores = torch.stack([turn(k[s, head // n], positions[s]) @ query for s in range(t + 1)]) / K**0.5
-                out[t, head] = scores.softmax(0) @ v[:t + 1, head // n]
+                scores = (
+                    torch.stack([turn(k[s, head // n], positions[s]) @ query for s in range(t + 1)])
+                    / K**0.5
+                )
+                out[t, head] = scores.softmax(0) @ v[: t + 1, head // n]
         x = x + linear(out.flatten(1), a + "o_proj")
         h = norm(x, f"model.layers.{i}.post_attention_layernorm")
         gate = linear(h, f"model.layers.{i}.mlp.gate_proj")
-        x = x + linear(gate * gate.sigmoid() * linear(h, f"model.layers.{i}.mlp.up_proj"), f"model.layers.{i}.mlp.down_proj")
+        x = x + linear(
+            gate * gate.sigmoid() * linear(h, f"model.layers.{i}.mlp.up_proj"),
+            f"model.layers.{i}.mlp.down_proj",
+        )
     return norm(x, "model.norm")
 
 
@@ -92,10 +130,19 @@ def test_forward_equals_a_reference_written_as_loops(family, start):
     model, ids = random_model(CONFIGS[family]).double(), random_ids(1, 6)
     hidden = model(ids, None if start == 0 else torch.arange(6)[None] + start)
     expected = reference_hidden(model, ids[0].tolist(), range(start, start + 6))
-    assert (hidden[0] - expected).abs().max() < 2e-5 * expected.abs().max()   # angles are fp32: 40 x 6e-8
+    assert (
+        hidden[0] - expected
+    ).abs().max() < 2e-5 * expected.abs().max()  # angles are fp32: 40 x 6e-8
 
 
-@pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 3.0}, {**LLAMA3, "original_max_position_embeddings": 512}])
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        None,
+        {"rope_type": "linear", "factor": 3.0},
+        {**LLAMA3, "original_max_position_embeddings": 512},
+    ],
+)
 def test_rotary_frequencies_follow_their_published_formulas(scaling):
     config = m.ModelConfig(**BASE, head_dim=64, rope_theta=5e5, rope_scaling=scaling)
     expected = torch.tensor([reference_frequency(config, i) for i in range(32)])
@@ -104,8 +151,13 @@ def test_rotary_frequencies_follow_their_published_formulas(scaling):
 
 def test_parameters_have_hugging_face_names_and_a_tied_head_is_the_embedding():
     names = dict(random_model(CONFIGS["qwen3"]).named_parameters())
-    assert {"model.embed_tokens.weight", "model.norm.weight", "model.layers.1.self_attn.q_norm.weight",
-            "model.layers.0.mlp.down_proj.weight", "model.layers.0.post_attention_layernorm.weight"} < set(names)
+    assert {
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "model.layers.1.self_attn.q_norm.weight",
+        "model.layers.0.mlp.down_proj.weight",
+        "model.layers.0.post_attention_layernorm.weight",
+    } < set(names)
     assert "lm_head.weight" not in names
     tied, untied = random_model(CONFIGS["qwen2"]), random_model(CONFIGS["mistral"])
     assert tied.head is tied.model.embed_tokens.weight and untied.head is untied.lm_head.weight
@@ -113,7 +165,9 @@ def test_parameters_have_hugging_face_names_and_a_tied_head_is_the_embedding():
 
 def test_only_parameters_are_state():
     model = random_model(CONFIGS["llama"])
-    assert set(model.state_dict()) == {name for name, _ in model.named_parameters()} and not list(model.buffers())
+    assert set(model.state_dict()) == {name for name, _ in model.named_parameters()} and not list(
+        model.buffers()
+    )
 
 
 def test_initial_weights_depend_on_the_seed_alone():
@@ -121,10 +175,14 @@ def test_initial_weights_depend_on_the_seed_alone():
     a = m.init_model(CONFIGS["qwen2"], 5)
     state = torch.get_rng_state()
     b, c = m.init_model(CONFIGS["qwen2"], 5), m.init_model(CONFIGS["qwen2"], 6)
-    assert torch.equal(state, torch.get_rng_state())   # the global generator is not touched
+    assert torch.equal(state, torch.get_rng_state())  # the global generator is not touched
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
     assert not torch.equal(a.head, c.head)
-    assert abs(a.head.std().item() - 0.02) < 0.002 and (a.model.norm.weight == 1).all() and (a.model.layers[0].self_attn.q_proj.bias == 0).all()
+    assert (
+        abs(a.head.std().item() - 0.02) < 0.002
+        and (a.model.norm.weight == 1).all()
+        and (a.model.layers[0].self_attn.q_proj.bias == 0).all()
+    )
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -134,7 +192,7 @@ def test_padding_never_changes_a_row(family):
     one, two = (torch.where(real, random_ids(3, 9), random_ids(3, 9, seed)) for seed in (2, 3))
     assert not torch.equal(one, two)
     assert torch.equal(model(one)[real], model(two)[real])
-    alone = torch.cat([model(one[b:b + 1, :n])[0] for b, n in enumerate(lengths)])
+    alone = torch.cat([model(one[b : b + 1, :n])[0] for b, n in enumerate(lengths)])
     torch.testing.assert_close(model(one)[real], alone, atol=2e-5, rtol=1e-5)
 
 
@@ -142,7 +200,11 @@ def test_padding_never_changes_a_row(family):
 def draw(N, D, V, dtype, seed=0, scale=1.0):
     g = torch.Generator().manual_seed(seed)
     hidden, head = (torch.randn(n, D, generator=g, dtype=torch.float64) * scale for n in (N, V))
-    return hidden.to(dtype).requires_grad_(), head.to(dtype).requires_grad_(), torch.randint(0, V, (N,), generator=g)
+    return (
+        hidden.to(dtype).requires_grad_(),
+        head.to(dtype).requires_grad_(),
+        torch.randint(0, V, (N,), generator=g),
+    )
 
 
 def naive(hidden, head, targets, temperature):
@@ -150,25 +212,43 @@ def naive(hidden, head, targets, temperature):
     return logp.gather(-1, targets[..., None])[..., 0], -(logp.exp() * logp).sum(-1)
 
 
-@pytest.mark.parametrize("chunk, piece", [(1, 8), (3, 22), (100, 2**20), (100, 22)])   # piece 22: two rows of 11 logits
+@pytest.mark.parametrize(
+    "chunk, piece", [(1, 8), (3, 22), (100, 2**20), (100, 22)]
+)  # piece 22: two rows of 11 logits
 def test_token_logp_and_entropy_have_exact_values_and_gradients(chunk, piece, monkeypatch):
     monkeypatch.setattr(m, "PIECE_LOGITS", piece)
     hidden, head, targets = draw(7, 5, 11, torch.float64)
-    for ours, theirs in zip(m.token_logp(hidden, head, targets, 0.7, chunk, entropy=True), naive(hidden, head, targets, 0.7)):
+    for ours, theirs in zip(
+        m.token_logp(hidden, head, targets, 0.7, chunk, entropy=True),
+        naive(hidden, head, targets, 0.7),
+    ):
         torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(m.token_logp(hidden, head, targets, 0.7, chunk), naive(hidden, head, targets, 0.7)[0])
-    assert torch.autograd.gradcheck(lambda h, w: m.token_logp(h, w, targets, 0.7, chunk, entropy=True), (hidden, head))
-    assert torch.autograd.gradcheck(lambda h, w: m.token_logp(h, w, targets, 0.7, chunk), (hidden, head))
+    torch.testing.assert_close(
+        m.token_logp(hidden, head, targets, 0.7, chunk), naive(hidden, head, targets, 0.7)[0]
+    )
+    assert torch.autograd.gradcheck(
+        lambda h, w: m.token_logp(h, w, targets, 0.7, chunk, entropy=True), (hidden, head)
+    )
+    assert torch.autograd.gradcheck(
+        lambda h, w: m.token_logp(h, w, targets, 0.7, chunk), (hidden, head)
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_a_sum_of_log_probs_has_exact_values_and_gradients(chunk):
     hidden, head, targets = draw(7, 5, 11, torch.float64)
-    torch.testing.assert_close(m.sum_logp(hidden, head, targets, chunk), naive(hidden, head, targets, 1.0)[0].sum())
-    ours, theirs = m.sum_logp(hidden, head, targets, chunk), naive(hidden, head, targets, 1.0)[0].sum()
-    for a, b in zip(*(torch.autograd.grad(-0.3 * total, (hidden, head)) for total in (ours, theirs))):
+    torch.testing.assert_close(
+        m.sum_logp(hidden, head, targets, chunk), naive(hidden, head, targets, 1.0)[0].sum()
+    )
+    ours, theirs = (
+        m.sum_logp(hidden, head, targets, chunk),
+        naive(hidden, head, targets, 1.0)[0].sum(),
+    )
+    for a, b in zip(
+        *(torch.autograd.grad(-0.3 * total, (hidden, head)) for total in (ours, theirs))
+    ):
         torch.testing.assert_close(a, b)
-    with pytest.raises(RuntimeError):   # the gradients were scaled in place: not wrong in silence
+    with pytest.raises(RuntimeError):  # the gradients were scaled in place: not wrong in silence
         twice = m.sum_logp(hidden, head, targets, chunk)
         twice.backward(retain_graph=True)
         twice.backward()
@@ -180,9 +260,12 @@ def test_a_sum_of_log_probs_has_exact_values_and_gradients(chunk):
 
 def test_the_summed_loss_is_the_sum_of_the_rows_log_probs():
     model, ids = random_model(CONFIGS["qwen3"]), random_ids(3, 9)
-    mask = torch.arange(9) >= torch.tensor([[2], [5], [9]])   # the last row trains nothing
+    mask = torch.arange(9) >= torch.tensor([[2], [5], [9]])  # the last row trains nothing
     values, gradients = [], []
-    for total in (lambda: m.response_logp(model, ids, mask)[0].sum(), lambda: m.response_logp_sum(model, ids, mask)):
+    for total in (
+        lambda: m.response_logp(model, ids, mask)[0].sum(),
+        lambda: m.response_logp_sum(model, ids, mask),
+    ):
         values.append(total())
         gradients.append(torch.autograd.grad(values[-1], list(model.parameters())))
     torch.testing.assert_close(*values)
@@ -205,17 +288,25 @@ def test_logits_are_computed_once_for_a_sum_and_for_a_single_chunk():
     def matrix_products(loss):
         with torch.profiler.profile() as profile:
             loss().backward()
-        return sum(e.count for e in profile.key_averages() if e.key in ("aten::mm", "aten::addmm_", "aten::addmm"))
+        return sum(
+            e.count
+            for e in profile.key_averages()
+            if e.key in ("aten::mm", "aten::addmm_", "aten::addmm")
+        )
 
-    assert matrix_products(one_chunk) == 3 and matrix_products(summed) == 9   # logits, and the two gradients from them
-    assert matrix_products(three_chunks) == 11   # two of three chunks have their logits twice
+    assert (
+        matrix_products(one_chunk) == 3 and matrix_products(summed) == 9
+    )  # logits, and the two gradients from them
+    assert matrix_products(three_chunks) == 11  # two of three chunks have their logits twice
 
 
 def test_token_logp_keeps_the_shape_of_its_targets_and_takes_no_tokens():
     hidden, head, targets = draw(6, 5, 11, torch.float32)
     logp, entropy = m.token_logp(hidden.view(2, 3, 5), head, targets.view(2, 3), entropy=True)
     assert logp.shape == entropy.shape == (2, 3)
-    torch.testing.assert_close(logp.flatten().double(), naive(hidden, head, targets, 1.0)[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        logp.flatten().double(), naive(hidden, head, targets, 1.0)[0], atol=1e-5, rtol=1e-5
+    )
     none = m.token_logp(hidden[:0], head, targets[:0])
     none.sum().backward()
     assert none.shape == (0,) and (head.grad == 0).all()
@@ -230,17 +321,24 @@ def test_gradients_reach_only_what_asks_for_them():
     assert torch.equal(alone, hidden.grad) and head.grad is not None
 
 
-@pytest.mark.parametrize("head_type", [torch.float32, torch.bfloat16])   # an fp32 master beside bf16 activations, or bf16 alone
+@pytest.mark.parametrize(
+    "head_type", [torch.float32, torch.bfloat16]
+)  # an fp32 master beside bf16 activations, or bf16 alone
 def test_bf16_hidden_gives_fp32_log_probs_and_sums_the_head_gradient_in_fp32(head_type):
     hidden, head, targets = draw(3000, 16, 23, torch.bfloat16, scale=0.5)
     master = head.detach().to(head_type).requires_grad_()
     logp, entropy = m.token_logp(hidden, master, targets, chunk=1, entropy=True)
     (logp.sum() + entropy.sum()).backward()
-    exact_hidden, exact_head = hidden.detach().double().requires_grad_(), head.detach().double().requires_grad_()
+    exact_hidden, exact_head = (
+        hidden.detach().double().requires_grad_(),
+        head.detach().double().requires_grad_(),
+    )
     exact = naive(exact_hidden, exact_head, targets, 1.0)
     (exact[0].sum() + exact[1].sum()).backward()
     assert logp.dtype == entropy.dtype == torch.float32
-    assert (logp - exact[0]).abs().max() < 0.05 and (entropy - exact[1]).abs().max() < 0.05   # logits rounded to 8 bits
+    assert (logp - exact[0]).abs().max() < 0.05 and (
+        entropy - exact[1]
+    ).abs().max() < 0.05  # logits rounded to 8 bits
     assert (logp.exp().double() - exact[0].exp()).mean().abs() < 1e-3
     # summed in bf16, 3,000 chunks of one token would be off by tens of percent
     assert master.grad.dtype == head_type
@@ -250,13 +348,18 @@ def test_bf16_hidden_gives_fp32_log_probs_and_sums_the_head_gradient_in_fp32(hea
 
 class Sizes(TorchDispatchMode):
     """Elements of every tensor made by the operations inside."""
+
     def __init__(self):
         super().__init__()
         self.made = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.made += [t.numel() for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, torch.Tensor)]
+        self.made += [
+            t.numel()
+            for t in (out if isinstance(out, (tuple, list)) else [out])
+            if isinstance(t, torch.Tensor)
+        ]
         return out
 
 
@@ -267,8 +370,10 @@ def test_logits_of_all_tokens_are_never_held():
         logp, entropy = m.token_logp(hidden, head, targets, chunk=chunk, entropy=True)
         forward = len(sizes.made)
         (logp + entropy).sum().backward()
-    assert len(sizes.made) > 2 * forward   # the backward was watched too
-    assert max(sizes.made) <= max(chunk * V, N * D)   # N * V is 50,000, chunk * V 500, the hidden states 4,000
+    assert len(sizes.made) > 2 * forward  # the backward was watched too
+    assert max(sizes.made) <= max(
+        chunk * V, N * D
+    )  # N * V is 50,000, chunk * V 500, the hidden states 4,000
 
 
 def test_the_default_chunk_bounds_the_logits_for_any_vocabulary(monkeypatch):
@@ -277,8 +382,13 @@ def test_the_default_chunk_bounds_the_logits_for_any_vocabulary(monkeypatch):
     with Sizes() as sizes:
         m.token_logp(hidden, head, targets).sum().backward()
     assert max(sizes.made) == 800
-    monkeypatch.setattr(m, "CHUNK_LOGITS", 8)   # less than one row of logits: one token at a time
-    torch.testing.assert_close(m.token_logp(hidden, head, targets).double(), naive(hidden, head, targets, 1.0)[0], atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(m, "CHUNK_LOGITS", 8)  # less than one row of logits: one token at a time
+    torch.testing.assert_close(
+        m.token_logp(hidden, head, targets).double(),
+        naive(hidden, head, targets, 1.0)[0],
+        atol=1e-5,
+        rtol=1e-5,
+    )
 
 
 def test_a_sampler_sees_the_distribution_that_is_scored():
@@ -286,52 +396,130 @@ def test_a_sampler_sees_the_distribution_that_is_scored():
     with torch.no_grad():
         logits = m.head_logits(hidden, head, 0.6)
         expected = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
-        torch.testing.assert_close(m.token_logp(hidden, head, targets, 0.6), expected, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(
+            m.token_logp(hidden, head, targets, 0.6), expected, atol=1e-6, rtol=1e-6
+        )
 
 
 # ---- compute ---------------------------------------------------------------------------------------------------------
 def test_flops_of_qwen_7b_worked_by_hand():
-    config = m.ModelConfig(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
-                           num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False)
+    config = m.ModelConfig(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+    )
     # P_mlp = 3 x 3584 x 18944 = 203,685,888; P_attn = 2 x 3584 x (3584 + 512) = 29,360,128; 28 layers 6,525,288,448
     # P_vocab = 2 x 152064 x 3584 = 1,089,994,752; F_fwd(1000) = 2 x 7,615,283,200 + 4 x 1000 x 28 x 3584
     assert m.forward_flops(config, [1000]) == 1000 * (15_230_566_400 + 401_408_000)
-    assert m.forward_flops(config, iter([1000, 10])) == 1000 * 15_631_974_400 + 10 * (15_230_566_400 + 4_014_080)
+    assert m.forward_flops(config, iter([1000, 10])) == 1000 * 15_631_974_400 + 10 * (
+        15_230_566_400 + 4_014_080
+    )
     # the machine: 2 x (6,525,288,448 + 544,997,376) and half of the attention core
-    assert m.hardware_flops(config, iter([1000, 10])) == 1010 * 14_140_571_648 + 1000 * 200_704_000 + 10 * 2_007_040
+    assert (
+        m.hardware_flops(config, iter([1000, 10]))
+        == 1010 * 14_140_571_648 + 1000 * 200_704_000 + 10 * 2_007_040
+    )
     assert m.forward_flops(config, []) == 0
 
 
 def test_flops_count_query_heads_wider_than_the_model():
-    config = replace(CONFIGS["qwen3"], vocab_size=10)   # D 24, D_q = 4 x 8, D_kv = 2 x 8, 2 layers, MLP 40
+    config = replace(
+        CONFIGS["qwen3"], vocab_size=10
+    )  # D 24, D_q = 4 x 8, D_kv = 2 x 8, 2 layers, MLP 40
     per_token = 2 * (2 * (3 * 24 * 40 + 2 * 24 * (32 + 16)) + 2 * 10 * 24)
     assert m.forward_flops(config, [3, 5]) == 8 * per_token + 4 * (9 + 25) * 2 * 32
 
 
 # ---- transformers ----------------------------------------------------------------------------------------------------
-SHAPE = dict(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-             max_position_embeddings=128, rms_norm_eps=1e-5, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+SHAPE = dict(
+    vocab_size=300,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    rms_norm_eps=1e-5,
+    bos_token_id=0,
+    eos_token_id=0,
+    pad_token_id=0,
+)
 SCALED = {**LLAMA3, "factor": 32.0, "original_max_position_embeddings": 64}
-PEERS = {   # name: (config class, what differs from SHAPE, old spelling of config.json, shard size)
+PEERS = {  # name: (config class, what differs from SHAPE, old spelling of config.json, shard size)
     "qwen2.5": ("Qwen2Config", dict(rope_theta=1e6, tie_word_embeddings=True), True, "1GB"),
-    "qwen2.5-untied-sharded": ("Qwen2Config", dict(rope_theta=1e6, tie_word_embeddings=False), False, "60KB"),
-    "qwen3": ("Qwen3Config", dict(rope_theta=1e6, tie_word_embeddings=True, head_dim=32), False, "1GB"),
-    "qwen3-bias-untied": ("Qwen3Config", dict(head_dim=32, tie_word_embeddings=False, attention_bias=True), True, "60KB"),
+    "qwen2.5-untied-sharded": (
+        "Qwen2Config",
+        dict(rope_theta=1e6, tie_word_embeddings=False),
+        False,
+        "60KB",
+    ),
+    "qwen3": (
+        "Qwen3Config",
+        dict(rope_theta=1e6, tie_word_embeddings=True, head_dim=32),
+        False,
+        "1GB",
+    ),
+    "qwen3-bias-untied": (
+        "Qwen3Config",
+        dict(head_dim=32, tie_word_embeddings=False, attention_bias=True),
+        True,
+        "60KB",
+    ),
     "llama2": ("LlamaConfig", dict(num_key_value_heads=4, tie_word_embeddings=False), True, "1GB"),
-    "llama3.2": ("LlamaConfig", dict(rope_theta=5e5, rope_scaling=SCALED, tie_word_embeddings=True), True, "60KB"),
-    "llama3.2-new": ("LlamaConfig", dict(rope_theta=5e5, rope_scaling=SCALED, tie_word_embeddings=True, head_dim=24), False, "1GB"),
-    "llama-linear-biases": ("LlamaConfig", dict(rope_scaling={"rope_type": "linear", "factor": 4.0}, attention_bias=True, mlp_bias=True,
-                                                tie_word_embeddings=False), True, "1GB"),
-    "smollm2": ("LlamaConfig", dict(rope_theta=1e5, tie_word_embeddings=True, hidden_size=72, num_attention_heads=9,
-                                    num_key_value_heads=3), True, "1GB"),
-    "mistral": ("MistralConfig", dict(rope_theta=1e6, sliding_window=None, head_dim=24, tie_word_embeddings=False), False, "1GB"),
+    "llama3.2": (
+        "LlamaConfig",
+        dict(rope_theta=5e5, rope_scaling=SCALED, tie_word_embeddings=True),
+        True,
+        "60KB",
+    ),
+    "llama3.2-new": (
+        "LlamaConfig",
+        dict(rope_theta=5e5, rope_scaling=SCALED, tie_word_embeddings=True, head_dim=24),
+        False,
+        "1GB",
+    ),
+    "llama-linear-biases": (
+        "LlamaConfig",
+        dict(
+            rope_scaling={"rope_type": "linear", "factor": 4.0},
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=False,
+        ),
+        True,
+        "1GB",
+    ),
+    "smollm2": (
+        "LlamaConfig",
+        dict(
+            rope_theta=1e5,
+            tie_word_embeddings=True,
+            hidden_size=72,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+        ),
+        True,
+        "1GB",
+    ),
+    "mistral": (
+        "MistralConfig",
+        dict(rope_theta=1e6, sliding_window=None, head_dim=24, tie_word_embeddings=False),
+        False,
+        "1GB",
+    ),
 }
 
 
 def peer_model(transformers, name, folder):
     """A random transformers model of the family, saved to the folder."""
     kind, changes, old_spelling, shard = PEERS[name]
-    peer = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**{**SHAPE, **changes}), attn_implementation="eager")
+    peer = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, kind)(**{**SHAPE, **changes}), attn_implementation="eager"
+    )
     g = torch.Generator().manual_seed(len(name))
     for key, p in peer.named_parameters():
         p.data.normal_(1.0 if "norm" in key else 0.0, 0.5 if "embed" in key else 0.1, generator=g)
@@ -340,8 +528,11 @@ def peer_model(transformers, name, folder):
     content = json.loads(path.read_text())
     if old_spelling and "rope_parameters" in content:
         rope = content.pop("rope_parameters")
-        content |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": None if rope["rope_type"] == "default" else rope,
-                    "torch_dtype": content.pop("dtype")}
+        content |= {
+            "rope_theta": rope.pop("rope_theta"),
+            "rope_scaling": None if rope["rope_type"] == "default" else rope,
+            "torch_dtype": content.pop("dtype"),
+        }
         path.write_text(json.dumps(content))
     return peer
 
@@ -356,31 +547,52 @@ def relative(ours, theirs):
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_transformers_gives_the_same_logits_and_greedy_tokens_and_loads_what_we_save(name, tmp_path):
+def test_transformers_gives_the_same_logits_and_greedy_tokens_and_loads_what_we_save(
+    name, tmp_path
+):
     transformers = pytest.importorskip("transformers")
     peer = peer_model(transformers, name, tmp_path / "theirs")
     assert ("sharded" in name) <= (tmp_path / "theirs" / "model.safetensors.index.json").exists()
     ours = m.load_model(tmp_path / "theirs")
-    ids, lengths = torch.randint(3, 300, (3, 40), generator=torch.Generator().manual_seed(3)), torch.tensor([40, 23, 6])
-    real, far = torch.arange(40) < lengths[:, None], torch.arange(40)[None] + 500   # max_position_embeddings is 128
+    ids, lengths = (
+        torch.randint(3, 300, (3, 40), generator=torch.Generator().manual_seed(3)),
+        torch.tensor([40, 23, 6]),
+    )
+    real, far = (
+        torch.arange(40) < lengths[:, None],
+        torch.arange(40)[None] + 500,
+    )  # max_position_embeddings is 128
     with torch.inference_mode():
         expected = peer(ids).logits
         assert relative(logits_of(ours, ids), expected) < 1e-5
         padded = peer(ids.where(real, 0), attention_mask=real.long()).logits
         assert relative(logits_of(ours, ids)[real], padded[real]) < 1e-5
-        assert relative(logits_of(ours, ids[:1], far), peer(ids[:1], position_ids=far).logits) < 1e-5
+        assert (
+            relative(logits_of(ours, ids[:1], far), peer(ids[:1], position_ids=far).logits) < 1e-5
+        )
         cache, tokens = decode.Cache(ours.config, 3, 32), ids[:, :16]
         with decode.decoder_of(ours) as decoder:
             logits = decoder.logits(decoder.read(tokens, cache)[:, -1])
             for t in range(16, 32):
                 new = logits.argmax(-1)
-                tokens, logits = torch.cat((tokens, new[:, None]), 1), decoder.step(new, torch.full((3,), t), cache, t + 1)
-        greedy = peer.generate(ids[:, :16], attention_mask=torch.ones(3, 16, dtype=torch.long), max_new_tokens=16, do_sample=False,
-                               eos_token_id=None, pad_token_id=0)
+                tokens, logits = (
+                    torch.cat((tokens, new[:, None]), 1),
+                    decoder.step(new, torch.full((3,), t), cache, t + 1),
+                )
+        greedy = peer.generate(
+            ids[:, :16],
+            attention_mask=torch.ones(3, 16, dtype=torch.long),
+            max_new_tokens=16,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
         assert torch.equal(tokens, greedy)
         for folder, size in (("one", 5e9), ("shards", 60e3)):
             m.save_model(ours, tmp_path / folder, max_shard_bytes=size)
-            again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder, attn_implementation="eager")
+            again = transformers.AutoModelForCausalLM.from_pretrained(
+                tmp_path / folder, attn_implementation="eager"
+            )
             assert again.dtype == torch.float32 and torch.equal(again(ids).logits, expected)
 
 
@@ -391,4 +603,6 @@ def test_bf16_logits_are_as_close_to_fp32_as_those_of_transformers(tmp_path):
     with torch.inference_mode():
         exact = peer(ids).logits
         theirs = relative(peer.to(torch.bfloat16)(ids).logits.float(), exact)
-        assert relative(logits_of(m.load_model(tmp_path, torch.bfloat16), ids), exact) < 1.5 * theirs
+        assert (
+            relative(logits_of(m.load_model(tmp_path, torch.bfloat16), ids), exact) < 1.5 * theirs
+        )

@@ -1,4 +1,5 @@
 """Several processes are one: the same gradients for every objective and cut, the same weights, states that any number loads."""
+
 import json
 import sys
 from dataclasses import replace
@@ -7,16 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from test_pipeline import coin, lines_of, rl_config, rows_for, sft_config, task, weights_of  # noqa: F401  fixtures
 
 import data
 import evaluate
 import losses
 import model as model_file
-import ranks
 import rl
-import run
 import sft
-from test_pipeline import coin, lines_of, rl_config, rows_for, sft_config, task, weights_of  # noqa: F401  fixtures
+from core import ranks, run
 
 ALGOS = ("grpo", "dapo", "luffy", "srft", "upt", "prefix_rft")
 CPU = torch.device("cpu")
@@ -29,7 +29,9 @@ def in_processes(world: int, work, *args) -> None:
 
 def _enter(rank, world, folder, work, args) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world
+    )
     if rank:
         sys.stdout = open("/dev/null", "w")
     work(*args)
@@ -57,8 +59,14 @@ def gradients(folder, sizes, bf16=False) -> dict[str, torch.Tensor]:
         for algo in ALGOS:
             objective = replace(losses.OBJECTIVES[algo], entropy_coef=0.01)
             cfg = rl_config(folder, "unused", algo=algo, micro_tokens=size)
-            (rows, batch, weights), = rl.plan_updates(replace(cfg, update_prompts=4), objective, net, None,
-                                                      rows_for(algo, tokenizer, problems), CPU)[0]
+            ((rows, batch, weights),) = rl.plan_updates(
+                replace(cfg, update_prompts=4),
+                objective,
+                net,
+                None,
+                rows_for(algo, tokenizer, problems),
+                CPU,
+            )[0]
             rl.train_on(cfg, objective, net, rows, batch, weights, CPU)
             take(f"{algo} {size}")
     return found
@@ -71,7 +79,9 @@ def save_gradients(folder, sizes, out) -> None:
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_gradients_of_every_objective_are_those_of_one_process_however_the_step_is_cut(task, tmp_path, world):
+def test_gradients_of_every_objective_are_those_of_one_process_however_the_step_is_cut(
+    task, tmp_path, world
+):
     alone = gradients(task, [100_000])
     in_processes(world, save_gradients, task, [1, 300], tmp_path)
     for name, found in torch.load(tmp_path / f"{world}.pt", weights_only=True).items():
@@ -83,7 +93,10 @@ def test_gradients_of_every_objective_are_those_of_one_process_however_the_step_
 def test_bf16_gradients_are_near_those_of_fp32_and_arrive_in_fp32(task):
     exact, rough = gradients(task, [300]), gradients(task, [300], bf16=True)
     assert all(g.dtype == torch.float32 for g in rough.values())
-    assert all(1e-4 < (rough[k] - exact[k]).norm() / exact[k].norm() < 0.1 for k in ("sft 300", "grpo 300", "srft 300"))
+    assert all(
+        1e-4 < (rough[k] - exact[k]).norm() / exact[k].norm() < 0.1
+        for k in ("sft 300", "grpo 300", "srft 300")
+    )
 
 
 def train(cfgs) -> None:
@@ -105,9 +118,32 @@ def far(a, b) -> float:
 
 def test_runs_on_two_processes_are_the_run_of_one_and_go_on_with_one_or_three(task, coin, tmp_path):  # noqa: F811
     def cfgs(name, steps, resume=False):
-        return ((sft.main, sft_config(task, tmp_path / f"sft {name}", steps=steps, eval_every=3, resume=resume, micro_tokens=300)),
-                (rl.main, rl_config(coin, tmp_path / f"rl {name}", steps=steps // 3, eval_every=1, algo="dapo", resume=resume,
-                                    options={"kl_coef": 0.01})))
+        return (
+            (
+                sft.main,
+                sft_config(
+                    task,
+                    tmp_path / f"sft {name}",
+                    steps=steps,
+                    eval_every=3,
+                    resume=resume,
+                    micro_tokens=300,
+                ),
+            ),
+            (
+                rl.main,
+                rl_config(
+                    coin,
+                    tmp_path / f"rl {name}",
+                    steps=steps // 3,
+                    eval_every=1,
+                    algo="dapo",
+                    resume=resume,
+                    options={"kl_coef": 0.01},
+                ),
+            ),
+        )
+
     train_in(1, tmp_path, *cfgs("one", 6))
     train_in(2, tmp_path, *cfgs("two", 3))
     for name in ("sft two", "rl two"):
@@ -121,11 +157,21 @@ def test_runs_on_two_processes_are_the_run_of_one_and_go_on_with_one_or_three(ta
     train_in(3, tmp_path, *cfgs("then 3", 6, resume=True))
     for kind, step in (("sft", 6), ("rl", 2)):
         alone = weights_of(tmp_path / f"{kind} one", step)
-        assert all(far(alone, weights_of(tmp_path / f"{kind} then {world}", step)) < 1e-5 for world in (1, 3)), kind
-    samples = [[json.loads(line)["response"] for line in (tmp_path / f"rl {name}" / "samples.jsonl").read_text().splitlines()]
-               for name in ("one", "then 1", "then 3")]
+        assert all(
+            far(alone, weights_of(tmp_path / f"{kind} then {world}", step)) < 1e-5
+            for world in (1, 3)
+        ), kind
+    samples = [
+        [
+            json.loads(line)["response"]
+            for line in (tmp_path / f"rl {name}" / "samples.jsonl").read_text().splitlines()
+        ]
+        for name in ("one", "then 1", "then 3")
+    ]
     assert samples[0] == samples[1] == samples[2]
-    assert [row["tokens"] for row in lines_of(tmp_path / "rl one")] == [row["tokens"] for row in lines_of(tmp_path / "rl then 3")]
+    assert [row["tokens"] for row in lines_of(tmp_path / "rl one")] == [
+        row["tokens"] for row in lines_of(tmp_path / "rl then 3")
+    ]
 
 
 def say_nothing_twice(folder, out) -> None:
@@ -156,10 +202,17 @@ def test_rows_are_dealt_so_that_every_process_gets_as_many_micro_batches_and_eac
 
 def test_a_random_model_is_the_same_on_any_number_of_processes(task, tmp_path):
     in_processes(2, save_random_model, task, tmp_path)
-    alone, halves = model_file.init_model(model_file.read_config(task), 5), model_file.load_model(tmp_path / "random")
+    alone, halves = (
+        model_file.init_model(model_file.read_config(task), 5),
+        model_file.load_model(tmp_path / "random"),
+    )
     assert all(torch.equal(p, q) for p, q in zip(alone.parameters(), halves.parameters()))
 
 
 def save_random_model(folder, out) -> None:
     cfg = sft_config(folder, "unused")
-    model_file.save_model(evaluate.open_trained(folder, CPU, cfg, seed=5), Path(out) / "random", max_shard_bytes=20_000)
+    model_file.save_model(
+        evaluate.open_trained(folder, CPU, cfg, seed=5),
+        Path(out) / "random",
+        max_shard_bytes=20_000,
+    )

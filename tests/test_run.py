@@ -1,4 +1,5 @@
 """Command line, run directory, checkpoints: what a newcomer types wrongly, and what a crash leaves behind."""
+
 import json
 import math
 import shutil
@@ -8,27 +9,31 @@ from typing import Literal
 import pytest
 import torch
 
-import run
+from core import cli, files, optim, ranks, run
 
 
 @dataclass
 class Config:
-    out: str = "runs/x"                     # where it goes
-    lr: float = 1e-5                        # learning rate, a share of 100%
-    limit: int | None = None                # most rows; none = all
-    shape: Literal["a", "b"] = "a"          # which
-    overwrite: bool = False                 # delete first
+    out: str = "runs/x"  # where it goes
+    lr: float = 1e-5  # learning rate, a share of 100%
+    limit: int | None = None  # most rows; none = all
+    shape: Literal["a", "b"] = "a"  # which
+    overwrite: bool = False  # delete first
 
 
 def test_flags_come_from_the_dataclass_and_presets_never_beat_what_was_typed():
-    cfg = run.parse(Config, ["--lr", "3", "--limit", "4", "--overwrite"], preset=lambda given: {"lr": 7.0, "shape": "b"})
+    cfg = cli.parse(
+        Config,
+        ["--lr", "3", "--limit", "4", "--overwrite"],
+        preset=lambda given: {"lr": 7.0, "shape": "b"},
+    )
     assert cfg == Config(lr=3.0, limit=4, shape="b", overwrite=True)
-    assert run.parse(Config, ["--limit", "none", "--no-overwrite"]) == Config()
+    assert cli.parse(Config, ["--limit", "none", "--no-overwrite"]) == Config()
 
 
 def test_help_shows_each_comment_and_default(capsys):
     with pytest.raises(SystemExit):
-        run.parse(Config, ["--help"])
+        cli.parse(Config, ["--help"])
     text = capsys.readouterr().out
     assert "learning rate, a share of 100%" in " ".join(text.split()) and "'runs/x'" in text
 
@@ -37,8 +42,8 @@ def test_help_shows_each_comment_and_default(capsys):
 def test_a_wrong_flag_is_one_line_and_code_2(argv, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["x", *argv])
     with pytest.raises(SystemExit) as end:
-        run.cli(lambda cfg: None, Config)
-    line, = capsys.readouterr().err.strip().splitlines()
+        cli.cli(lambda cfg: None, Config)
+    (line,) = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2 and line.startswith("error: ") and argv[0] in line
 
 
@@ -46,21 +51,26 @@ def test_a_users_mistake_is_one_line_and_code_2_but_a_bug_keeps_its_traceback(mo
     monkeypatch.setattr("sys.argv", ["x"])
 
     def mistake(cfg):
-        list(run.read_jsonl("no such file"))
+        list(files.read_jsonl("no such file"))
 
     def bug(cfg):
         int("x")
+
     with pytest.raises(SystemExit) as end:
-        run.cli(mistake, Config)
+        cli.cli(mistake, Config)
     assert end.value.code == 2 and "no such file" in capsys.readouterr().err
     with pytest.raises(ValueError):
-        run.cli(bug, Config)
+        cli.cli(bug, Config)
 
 
 def test_seeds_depend_on_every_part_of_their_key_only():
-    assert run.seed_of(0, "a", 1) == run.seed_of(0, "a", 1)
-    assert len({run.seed_of(s, u, t) for s in range(5) for u in ("a", "b") for t in range(5)}) == 50
-    assert torch.rand(1, generator=run.generator(0, "x")) == torch.rand(1, generator=run.generator(0, "x"))
+    assert ranks.seed_of(0, "a", 1) == ranks.seed_of(0, "a", 1)
+    assert (
+        len({ranks.seed_of(s, u, t) for s in range(5) for u in ("a", "b") for t in range(5)}) == 50
+    )
+    assert torch.rand(1, generator=ranks.generator(0, "x")) == torch.rand(
+        1, generator=ranks.generator(0, "x")
+    )
 
 
 def small_model():
@@ -70,9 +80,9 @@ def small_model():
 
 def trained(steps, model, optimizers, start=0):
     for step in range(start, steps):
-        x = torch.randn(16, 4, generator=run.generator(0, "x", step))
+        x = torch.randn(16, 4, generator=ranks.generator(0, "x", step))
         (model(x) ** 2).mean().backward()
-        run.update(model, optimizers, 1e-2, 1.0)
+        optim.update(model, optimizers, 1e-2, 1.0)
 
 
 def book_of(tmp_path, **options):
@@ -82,13 +92,13 @@ def book_of(tmp_path, **options):
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, name):
     whole = small_model()
-    trained(6, whole, run.make_optimizers(whole, name, 1e-2))
+    trained(6, whole, optim.make_optimizers(whole, name, 1e-2))
     first = small_model()
-    optimizers = run.make_optimizers(first, name, 1e-2)
+    optimizers = optim.make_optimizers(first, name, 1e-2)
     trained(3, first, optimizers)
     book_of(tmp_path).save(3, lambda folder: None, first, optimizers, tokens=12)
     second = small_model()
-    optimizers = run.make_optimizers(second, name, 1e-2)
+    optimizers = optim.make_optimizers(second, name, 1e-2)
     book = book_of(tmp_path, resume=True)
     assert book.load(second, optimizers)["tokens"] == 12
     trained(6, second, optimizers, start=3)
@@ -120,7 +130,7 @@ def test_resume_passes_over_a_truncated_checkpoint_and_says_so(tmp_path, capsys)
     file.write_bytes(file.read_bytes()[:-9])
     again = book_of(tmp_path, resume=True)
     assert again.resumed["step"] == 1 and "damaged" in capsys.readouterr().out
-    assert [row["step"] for row in again.metrics] == [1]                           # what the lost step wrote is gone
+    assert [row["step"] for row in again.metrics] == [1]  # what the lost step wrote is gone
 
 
 def test_resume_never_throws_metrics_away_and_names_changed_settings(tmp_path, capsys):
@@ -152,6 +162,7 @@ def test_a_failed_save_leaves_the_earlier_checkpoint_and_names_the_remedy(tmp_pa
 
     def full_disk(folder):
         raise OSError(28, "No space left on device")
+
     with pytest.raises(OSError, match="free some space, then --resume"):
         book.save(2, full_disk, model, [])
     assert sorted(f.name for f in book.checkpoints.iterdir()) == ["step_000001"]
@@ -176,16 +187,16 @@ def test_prune_keeps_the_newest_and_the_protected(tmp_path):
 
 def test_a_nan_gradient_touches_nothing_and_five_in_a_row_stop_the_run(tmp_path):
     model = small_model()
-    optimizers = run.make_optimizers(model, "adamw", 1e-2)
+    optimizers = optim.make_optimizers(model, "adamw", 1e-2)
     before = [p.clone() for p in model.parameters()]
     (model(torch.ones(2, 4)).sum() * math.nan).backward()
-    norm = run.update(model, optimizers, 1e-2, 1.0)
+    norm = optim.update(model, optimizers, 1e-2, 1.0)
     assert math.isnan(norm) and all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
     assert not any(optimizer.state for optimizer in optimizers)
     book = book_of(tmp_path)
     for step in range(4):
         book.watch(norm, step)
-    book.watch(1.0, 4)                                                             # a good step starts the count anew
+    book.watch(1.0, 4)  # a good step starts the count anew
     for step in range(4):
         book.watch(norm, step)
     with pytest.raises(ValueError, match="5 updates in a row"):
@@ -199,6 +210,11 @@ def test_metrics_hold_no_nan(tmp_path):
 
 
 def test_learning_rate_warms_up_then_falls_to_zero_or_stays():
-    cosine = [run.lr_at(s, 100, 1.0, "cosine", 0.1) for s in range(101)]
-    assert cosine[0] == pytest.approx(0.1) and cosine[9] == 1.0 and cosine[55] == pytest.approx(0.5) and cosine[100] == pytest.approx(0)
-    assert [run.lr_at(s, 100, 1.0, "constant", 0.0) for s in (0, 50, 99)] == [1.0] * 3
+    cosine = [optim.lr_at(s, 100, 1.0, "cosine", 0.1) for s in range(101)]
+    assert (
+        cosine[0] == pytest.approx(0.1)
+        and cosine[9] == 1.0
+        and cosine[55] == pytest.approx(0.5)
+        and cosine[100] == pytest.approx(0)
+    )
+    assert [optim.lr_at(s, 100, 1.0, "constant", 0.0) for s in (0, 50, 99)] == [1.0] * 3

@@ -5,6 +5,7 @@ r"""verify.py and mathexpr.py: what counts as the answer, what counts as equal, 
 
 The labelled cases, hostile strings and benchmark answers in ../shared are read where that folder exists.
 """
+
 from __future__ import annotations
 
 import json
@@ -24,12 +25,23 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mathexpr import MAX_CHARS, MAX_DEPTH, Parser, Unread, evaluate, tokenize  # noqa: E402
-from verify import MAX_WORK, Comparison, extract_answer, is_equivalent, main, read, verify  # noqa: E402
-from verify import verify_row, verify_rows  # noqa: E402
+from core.mathexpr import MAX_CHARS, MAX_DEPTH, Parser, Unread, evaluate, tokenize  # noqa: E402
+from verify import (  # noqa: E402  # noqa: E402
+    MAX_WORK,
+    Comparison,
+    extract_answer,
+    is_equivalent,
+    main,
+    read,
+    verify,
+    verify_row,
+    verify_rows,
+)
 
 SHARED = ROOT.parent / "shared"
-needs_shared = pytest.mark.skipif(not (SHARED / "verify").is_dir(), reason="no labelled cases beside this checkout")
+needs_shared = pytest.mark.skipif(
+    not (SHARED / "verify").is_dir(), reason="no labelled cases beside this checkout"
+)
 
 # every pair of a line is equal; one line is one form
 EQUAL = r"""
@@ -153,65 +165,123 @@ def lines(table: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("answers", lines(EQUAL), ids=lambda answers: answers[0])
 def test_spellings_of_one_answer_are_equal(answers):
-    wrong = [(a, b) for a in answers[:1] for b in answers if not (is_equivalent(a, b) and is_equivalent(b, a))]
+    wrong = [
+        (a, b)
+        for a in answers[:1]
+        for b in answers
+        if not (is_equivalent(a, b) and is_equivalent(b, a))
+    ]
     assert not wrong
 
 
 @pytest.mark.parametrize("answers", lines(DIFFERENT), ids=lambda answers: answers[0])
 def test_different_answers_are_never_equal(answers):
-    wrong = [(a, b) for a in answers[:1] for b in answers[1:] if is_equivalent(a, b) or is_equivalent(b, a)]
+    wrong = [
+        (a, b)
+        for a in answers[:1]
+        for b in answers[1:]
+        if is_equivalent(a, b) or is_equivalent(b, a)
+    ]
     assert not wrong
 
 
 def test_each_answer_equals_itself():
-    wrong = [a for answers in lines(EQUAL) + lines(DIFFERENT) for a in answers if not is_equivalent(a, a)]
+    wrong = [
+        a for answers in lines(EQUAL) + lines(DIFFERENT) for a in answers if not is_equivalent(a, a)
+    ]
     assert not wrong
 
 
-@pytest.mark.parametrize("response, answer", [
-    (r"so \boxed{5}.", "5"), (r"\boxed{4}, no: \boxed{5}", "5"), (r"\fbox{5}", "5"), (r"\boxed{\boxed{5}}", "5"),
-    (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed 5", "5"), (r"\boxed{5} but \boxed{6", "5"), (r"\boxed{}", ""),
-    (r"\boxed{\{1,2\}}", r"\{1,2\}"), (r"<think>\boxed{4}</think> \boxed{5}", "5"),
-    (r"<think> </think> closes. \boxed{4} </think> \boxed{5}", "5"), ("The answer is 2.5 apples. Good.", "2.5 apples"),
-    ("The final answer is $x=5$. I hope it is correct.", "$x=5$"), ("The answer is $1$ and $3$. Done.", "$1$ and $3$"),
-    ("**Answer:** 5", "5"), ("6*7=42\n#### 42", "42"), ("<answer>5</answer>", "5"), (r"answer is \(5\).", "5"),
-    ("I have 5 apples.", None), (r"\boxed{5", None), (r"<think>\boxed{5}", None),
-    (r"<think>\boxed{5}</think> done.", None),
-    (r"<think>a</think> <think>\boxed{5}", None), ("#### Step 2: add", None), ("", None)])
+@pytest.mark.parametrize(
+    "response, answer",
+    [
+        (r"so \boxed{5}.", "5"),
+        (r"\boxed{4}, no: \boxed{5}", "5"),
+        (r"\fbox{5}", "5"),
+        (r"\boxed{\boxed{5}}", "5"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed 5", "5"),
+        (r"\boxed{5} but \boxed{6", "5"),
+        (r"\boxed{}", ""),
+        (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+        (r"<think>\boxed{4}</think> \boxed{5}", "5"),
+        (r"<think> </think> closes. \boxed{4} </think> \boxed{5}", "5"),
+        ("The answer is 2.5 apples. Good.", "2.5 apples"),
+        ("The final answer is $x=5$. I hope it is correct.", "$x=5$"),
+        ("The answer is $1$ and $3$. Done.", "$1$ and $3$"),
+        ("**Answer:** 5", "5"),
+        ("6*7=42\n#### 42", "42"),
+        ("<answer>5</answer>", "5"),
+        (r"answer is \(5\).", "5"),
+        ("I have 5 apples.", None),
+        (r"\boxed{5", None),
+        (r"<think>\boxed{5}", None),
+        (r"<think>\boxed{5}</think> done.", None),
+        (r"<think>a</think> <think>\boxed{5}", None),
+        ("#### Step 2: add", None),
+        ("", None),
+    ],
+)
 def test_the_last_answer_after_the_thinking_counts(response, answer):
     assert extract_answer(response)[0] == answer
 
 
 def test_reasons_are_a_closed_list():
     responses = {
-        r"\boxed{5}": "correct", r"\boxed{6}": "wrong answer", r"\boxed{\int x}": "answer not understood",
-        "5": "no boxed answer", r"\boxed{ }": "empty answer", r"<think>\boxed{5}": "unfinished thinking"}
+        r"\boxed{5}": "correct",
+        r"\boxed{6}": "wrong answer",
+        r"\boxed{\int x}": "answer not understood",
+        "5": "no boxed answer",
+        r"\boxed{ }": "empty answer",
+        r"<think>\boxed{5}": "unfinished thinking",
+    }
     assert {response: verify(response, "5").reason for response in responses} == responses
 
 
-@pytest.mark.parametrize("response, gold, lenient", [
-    (r"\boxed{0.33333}", r"\frac13", True), (r"\boxed{3.14159}", r"\pi", True), (r"\boxed{b}", "B", True),
-    ("it is 42", "42", True),
-    (r"<think>\boxed{5}", "5", True), (r"\boxed{10001}", "10000", False), (r"\boxed{0.33}", r"\frac13", False),
-    (r"\boxed{3 or 4}", "3", False), ("5 or 6", "5", False)])
+@pytest.mark.parametrize(
+    "response, gold, lenient",
+    [
+        (r"\boxed{0.33333}", r"\frac13", True),
+        (r"\boxed{3.14159}", r"\pi", True),
+        (r"\boxed{b}", "B", True),
+        ("it is 42", "42", True),
+        (r"<think>\boxed{5}", "5", True),
+        (r"\boxed{10001}", "10000", False),
+        (r"\boxed{0.33}", r"\frac13", False),
+        (r"\boxed{3 or 4}", "3", False),
+        ("5 or 6", "5", False),
+    ],
+)
 def test_lenient_adds_tolerance_capitals_and_answers_outside_the_box(response, gold, lenient):
     assert verify(response, gold)[:2] == (False, lenient)
 
 
-@pytest.mark.parametrize("answer, gold, numbers, reason", [
-    ("(9-8)*9+9", "18", [9, 8, 9, 9], "correct"), (r"(9-8) \times 9 + 9 = 18", "18", [9, 9, 9, 8], "correct"),
-    (r"\frac{8}{4}\cdot 3", "6", [3, 4, 8], "correct"), ("8 ÷ 4 − 3", "-1", [3, 4, 8], "correct"),
-    ("8/(3-8/3)", "24", [8, 3, 8, 3], "correct"), ("2(3+4)", "14", [2, 3, 4], "correct"),
-    ("2*(3-7)", "-8", [2, 3, 7], "correct"),
-    ("9+9", "18", [9, 8], "wrong numbers"), ("9+8+1", "18", [9, 8], "wrong numbers"),
-    ("18", "18", [9, 9], "wrong numbers"),
-    ("2 1/2", "2", [2, 1, 2], "wrong numbers"), ("9+8", "18", [9, 8], "wrong value"),
-    ("9+8=18", "18", [9, 8], "wrong value"),
-    ("8/(4-4)", "1", [8, 4, 4], "wrong value"), ("1,8+9", "18", [18, 9], "not an expression"),
-    ("9 8", "98", [9, 8], "not an expression"), ("9^8", "1", [9, 8], "not an expression"),
-    ("x+8", "8", [8], "not an expression"),
-    ("9+8 or 9-8", "17", [9, 8], "not an expression"), ("3!", "6", [3], "not an expression"),
-    (r"8 \text{ plus } 9", "17", [8, 9], "not an expression")])
+@pytest.mark.parametrize(
+    "answer, gold, numbers, reason",
+    [
+        ("(9-8)*9+9", "18", [9, 8, 9, 9], "correct"),
+        (r"(9-8) \times 9 + 9 = 18", "18", [9, 9, 9, 8], "correct"),
+        (r"\frac{8}{4}\cdot 3", "6", [3, 4, 8], "correct"),
+        ("8 ÷ 4 − 3", "-1", [3, 4, 8], "correct"),
+        ("8/(3-8/3)", "24", [8, 3, 8, 3], "correct"),
+        ("2(3+4)", "14", [2, 3, 4], "correct"),
+        ("2*(3-7)", "-8", [2, 3, 7], "correct"),
+        ("9+9", "18", [9, 8], "wrong numbers"),
+        ("9+8+1", "18", [9, 8], "wrong numbers"),
+        ("18", "18", [9, 9], "wrong numbers"),
+        ("2 1/2", "2", [2, 1, 2], "wrong numbers"),
+        ("9+8", "18", [9, 8], "wrong value"),
+        ("9+8=18", "18", [9, 8], "wrong value"),
+        ("8/(4-4)", "1", [8, 4, 4], "wrong value"),
+        ("1,8+9", "18", [18, 9], "not an expression"),
+        ("9 8", "98", [9, 8], "not an expression"),
+        ("9^8", "1", [9, 8], "not an expression"),
+        ("x+8", "8", [8], "not an expression"),
+        ("9+8 or 9-8", "17", [9, 8], "not an expression"),
+        ("3!", "6", [3], "not an expression"),
+        (r"8 \text{ plus } 9", "17", [8, 9], "not an expression"),
+    ],
+)
 def test_countdown_uses_each_number_once_and_reaches_the_target(answer, gold, numbers, reason):
     verdict = verify(f"<think>so</think> \\boxed{{{answer}}}", gold, numbers)
     assert (verdict.reason, verdict.correct) == (reason, reason == "correct")
@@ -233,8 +303,13 @@ def arithmetic(draw: random.Random, depth: int = 3) -> tuple[str, Fraction]:
         return spelled[value.denominator], value
     (a, x), (b, y) = arithmetic(draw, depth - 1), arithmetic(draw, depth - 1)
     power = draw.randint(0, 3)
-    pairs = [(f"{a} + {b}", x + y), (f"{a} - ({b})", x - y), (f"({a}) \\cdot ({b})", x * y), (f"({a})({b})", x * y),
-             (f"({a})^{{{power}}}", x**power)]
+    pairs = [
+        (f"{a} + {b}", x + y),
+        (f"{a} - ({b})", x - y),
+        (f"({a}) \\cdot ({b})", x * y),
+        (f"({a})({b})", x * y),
+        (f"({a})^{{{power}}}", x**power),
+    ]
     return draw.choice(pairs + [(f"\\frac{{{a}}}{{{b}}}", x / y)] if y else pairs)
 
 
@@ -257,12 +332,18 @@ def check_pairs(count: int, seed: int) -> None:
         assert is_equivalent(f"{n}", f"{n}.0") and not is_equivalent(f"{n}", f"{n + k}"), (n, k)
         assert not is_equivalent(f"{n + k}.0", f"{n}"), (n, k)
         text, value = arithmetic(draw)
-        right, wrong = f"{value.numerator}/{value.denominator}", f"{value.numerator + 1}/{value.denominator}"
+        right, wrong = (
+            f"{value.numerator}/{value.denominator}",
+            f"{value.numerator + 1}/{value.denominator}",
+        )
         assert is_equivalent(text, right) and is_equivalent(right, text), (text, right)
         assert not is_equivalent(text, wrong) and not is_equivalent(wrong, text), (text, wrong)
         product, out, other = polynomial(draw)
         assert is_equivalent(product, out) and is_equivalent(out, product), (product, out)
-        assert not is_equivalent(product, other) and not is_equivalent(other, product), (product, other)
+        assert not is_equivalent(product, other) and not is_equivalent(other, product), (
+            product,
+            other,
+        )
 
 
 def test_generated_pairs_are_equal_exactly_where_their_values_are():
@@ -276,22 +357,41 @@ def test_a_surd_is_equal_to_no_decimal_however_long():
 
 
 # -------------------------------------------------------------------------------------------------------- hostile input
-BOMBS = r"""
+BOMBS = (
+    r"""
 9^{9^{9^{9^{9}}}}; 10^{10^{10}}; 100000000!; 5!!!!!!; 1e999999999; \frac{1}{10^{10^{10}}}; (x+1)^{10000000}
 \sqrt[1000000007]{2^{1000000009}}; \sum_{k=1}^{10^9} k; \binom{10^9}{10^8}; \sin(10^{10^{5}}); 2^{2^{2^{2^{2^{2}}}}}
 e^{e^{e^{e^{e}}}}; 0^{-1}; 0^{\pi}; \ln 0; \tan 90^\circ; \sqrt[0]{5}; \log_1 5; x^{x^{x^{x^{x}}}}; \ln^{-1} 5
 (-1)^{10^{1000}}; 2^{2^{12}\sqrt{2}}; \arcsin 10^{99}
-""".replace("\n", "; ").strip("; ").split("; ") + [
-    "1" * 2000, "1." + "3" * 2000, "1e999" * 100, r"\sin5 " * 300, r"\frac{e^{2it}}{2+2i}" * 30, r"\ln(\ln(i))" * 99,
-    r"\arcsin(\arcsin(\arcsin(\arcsin(i+2))))" * 20, "+".join(r"\sqrt{%d}" % n for n in range(2, 150))]
-REPEATED = r"""
+""".replace("\n", "; ")
+    .strip("; ")
+    .split("; ")
+    + [
+        "1" * 2000,
+        "1." + "3" * 2000,
+        "1e999" * 100,
+        r"\sin5 " * 300,
+        r"\frac{e^{2it}}{2+2i}" * 30,
+        r"\ln(\ln(i))" * 99,
+        r"\arcsin(\arcsin(\arcsin(\arcsin(i+2))))" * 20,
+        "+".join(r"\sqrt{%d}" % n for n in range(2, 150)),
+    ]
+)
+REPEATED = (
+    r"""
 ( { [ \{ \left( - 1+ 2^ 1, \frac{ \frac \sqrt \sqrt{ \text{ \boxed{ \sin \begin{pmatrix} & \\ | 5! $ </think> \ 1,000 1.
 = x \pm \cup ° √ é _ ^ "
-""".split() + [" ", "\n", "1 ", "answer is ", "final answer is $", "\ud800"]
-VOCABULARY = BOMBS[:12] + REPEATED + r"""
+""".split()
+    + [" ", "\n", "1 ", "answer is ", "final answer is $", "\ud800"]
+)
+VOCABULARY = (
+    BOMBS[:12]
+    + REPEATED
+    + r"""
 } ) ] \} \right) \infty \pi i e 0 1 12 0.5 ... \ldots and or x= < \le \in \mathbb{R} _8 _{8} \text{cm} % \% \$ \log \ln
 \cos( \arcsin f( \lfloor \rfloor \end{pmatrix} \mathrm{e}
 """.split()
+)
 
 
 def mutate(draw: random.Random, text: str, others: list[str]) -> str:
@@ -299,8 +399,16 @@ def mutate(draw: random.Random, text: str, others: list[str]) -> str:
     for _ in range(draw.randint(1, 6)):
         i = draw.randrange(len(text) + 1)
         j = min(len(text), i + draw.randint(1, 12))
-        middle = draw.choice([draw.choice(VOCABULARY) + text[i:j], draw.choice(VOCABULARY), "",
-                              text[i:j] * draw.choice([2, 5, 30]), draw.choice(others), None])
+        middle = draw.choice(
+            [
+                draw.choice(VOCABULARY) + text[i:j],
+                draw.choice(VOCABULARY),
+                "",
+                text[i:j] * draw.choice([2, 5, 30]),
+                draw.choice(others),
+                None,
+            ]
+        )
         text = text[j:] + text[:j] if middle is None else text[:i] + middle + text[j:]
     return text
 
@@ -317,7 +425,9 @@ def check_mutations(count: int, seed: int) -> list[tuple[float, str, str]]:
             response = mutate(draw, f"<think> a </think> the answer is {answer}", answers)
         start = time.process_time()
         verdict = verify(response, gold)
-        slowest = sorted([*slowest, (time.process_time() - start, gold, response)], reverse=True)[:5]
+        slowest = sorted([*slowest, (time.process_time() - start, gold, response)], reverse=True)[
+            :5
+        ]
         assert verdict.lenient or not verdict.correct
         if n % 5 == 0:
             assert is_equivalent(gold, answer) == is_equivalent(answer, gold), (gold, answer)
@@ -331,6 +441,7 @@ def calls_made(response: str, gold: str) -> int:
     def tally(frame, event, argument):
         nonlocal count
         count += event in ("call", "c_call")
+
     sys.setprofile(tally)
     try:
         verify(response, gold)
@@ -351,7 +462,9 @@ def test_a_value_bomb_is_refused_within_the_budget(bomb):
         comparison.same(read(bomb).tree or ("num", Fraction(1)), ("num", Fraction(5)))
     except Unread:
         pass
-    assert comparison.work <= 3 * MAX_WORK  # what may be spent, and the one value that broke the budget
+    assert (
+        comparison.work <= 3 * MAX_WORK
+    )  # what may be spent, and the one value that broke the budget
     assert calls_made(f"\\boxed{{{bomb}}}", "5") < 150_000
 
 
@@ -372,14 +485,25 @@ def test_long_and_deep_answers_are_text_and_not_read():
 
 def test_nothing_in_an_answer_is_executed(tmp_path):
     marker = tmp_path / "marker"
-    for code in (f"__import__('pathlib').Path('{marker}').touch()", f"open('{marker}','w').write('x')", "exit()",
-                 "raise SystemExit", "(lambda: 1/0)()", r"\input{/etc/passwd}"):
-        assert not verify(f"\\boxed{{{code}}}", "5").correct and not verify(f"The answer is {code}", "5").correct
+    for code in (
+        f"__import__('pathlib').Path('{marker}').touch()",
+        f"open('{marker}','w').write('x')",
+        "exit()",
+        "raise SystemExit",
+        "(lambda: 1/0)()",
+        r"\input{/etc/passwd}",
+    ):
+        assert (
+            not verify(f"\\boxed{{{code}}}", "5").correct
+            and not verify(f"The answer is {code}", "5").correct
+        )
     assert not marker.exists()
 
 
 def test_threads_agree_with_one_thread():
-    pairs = [(a, b) for answers in lines(EQUAL) + lines(DIFFERENT) for a in answers[:1] for b in answers]
+    pairs = [
+        (a, b) for answers in lines(EQUAL) + lines(DIFFERENT) for a in answers[:1] for b in answers
+    ]
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda pair: is_equivalent(*pair), pairs * 2))
     assert found == [is_equivalent(*pair) for pair in pairs * 2]
@@ -393,9 +517,17 @@ def test_a_tree_is_what_the_manual_says():
 
 
 def test_what_has_no_value_is_refused_and_compared_as_text():
-    for text in (r"\sum_{k=1}^n k", r"\int_0^1 x\,dx", r"\triangle ABC", r"\begin{cases} 1 \\ 2 \end{cases}",
-    "1, 2, ...",
-                 r"\{x : x > 0 \mid x\}", "5 6", "a word or 5 6", r"\text{June 20}"):
+    for text in (
+        r"\sum_{k=1}^n k",
+        r"\int_0^1 x\,dx",
+        r"\triangle ABC",
+        r"\begin{cases} 1 \\ 2 \end{cases}",
+        "1, 2, ...",
+        r"\{x : x > 0 \mid x\}",
+        "5 6",
+        "a word or 5 6",
+        r"\text{June 20}",
+    ):
         assert read(text).tree is None and is_equivalent(text, text + " "), text
 
 
@@ -407,8 +539,11 @@ def test_one_answer_on_the_command_line(capsys):
 
 
 def test_a_file_of_rows_gets_its_verdicts(tmp_path):
-    rows = [{"response": r"\boxed{5}", "gold": "5", "id": 7}, {"prediction": "nothing", "gold": 5},
-            {"response": r"\boxed{4+5}", "gold": "9", "numbers": [4, 5]}]
+    rows = [
+        {"response": r"\boxed{5}", "gold": "5", "id": 7},
+        {"prediction": "nothing", "gold": 5},
+        {"response": r"\boxed{4+5}", "gold": "9", "numbers": [4, 5]},
+    ]
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [sys.executable, ROOT / "verify.py", "--in", source, "--out", target]
@@ -435,7 +570,9 @@ def test_user_mistakes_are_one_line_and_exit_code_2(tmp_path, capsys):
 
 def test_a_pool_gives_the_verdicts_of_one_process_and_ends_although_sigterm_is_caught():
     rows = [{"response": f"\\boxed{{{n % 7}}}", "gold": str(n % 5)} for n in range(6000)]
-    before = signal.signal(signal.SIGTERM, lambda number, frame: None)  # as in a process that trains
+    before = signal.signal(
+        signal.SIGTERM, lambda number, frame: None
+    )  # as in a process that trains
     try:
         verdicts = [list(verify_rows(rows, workers=2)) for _ in range(5)]
     finally:
@@ -451,7 +588,9 @@ def test_the_verifier_needs_only_the_standard_library():
 
 # ------------------------------------------------------------------------------------------------------- labelled cases
 def rows_of(path: Path) -> list[dict]:
-    with open(path, encoding="utf-8") as lines:  # a problem may hold U+2028, at which splitlines would cut
+    with open(
+        path, encoding="utf-8"
+    ) as lines:  # a problem may hold U+2028, at which splitlines would cut
         return [json.loads(line) for line in lines]
 
 
@@ -479,7 +618,10 @@ def test_every_gold_answer_equals_itself_and_its_box():
 def test_hostile_strings_get_their_verdicts():
     wrong = []
     for row in rows_of(SHARED / "verify" / "adversarial.jsonl"):
-        gold, response = ("".join(piece * count for piece, count in row[key]) for key in ("gold_parts", "pred_parts"))
+        gold, response = (
+            "".join(piece * count for piece, count in row[key])
+            for key in ("gold_parts", "pred_parts")
+        )
         verdict = verify(response, gold).correct  # null: any verdict will do
         if row["expected"] is not None and verdict != row["expected"]:
             wrong.append(row["id"])
@@ -499,7 +641,9 @@ def full() -> None:
         print(f"  slowest {seconds * 1000:.1f} ms: {ascii(gold)} | {ascii(response)[:120]}")
     start = time.process_time()
     check_pairs(34_000, seed=5)
-    print(f"102,000 generated pairs hold (integers, expressions, polynomials), {time.process_time() - start:.0f} s")
+    print(
+        f"102,000 generated pairs hold (integers, expressions, polynomials), {time.process_time() - start:.0f} s"
+    )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ A tree is a tuple, head and children. Heads with a value: num sym text i e pi ba
    g(2), I(0) are values of an unknown function. Anything else raises Unread, and verify.py compares text.
 4) Work is bounded before it is done: characters, tokens, depth, digits, bits; and every value is paid for (meter.pay).
 """
+
 from __future__ import annotations
 
 import math
@@ -38,40 +39,81 @@ def table(text: str) -> dict[str, str]:
 
 
 FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan exp ln log".split())
-LETTERS = set("alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi varphi "
-              "chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega hbar ell pi infty emptyset".split())
+LETTERS = set(
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi varphi "
+    "chi psi omega Gamma Delta Theta Lambda Sigma Phi Psi Omega hbar ell pi infty emptyset".split()
+)
 UNITS = table(
     "% percent; $ dollar dollars usd; cent cents; euro euros; deg degree degrees; rad radian radians; am a.m; pm p.m; "
     "mm; cm centimeter centimeters; m meter meters; km kilometer kilometers; in inch inches; ft foot feet; / per; mi "
     "mile miles; g gm gram grams; kg kilogram kilograms; lb lbs pound pounds; oz ounce ounces; l liter liters; s sec "
-    "second seconds; min minute minutes; h hour hours; day days; week weeks; month months; year years; 2 square; 3 cubic")
-NUMERALS = dict(zip("zero one two three four five six seven eight nine ten eleven twelve".split(), range(13)))
-NOT_UNITS = {*NUMERALS, *"hundred thousand million billion trillion dozen half halves third thirds quarter quarters "
-             "plus minus times over squared cubed factorial not mod negative".split()}  # they change the value before
-SPELLING = dict.fromkeys(r"$ ~ \( \) \[ \] \, \; \: \! \left \right \big \Big \bigl \bigr \quad \qquad".split(), "") | {
-    "\\ ": "", "\\%": '"%"', "%": '"%"', "\\$": "$$", ";": ","} | table(
-    r"\frac \dfrac \tfrac \cfrac; \binom \dbinom \tbinom; * \cdot \times; / \div; <= \le \leq \leqslant; < \lt; > \gt; "
-    r">= \ge \geq \geqslant; != \ne \neq; in \in; ≈ \approx; ± \pm; ∓ \mp; ∪ \cup; | \vert \lvert \rvert; ( \langle; "
-    r") \rangle; : \colon; \{ \lbrace; \} \rbrace; ° \degree; \emptyset \varnothing; \arcsin \asin; \arccos \acos; "
-    r"\arctan \atan")
-UNICODE = {ord(c): f" {t} " if t[0] == "\\" else t for c, t in zip(
-    "π√∞∈θαβ½¼∅×·⋅÷−–≤≥≠²³％，（）…\u2009",
-    (r"\pi \sqrt \infty \in \theta \alpha \beta \frac{1}{2} \frac{1}{4} \emptyset "
-     r"* * * / - - <= >= != ^2 ^3 % , ( ) ... \,").split())}
-TEXT = re.compile(r"\\(text(?:bf|it|rm|tt|normal)?|[mh]box|math(?:rm|bf|it|sf)|operatorname|boldsymbol)\s*\{([^{}]*)\}")
+    "second seconds; min minute minutes; h hour hours; day days; week weeks; month months; year years; 2 square; 3 cubic"
+)
+NUMERALS = dict(
+    zip("zero one two three four five six seven eight nine ten eleven twelve".split(), range(13))
+)
+NOT_UNITS = {
+    *NUMERALS,
+    *"hundred thousand million billion trillion dozen half halves third thirds quarter quarters "
+    "plus minus times over squared cubed factorial not mod negative".split(),
+}  # they change the value before
+SPELLING = (
+    dict.fromkeys(
+        r"$ ~ \( \) \[ \] \, \; \: \! \left \right \big \Big \bigl \bigr \quad \qquad".split(), ""
+    )
+    | {"\\ ": "", "\\%": '"%"', "%": '"%"', "\\$": "$$", ";": ","}
+    | table(
+        r"\frac \dfrac \tfrac \cfrac; \binom \dbinom \tbinom; * \cdot \times; / \div; <= \le \leq \leqslant; < \lt; > \gt; "
+        r">= \ge \geq \geqslant; != \ne \neq; in \in; ≈ \approx; ± \pm; ∓ \mp; ∪ \cup; | \vert \lvert \rvert; ( \langle; "
+        r") \rangle; : \colon; \{ \lbrace; \} \rbrace; ° \degree; \emptyset \varnothing; \arcsin \asin; \arccos \acos; "
+        r"\arctan \atan"
+    )
+)
+UNICODE = {
+    ord(c): f" {t} " if t[0] == "\\" else t
+    for c, t in zip(
+        "π√∞∈θαβ½¼∅×·⋅÷−–≤≥≠²³％，（）…\u2009",
+        (
+            r"\pi \sqrt \infty \in \theta \alpha \beta \frac{1}{2} \frac{1}{4} \emptyset "
+            r"* * * / - - <= >= != ^2 ^3 % , ( ) ... \,"
+        ).split(),
+    )
+}
+TEXT = re.compile(
+    r"\\(text(?:bf|it|rm|tt|normal)?|[mh]box|math(?:rm|bf|it|sf)|operatorname|boldsymbol)\s*\{([^{}]*)\}"
+)
 REWRITES = (
     (r"\\begin\s*\{[pbB]?(?:small)?matrix\*?\}|\\begin\s*\{array\}\s*(?:\{[^{}]*\})?", r" \begin "),
-    (r"\\end\s*\{(?:[pbB]?(?:small)?matrix\*?|array)\}", r" \end "), (r"\\\\\[\w+\]", r" \\ "),
-    (r"\^\s*\{?\s*\\circ\s*\}?", "°"), (r"\\[hv]?phantom\s*(?:\{[^{}]*\}|.)", ""),
-    (r"\\mathbb\s*\{?R\}?", r"(-\infty,\infty)"), (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", "*"))  # 4.5 x 10^3
+    (r"\\end\s*\{(?:[pbB]?(?:small)?matrix\*?|array)\}", r" \end "),
+    (r"\\\\\[\w+\]", r" \\ "),
+    (r"\^\s*\{?\s*\\circ\s*\}?", "°"),
+    (r"\\[hv]?phantom\s*(?:\{[^{}]*\}|.)", ""),
+    (r"\\mathbb\s*\{?R\}?", r"(-\infty,\infty)"),
+    (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", "*"),
+)  # 4.5 x 10^3
 REWRITE = re.compile(r"(?=[\\^xX ])(?:(%s))" % ")|(".join(pattern for pattern, _ in REWRITES))
 # 52_8, (52)_{8}, 152A_{11}
-BASE = r"(?:\(\s*\d+\s*\)|\d+)\s*_\s*(?:\{\s*\d+\s*\}|\d+)|\(?[A-F]*\d[0-9A-F]*\)?\s*_\s*\{?1[1-6]\}?"
+BASE = (
+    r"(?:\(\s*\d+\s*\)|\d+)\s*_\s*(?:\{\s*\d+\s*\}|\d+)|\(?[A-F]*\d[0-9A-F]*\)?\s*_\s*\{?1[1-6]\}?"
+)
 GROUPS = r"(?<![\d.])\d{1,3}(?:(?:\{,\}|,\s*\\!\s*|\\[,;: !]|~%s)\d{3})+(?!\d)(?:\.\d+)?"  # 1{,}000  1,\!000  1\,000
 # the first pattern is for text with brackets, where 1,234 is two items; in the second it is one number
-TOKENS = [re.compile("|".join((
-    BASE, GROUPS % comma, r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?", r'"[^"]*"', r"\\[A-Za-z]+|\\.", r"\s*[A-Za-z]+",
-    r"[<>!]=|!+|\.+|\S"))) for comma in ("", r"|,|\s")]
+TOKENS = [
+    re.compile(
+        "|".join(
+            (
+                BASE,
+                GROUPS % comma,
+                r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?",
+                r'"[^"]*"',
+                r"\\[A-Za-z]+|\\.",
+                r"\s*[A-Za-z]+",
+                r"[<>!]=|!+|\.+|\S",
+            )
+        )
+    )
+    for comma in ("", r"|,|\s")
+]
 
 
 def words(match: re.Match) -> str:
@@ -83,9 +125,18 @@ def words(match: re.Match) -> str:
     for word in re.findall(r"[A-Za-z][A-Za-z./'-]*[A-Za-z/]|[^\s.]", body):
         if word.lower() in ("and", "or"):
             out.append(",")
-        elif word in FUNCTIONS - {"sec"} or word in LETTERS or kind == "operatorname" and "\\" + word in SPELLING:
+        elif (
+            word in FUNCTIONS - {"sec"}
+            or word in LETTERS
+            or kind == "operatorname"
+            and "\\" + word in SPELLING
+        ):
             out.append("\\" + word)
-        elif not word[0].isalpha() or len(word) == 1 and (kind.startswith("math") or word not in UNITS):
+        elif (
+            not word[0].isalpha()
+            or len(word) == 1
+            and (kind.startswith("math") or word not in UNITS)
+        ):
             out.append(word)  # \mathrm{e} is a number, \text{m} after one a unit
         else:
             out.append(f'"{word}"')
@@ -98,7 +149,12 @@ def letters(run: str, before: str) -> list[str]:
     lower, apart = word.lower(), run[0].isspace() or before[-1:] not in set(")}]0123456789")
     if lower in ("and", "or"):
         return [","]
-    if word in FUNCTIONS or word in LETTERS and word not in ("xi", "nu", "mu") or word in ("sqrt", "infinity", "inf"):
+    if (
+        word in FUNCTIONS
+        or word in LETTERS
+        and word not in ("xi", "nu", "mu")
+        or word in ("sqrt", "infinity", "inf")
+    ):
         return ["\\infty" if word[:3] == "inf" else "\\" + word]
     known = len(word) > 3 or len(word) > 1 and (lower in UNITS or lower in NUMERALS)
     if apart and known or word in ("cm", "mm", "km", "kg"):
@@ -110,7 +166,9 @@ def tokenize(text: str, thousands: bool = True) -> list[str]:
     """LaTeX or plain text -> tokens in one spelling. thousands: 1,234 outside brackets is one number."""
     if len(text) > MAX_CHARS:
         raise Unread("too long")
-    text = " ".join((text if text.isascii() else text.translate(UNICODE)).split())  # long gaps would slow the patterns
+    text = " ".join(
+        (text if text.isascii() else text.translate(UNICODE)).split()
+    )  # long gaps would slow the patterns
     if "\\" in text:
         for _ in range(4):  # \text{\textbf{}} a few levels deep
             text, found = TEXT.subn(words, text)
@@ -118,7 +176,9 @@ def tokenize(text: str, thousands: bool = True) -> list[str]:
                 break
     text = REWRITE.sub(lambda match: REWRITES[match.lastindex - 1][1], text)
     tokens: list[str] = []
-    for raw in TOKENS[thousands and "(" not in text and "[" not in text and "\\{" not in text].findall(text):
+    for raw in TOKENS[
+        thousands and "(" not in text and "[" not in text and "\\{" not in text
+    ].findall(text):
         token = SPELLING.get(raw, raw)
         if token[-1:].isalpha() and token[0] != "\\" and raw != "\\in":
             tokens += letters(token, tokens[-1] if tokens else "")
@@ -132,10 +192,43 @@ def tokenize(text: str, thousands: bool = True) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------------------- parser
-POWERS = {",": 1, "<": 2, ">": 2, "<=": 2, ">=": 2, "=": 2, "!=": 2, "in": 2, "≈": 2, ":": 3, "∪": 3, '"': 4, "+": 5,
-          "-": 5, "±": 5, "∓": 5, "*": 6, "/": 6, "^": 9, "!": 10, "°": 10}
-SIGN, ARGUMENT, JOINED = 5.5, 6.2, 6.5  # -2x is -(2x); sin 5x/2 stops at the slash; 2x is a product of 2 and x
-CLOSERS = {"(": ")]", "[": ")]", "\\{": ["\\}"], "{": "}", "|": "|", "\\lfloor": ["\\rfloor"], "\\lceil": ["\\rceil"]}
+POWERS = {
+    ",": 1,
+    "<": 2,
+    ">": 2,
+    "<=": 2,
+    ">=": 2,
+    "=": 2,
+    "!=": 2,
+    "in": 2,
+    "≈": 2,
+    ":": 3,
+    "∪": 3,
+    '"': 4,
+    "+": 5,
+    "-": 5,
+    "±": 5,
+    "∓": 5,
+    "*": 6,
+    "/": 6,
+    "^": 9,
+    "!": 10,
+    "°": 10,
+}
+SIGN, ARGUMENT, JOINED = (
+    5.5,
+    6.2,
+    6.5,
+)  # -2x is -(2x); sin 5x/2 stops at the slash; 2x is a product of 2 and x
+CLOSERS = {
+    "(": ")]",
+    "[": ")]",
+    "\\{": ["\\}"],
+    "{": "}",
+    "|": "|",
+    "\\lfloor": ["\\rfloor"],
+    "\\lceil": ["\\rceil"],
+}
 ENDS = {"\\}", "\\\\", "\\end", "\\rfloor", "\\rceil"}
 
 
@@ -176,7 +269,12 @@ class Parser:
         while token := self.tokens[self.at]:
             power = POWERS.get(token if token[0] != '"' else '"')
             if power is None:
-                starts = token[0].isalnum() or token[0] in "([{." or token[0] == "\\" and token not in ENDS
+                starts = (
+                    token[0].isalnum()
+                    or token[0] in "([{."
+                    or token[0] == "\\"
+                    and token not in ENDS
+                )
                 power = JOINED if starts and not (argument and token[1:] in FUNCTIONS) else 0
             if power <= floor:
                 break
@@ -215,7 +313,7 @@ class Parser:
         before, token = self.tokens[self.at - 1], self.next
         bare = left[0] == "num" and before.isdigit()
         if before[-1].isdigit() and token[0] in "0123456789.":
-            slash, below = self.tokens[self.at + 1:self.at + 3]
+            slash, below = self.tokens[self.at + 1 : self.at + 3]
             if not (bare and slash == "/" and below.isdigit()):
                 raise Unread("two numbers side by side")
             self.at += 3
@@ -256,7 +354,13 @@ class Parser:
             return self.function(name)
         if token in ("-", "+", "±", "∓", "≈"):
             right = self.parse(SIGN)
-            return right if token in "+≈" else ("neg", right) if token == "-" else (token, ("num", Fraction(0)), right)
+            return (
+                right
+                if token in "+≈"
+                else ("neg", right)
+                if token == "-"
+                else (token, ("num", Fraction(0)), right)
+            )
         if token == "$$":
             return ("unit", "$", self.parse(SIGN))
         if token == "\\sqrt":
@@ -281,8 +385,12 @@ class Parser:
                 name += self.take()
         if name in ("e", "i", "\\pi"):
             return (name.lstrip("\\"),)
-        after, closer = self.tokens[self.at + 1:self.at + 3]
-        if self.next == "(" and name[0].isalpha() and (name in "fghFG" or after[:1].isdigit() and closer == ")"):
+        after, closer = self.tokens[self.at + 1 : self.at + 3]
+        if (
+            self.next == "("
+            and name[0].isalpha()
+            and (name in "fghFG" or after[:1].isdigit() and closer == ")")
+        ):
             return ("call", name, self.prefix(self.take()))
         return ("sym", name.replace("{", "").replace("}", ""))
 
@@ -291,15 +399,23 @@ class Parser:
         base = exponent = None
         while self.next in ("^", "_"):
             if self.take() == "^":
-                exponent = self.parse(POWERS["^"] - 1) if self.next == "-" else self.prefix(self.take())
+                exponent = (
+                    self.parse(POWERS["^"] - 1) if self.next == "-" else self.prefix(self.take())
+                )
             else:
                 base = self.argument()
-        inner = self.prefix(self.take()) if self.next in ("(", "{", "[") else self.parse(ARGUMENT, argument=True)
+        inner = (
+            self.prefix(self.take())
+            if self.next in ("(", "{", "[")
+            else self.parse(ARGUMENT, argument=True)
+        )
         if exponent == ("neg", ("num", Fraction(1))):
             name, exponent = "arc" + name, None
         if name not in FUNCTIONS:
             raise Unread("unknown function")
-        value = ("fn", name, inner) if base is None else ("/", ("fn", "ln", inner), ("fn", "ln", base))
+        value = (
+            ("fn", name, inner) if base is None else ("/", ("fn", "ln", inner), ("fn", "ln", base))
+        )
         return ("^", value, exponent) if exponent else value
 
     def bracket(self, opener: str) -> tuple:
@@ -322,7 +438,11 @@ class Parser:
                 rows.append([])
             elif token != "&":
                 self.at += token == "\\\\"
-                return ("matrix", " ".join(str(len(row)) for row in rows), *(cell for row in rows for cell in row))
+                return (
+                    "matrix",
+                    " ".join(str(len(row)) for row in rows),
+                    *(cell for row in rows for cell in row),
+                )
 
     def text(self, name: str) -> tuple:
         if len(name) == 1:
@@ -335,7 +455,11 @@ class Parser:
 
     def based(self, token: str) -> tuple:
         digits, base = (re.sub(r"[(){}\s]", "", part) for part in token.split("_"))
-        if len(token) > MAX_DIGITS or not 2 <= int(base) <= 36 or any(int(d, 36) >= int(base) for d in digits):
+        if (
+            len(token) > MAX_DIGITS
+            or not 2 <= int(base) <= 36
+            or any(int(d, 36) >= int(base) for d in digits)
+        ):
             raise Unread("not a number in that base")
         return ("base", base, Fraction(int(digits, int(base))))
 
@@ -343,6 +467,7 @@ class Parser:
 # ------------------------------------------------------------------------------------------------------------- values
 class Approx(NamedTuple):
     """A complex number in the precision of the current decimal context; mixes with Fraction."""
+
     re: Decimal
     im: Decimal = Decimal(0)
 
@@ -355,7 +480,9 @@ class Approx(NamedTuple):
 
     def __mul__(self, other):
         other = lift(other)
-        return Approx(self.re * other.re - self.im * other.im, self.re * other.im + self.im * other.re)
+        return Approx(
+            self.re * other.re - self.im * other.im, self.re * other.im + self.im * other.re
+        )
 
     def __truediv__(self, other):
         other = lift(other)
@@ -372,7 +499,11 @@ class Approx(NamedTuple):
 
 
 def lift(value) -> Approx:
-    return value if isinstance(value, Approx) else Approx(Decimal(value.numerator) / Decimal(value.denominator))
+    return (
+        value
+        if isinstance(value, Approx)
+        else Approx(Decimal(value.numerator) / Decimal(value.denominator))
+    )
 
 
 I, HALF = Approx(Decimal(0), Decimal(1)), Fraction(1, 2)
@@ -419,7 +550,10 @@ def ln(z) -> Approx:
 def power(a, b):
     """a^b: exact for a rational to an integer, the real root for an odd degree, else the principal value."""
     if isinstance(a, Fraction) and isinstance(b, Fraction) and b.denominator == 1:
-        if abs(a) not in (0, 1) and abs(b) * (max(a.numerator.bit_length(), a.denominator.bit_length()) - 1) > MAX_BITS:
+        if (
+            abs(a) not in (0, 1)
+            and abs(b) * (max(a.numerator.bit_length(), a.denominator.bit_length()) - 1) > MAX_BITS
+        ):
             raise Unread("power too large")
         return a ** int(b)
     a = lift(a)
@@ -449,8 +583,14 @@ def function(name: str, z):
     cos, sin = (up + 1 / up) / 2, (up - 1 / up) / (2 * I)
     if not z.im:  # exactly real
         cos, sin = Approx(cos.re), Approx(sin.re)
-    return {"sin": lambda: sin, "cos": lambda: cos, "tan": lambda: sin / cos, "cot": lambda: cos / sin,
-            "sec": lambda: 1 / cos, "csc": lambda: 1 / sin}[name]()
+    return {
+        "sin": lambda: sin,
+        "cos": lambda: cos,
+        "tan": lambda: sin / cos,
+        "cot": lambda: cos / sin,
+        "sec": lambda: 1 / cos,
+        "csc": lambda: 1 / sin,
+    }[name]()
 
 
 def integer(value) -> int:
@@ -460,17 +600,29 @@ def integer(value) -> int:
 
 
 OPERATIONS = {
-    "/": truediv, "neg": neg, "^": power, "root": lambda n, a: power(a, 1 / n), "|": abs,
-    "°": lambda a: a * Approx(pi_at(getcontext().prec)) / 180, "!": lambda n: Fraction(math.factorial(integer(n))),
+    "/": truediv,
+    "neg": neg,
+    "^": power,
+    "root": lambda n, a: power(a, 1 / n),
+    "|": abs,
+    "°": lambda a: a * Approx(pi_at(getcontext().prec)) / 180,
+    "!": lambda n: Fraction(math.factorial(integer(n))),
     "binom": lambda n, k: Fraction(math.comb(integer(n), integer(k))),
     "\\lfloor": lambda a: Fraction(math.floor(getattr(a, "re", a))),
-    "\\lceil": lambda a: Fraction(math.ceil(getattr(a, "re", a)))}
+    "\\lceil": lambda a: Fraction(math.ceil(getattr(a, "re", a))),
+}
 
 
 def sample(name: str, point: int) -> Fraction:
     """The seeded value of a variable: by point below 1, above 1, negative, an integer, a larger integer."""
     seed = crc32(f"{name} {point}".encode("utf-8", "replace"))
-    kinds = (1 + seed % 28, 29), (30 + seed % 97, 29), (-1 - seed % 97, 31), (2 + seed % 9, 1), (5 + seed % 40, 1)
+    kinds = (
+        (1 + seed % 28, 29),
+        (30 + seed % 97, 29),
+        (-1 - seed % 97, 31),
+        (2 + seed % 9, 1),
+        (5 + seed % 40, 1),
+    )
     return Fraction(*kinds[point % 5])
 
 
@@ -482,18 +634,27 @@ def evaluate(node: tuple, point: int, meter):
     if head in ("sym", "text"):
         return sample(node[1], point)
     if head in ("i", "e", "pi"):
-        return I if head == "i" else Approx(Decimal(1).exp() if head == "e" else pi_at(getcontext().prec))
+        return (
+            I
+            if head == "i"
+            else Approx(Decimal(1).exp() if head == "e" else pi_at(getcontext().prec))
+        )
     if head == "at":  # a subtree at a fixed point, whatever the point
         return evaluate(node[2], node[1], meter)
     if head in ("+", "*"):
-        join, values = add if head == "+" else mul, (evaluate(child, point, meter) for child in node[1:])
+        join, values = (
+            add if head == "+" else mul,
+            (evaluate(child, point, meter) for child in node[1:]),
+        )
         return reduce(lambda total, value: meter.pay(join(total, value)), values)
     if head in ("fn", "call"):
         value = evaluate(node[2], point, meter)
         if head == "fn":
             name = "ln" if meter.natural and node[1] == "log" else node[1]
             return meter.pay(function(name, value), series=3 if name[:3] == "arc" else 1)
-        return sample(f"{node[1]} {value if isinstance(value, Fraction) else round(value.re, 20)}", point)
+        return sample(
+            f"{node[1]} {value if isinstance(value, Fraction) else round(value.re, 20)}", point
+        )
     if head not in OPERATIONS:
         raise Unread("no number")
     value = OPERATIONS[head](*[evaluate(child, point, meter) for child in node[1:]])

@@ -16,6 +16,7 @@ differ, as in Countdown, that is every row: switch it off with --near 0. 5) Diff
 attempts that a weak model wins; Easy w = 1, Hard w <= 0.25, Uniform drawn from all, equal sizes. Where a class has too
 few rows for --size its edge moves, one attempt at a time, and the new edge is printed.
 All rows are held in memory; each is looked up in an index of the evaluation prompts' n-grams."""
+
 import argparse
 import json
 import math
@@ -26,15 +27,18 @@ from collections import Counter
 from pathlib import Path
 
 import data
-import run
+from core import files
+from core.errors import UserError
 
-SHINGLE = 3         # words; a short problem of 12 words still has ten of them
-COMMON = 0.05       # share of the evaluation prompts that makes an n-gram an instruction ...
-COMMON_LEAST = 5    # ... and the fewest prompts that do
+SHINGLE = 3  # words; a short problem of 12 words still has ten of them
+COMMON = 0.05  # share of the evaluation prompts that makes an n-gram an instruction ...
+COMMON_LEAST = 5  # ... and the fewest prompts that do
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
-COUNTING = set("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-               "seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand "
-               "million half twice double triple third quarter".split())
+COUNTING = set(
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand "
+    "million half twice double triple third quarter".split()
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------- texts
@@ -47,7 +51,7 @@ def names_in(texts) -> set[str]:
     """Words (lower case) that stand inside a sentence with a capital and nowhere in these texts without one."""
     inside, small = set(), set()
     for text in texts:
-        before = ""         # the last character before the word that is not a space
+        before = ""  # the last character before the word that is not a space
         for space, word, mark in re.findall(r"(\s+)|([^\W\d_]+)|(.)", text):
             if word and word[0].islower():
                 small.add(word.lower())
@@ -59,13 +63,15 @@ def names_in(texts) -> set[str]:
 
 def template_of(text: str, names: set[str]) -> list[str]:
     """words_of with every number as 0 and every name as @: what two versions of one problem share."""
-    return ["@" if word in names else "0" if word in COUNTING or NUMBER.fullmatch(word) else word
-            for word in words_of(text)]
+    return [
+        "@" if word in names else "0" if word in COUNTING or NUMBER.fullmatch(word) else word
+        for word in words_of(text)
+    ]
 
 
 def grams(words: list[str], n: int) -> set[tuple]:
     """All runs of n words; the whole where there are fewer."""
-    return {tuple(words[i:i + n]) for i in range(max(1, len(words) - n + 1))}
+    return {tuple(words[i : i + n]) for i in range(max(1, len(words) - n + 1))}
 
 
 # ------------------------------------------------------------------------------------------------------ decontamination
@@ -101,21 +107,36 @@ class Near:
     def __call__(self, prompt: str) -> bool:
         mine = grams(template_of(prompt, self.names), SHINGLE)
         rarest = sorted(mine, key=lambda gram: len(self.holders.get(gram, ())))
-        rarest = rarest[:len(mine) - math.ceil(self.least * len(mine)) + 1]
+        rarest = rarest[: len(mine) - math.ceil(self.least * len(mine)) + 1]
         candidates = {i for gram in rarest for i in self.holders.get(gram, ())}
-        return any(len(mine & self.sets[i]) >= self.least * len(mine | self.sets[i]) for i in candidates)
+        return any(
+            len(mine & self.sets[i]) >= self.least * len(mine | self.sets[i]) for i in candidates
+        )
 
 
-def clean(rows: list[dict], against: list[str], ngram: int = 13, near: float = 0.8) -> tuple[list[dict], dict]:
+def clean(
+    rows: list[dict], against: list[str], ngram: int = 13, near: float = 0.8
+) -> tuple[list[dict], dict]:
     """(rows that stay, counts) of training rows and evaluation prompts; ngram or near 0 = not asked for."""
     prompts = [prompt_of(row, f"training row {n}") for n, row in enumerate(rows, 1)]
     overlap = Overlap(against, ngram) if ngram and against else None
     similar = Near(against, near, names_in(prompts + against)) if near and against else None
-    counts, seen, kept = {"rows": len(rows), "duplicate": 0, "overlap": 0, "near": 0, "kept": 0}, set(), []
+    counts, seen, kept = (
+        {"rows": len(rows), "duplicate": 0, "overlap": 0, "near": 0, "kept": 0},
+        set(),
+        [],
+    )
     for row, prompt in zip(rows, prompts):
         key = " ".join(prompt.lower().split())
-        reason = ("duplicate" if key in seen else "overlap" if overlap and overlap(prompt) else
-                  "near" if similar and similar(prompt) else "kept")
+        reason = (
+            "duplicate"
+            if key in seen
+            else "overlap"
+            if overlap and overlap(prompt)
+            else "near"
+            if similar and similar(prompt)
+            else "kept"
+        )
         counts[reason] += 1
         seen.add(key)
         if reason == "kept":
@@ -129,37 +150,55 @@ def win_rates(attempts: list[dict]) -> tuple[dict[str, float], int]:
     wins = {}
     for n, record in enumerate(attempts, 1):
         if not {"problem", "correct"} <= set(record):
-            raise ValueError(f"attempts, record {n}: needs problem and correct, as evaluate.py --out writes them "
-                             f"(found: {sorted(record)})")
+            raise UserError(
+                f"attempts, record {n}: needs problem and correct, as evaluate.py --out writes them "
+                f"(found: {sorted(record)})"
+            )
         wins.setdefault(record["problem"], []).append(bool(record["correct"]))
     fewest, most = min(map(len, wins.values())), max(map(len, wins.values()))
     if fewest != most:
-        raise ValueError(f"attempts: {fewest} to {most} a prompt; dedup the prompts first, so that each is tried alike")
+        raise UserError(
+            f"attempts: {fewest} to {most} a prompt; dedup the prompts first, so that each is tried alike"
+        )
     return {prompt: sum(tries) / len(tries) for prompt, tries in wins.items()}, most
 
 
-def by_difficulty(rows: list[dict], attempts: list[dict], size: int = 0, seed: int = 0) -> tuple[dict, dict]:
+def by_difficulty(
+    rows: list[dict], attempts: list[dict], size: int = 0, seed: int = 0
+) -> tuple[dict, dict]:
     """({"easy", "uniform", "hard": rows}, {"easy", "hard": edge of the win rate}), all of one size.
 
     size 0 = as many as the smaller of Easy and Hard has at the paper's edges, w = 1 and w <= 0.25."""
     rates, n = win_rates(attempts)
     known = [(rates[prompt], row) for row in rows if (prompt := prompt_of(row, "a row")) in rates]
     if size > len(known):
-        raise ValueError(f"--size {size}: only {len(known)} rows have attempts; ask for fewer, or make more attempts")
-    lowest, highest = n, n // 4         # edges in attempts won: w = 1 and w <= 0.25
+        raise UserError(
+            f"--size {size}: only {len(known)} rows have attempts; ask for fewer, or make more attempts"
+        )
+    lowest, highest = n, n // 4  # edges in attempts won: w = 1 and w <= 0.25
     wins = [round(w * n) for w, _ in known]
     size = size or min(sum(w >= lowest for w in wins), sum(w <= highest for w in wins))
     if not size:
-        raise ValueError(f"of {len(known)} rows none is won in all {n} attempts, or none in a quarter of them or "
-                         "fewer; give --size N, and the edges move to where there are N")
+        raise UserError(
+            f"of {len(known)} rows none is won in all {n} attempts, or none in a quarter of them or "
+            "fewer; give --size N, and the edges move to where there are N"
+        )
     while sum(w >= lowest for w in wins) < size:
         lowest -= 1
     while sum(w <= highest for w in wins) < size:
         highest += 1
-    classes = {"easy": [row for w, (_, row) in zip(wins, known) if w >= lowest], "uniform": [row for _, row in known],
-               "hard": [row for w, (_, row) in zip(wins, known) if w <= highest]}
-    return ({name: random.Random(f"{seed} {name}").sample(members, size) for name, members in classes.items()},
-            {"easy": lowest / n, "hard": highest / n})
+    classes = {
+        "easy": [row for w, (_, row) in zip(wins, known) if w >= lowest],
+        "uniform": [row for _, row in known],
+        "hard": [row for w, (_, row) in zip(wins, known) if w <= highest],
+    }
+    return (
+        {
+            name: random.Random(f"{seed} {name}").sample(members, size)
+            for name, members in classes.items()
+        },
+        {"easy": lowest / n, "hard": highest / n},
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -167,46 +206,76 @@ def prompt_of(row: dict, where: str) -> str:
     """The problem of a row in any accepted spelling (data.py), as text."""
     text = data.prompt_text(row)
     if text is None:
-        raise ValueError(f"{where}: no prompt; a row needs messages or prompt (found: {sorted(row)})")
+        raise UserError(
+            f"{where}: no prompt; a row needs messages or prompt (found: {sorted(row)})"
+        )
     return text
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
-    run.write_aside(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    files.write_aside(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--in", dest="source", required=True, help="training rows, .jsonl or .parquet")
-    parser.add_argument("--out", required=True, help="a file for the clean rows; with --attempts a folder for three")
-    parser.add_argument("--against", nargs="+", default=[], metavar="FILE", help="evaluation sets to keep out")
-    parser.add_argument("--ngram", type=int, default=13, help="words of an n-gram; 0 = off (default 13)")
-    parser.add_argument("--near", type=float, default=0.8, help="least Jaccard similarity; 0 = off (default 0.8)")
-    parser.add_argument("--attempts", help="records of evaluate.py --out on the rows of --in: select by win rate")
-    parser.add_argument("--size", type=int, default=0, help="rows in each of easy, uniform, hard; 0 = all that fit")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws of --attempts (default 0)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--in", dest="source", required=True, help="training rows, .jsonl or .parquet"
+    )
+    parser.add_argument(
+        "--out", required=True, help="a file for the clean rows; with --attempts a folder for three"
+    )
+    parser.add_argument(
+        "--against", nargs="+", default=[], metavar="FILE", help="evaluation sets to keep out"
+    )
+    parser.add_argument(
+        "--ngram", type=int, default=13, help="words of an n-gram; 0 = off (default 13)"
+    )
+    parser.add_argument(
+        "--near", type=float, default=0.8, help="least Jaccard similarity; 0 = off (default 0.8)"
+    )
+    parser.add_argument(
+        "--attempts", help="records of evaluate.py --out on the rows of --in: select by win rate"
+    )
+    parser.add_argument(
+        "--size", type=int, default=0, help="rows in each of easy, uniform, hard; 0 = all that fit"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the draws of --attempts (default 0)"
+    )
     args = parser.parse_args(argv)
     try:
         if args.ngram < 0 or not 0 <= args.near <= 1 or args.size < 0:
-            raise ValueError("--ngram and --size are counts, --near a similarity from 0 (off) to 1")
+            raise UserError("--ngram and --size are counts, --near a similarity from 0 (off) to 1")
         if args.attempts and args.against:
-            raise ValueError("--against cleans and --attempts selects: clean first, then select from the clean file")
+            raise UserError(
+                "--against cleans and --attempts selects: clean first, then select from the clean file"
+            )
         rows, out = data.read_rows(args.source), Path(args.out)
         if args.attempts:
             out.mkdir(parents=True, exist_ok=True)
             chosen, edges = by_difficulty(rows, data.read_rows(args.attempts), args.size, args.seed)
             for name, members in chosen.items():
                 write_rows(out / f"{name}.jsonl", members)
-            print(f"{out}: {len(chosen['easy'])} rows each; easy: win rate {edges['easy']:g} or more, "
-                  f"hard: {edges['hard']:g} or less, uniform: any")
+            print(
+                f"{out}: {len(chosen['easy'])} rows each; easy: win rate {edges['easy']:g} or more, "
+                f"hard: {edges['hard']:g} or less, uniform: any"
+            )
             return 0
-        against = [prompt_of(row, f"{path}:{n}") for path in args.against
-                   for n, row in enumerate(data.read_rows(path), 1)]
+        against = [
+            prompt_of(row, f"{path}:{n}")
+            for path in args.against
+            for n, row in enumerate(data.read_rows(path), 1)
+        ]
         kept, counts = clean(rows, against, args.ngram, args.near)
         out.parent.mkdir(parents=True, exist_ok=True)
         write_rows(out, kept)
-        print(f"{out}: " + ", ".join(f"{count} {name}" for name, count in counts.items())
-              + f"; against {len(against)} evaluation prompts")
+        print(
+            f"{out}: "
+            + ", ".join(f"{count} {name}" for name, count in counts.items())
+            + f"; against {len(against)} evaluation prompts"
+        )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

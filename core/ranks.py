@@ -14,6 +14,8 @@ With one process each function is a no-op or returns its own value, so the train
   5) The trainer state is one safetensors file a process, with the rows it holds in the header. # differs from
      torch.distributed.checkpoint, whose metadata file is a pickle.
 """
+
+import hashlib
 import json
 import os
 import sys
@@ -27,8 +29,12 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-PATIENCE = timedelta(hours=12)  # a wait in a collective; one process may decode long after the others are through.
-                                # A process that dies is noticed at once all the same: its connections close
+from core.errors import UserError
+
+PATIENCE = timedelta(
+    hours=12
+)  # a wait in a collective; one process may decode long after the others are through.
+# A process that dies is noticed at once all the same: its connections close
 
 
 # ---------------------------------------------------------------------------------------------------------------- group
@@ -45,18 +51,22 @@ def rank() -> int:
 def start() -> torch.device:
     """Join the processes that torchrun started, if it started several. Returns this one's device."""
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    )
     if cuda:
         if device.index >= torch.cuda.device_count():
-            raise ValueError(f"process {device.index} of this node has no GPU: it has {torch.cuda.device_count()}; "
-                             "use --nproc_per_node of that number at most")
+            raise UserError(
+                f"process {device.index} of this node has no GPU: it has {torch.cuda.device_count()}; "
+                "use --nproc_per_node of that number at most"
+            )
         torch.cuda.set_device(device)
         # on recent GPUs it would be the first choice, and it plans, up to a second, for each new (rows, tokens)
         torch.backends.cuda.enable_cudnn_sdp(False)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
         if rank():
-            sys.stdout = open(os.devnull, "w")   # the first process speaks for all
+            sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     return device
 
 
@@ -101,7 +111,9 @@ def gather_bytes(mine: bytes) -> list[bytes]:
     sizes[rank()] = len(mine)
     width = int(add_up(sizes).max())
     parts = [torch.empty(width, dtype=torch.uint8) for _ in range(world())]
-    dist.all_gather(parts, F.pad(torch.frombuffer(bytearray(mine), dtype=torch.uint8), (0, width - len(mine))))
+    dist.all_gather(
+        parts, F.pad(torch.frombuffer(bytearray(mine), dtype=torch.uint8), (0, width - len(mine)))
+    )
     return [part[:n].numpy().tobytes() for part, n in zip(parts, sizes.tolist())]
 
 
@@ -122,7 +134,20 @@ def from_first(make: Callable):
     return value
 
 
-# ------------------------------------------------------------------------------------------------------------- sharding
+# ---- seeds
+def seed_of(*key) -> int:
+    """A 63-bit seed from any printable key, the same on every machine: seed_of(cfg.seed, "rollout", step)."""
+    return (
+        int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+    )
+
+
+def generator(*key) -> torch.Generator:
+    """A CPU generator of its own for one draw."""
+    return torch.Generator().manual_seed(seed_of(*key))
+
+
+# ---- sharding
 def rows_of(n: int, sharded: bool = True) -> tuple[int, int]:
     """First and last + 1 of the n rows of a parameter that this process keeps, as FSDP2 cuts them (torch.chunk)."""
     if not sharded:
@@ -137,19 +162,31 @@ def shard(model, bf16: bool, offload: bool = False, sums_first: bool = True) -> 
     model: on the meta device. offload: parameters, gradients and optimizer state wait in the CPU's memory. sums_first:
     a process keeps whole gradients until a step's last micro-batch; less to send, 4 bytes a parameter more to hold.
     """
-    from torch.distributed.device_mesh import init_device_mesh      # here: a second that one process need not wait
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.device_mesh import (
+        init_device_mesh,  # here: a second that one process need not wait
+    )
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+    )
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    how = {"mesh": init_device_mesh(device, (world(),)),
-           "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32),
-           "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}
+    how = {
+        "mesh": init_device_mesh(device, (world(),)),
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32
+        ),
+        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+    }
     for block in model.model.layers:
         fully_shard(block, **how)
-    fully_shard(model, **how, reshard_after_forward=False)   # the head is used after the forward
+    fully_shard(model, **how, reshard_after_forward=False)  # the head is used after the forward
     model.sums_first = sums_first
     for module in _groups(model):
         module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)   # gloo has no scaled sum
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
 
 
 def _groups(model) -> list:
@@ -182,7 +219,9 @@ def like(p: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """`rows` as the local part of a tensor that is cut as p is."""
     if not is_sharded(p):
         return rows
-    made = torch.empty_like(p.detach(), dtype=rows.dtype)   # from_local would move the rows to the mesh's device
+    made = torch.empty_like(
+        p.detach(), dtype=rows.dtype
+    )  # from_local would move the rows to the mesh's device
     made.to_local().copy_(rows)
     return made
 
@@ -191,7 +230,7 @@ def reduce_now(net, last: bool) -> None:
     """Sum gradients over the processes in the step's last backward only, where shard() was told so; those before it
     add up where they are."""
     for module in _groups(net)[:1]:
-        module.set_requires_gradient_sync(last or not net.sums_first)   # recurses into the blocks
+        module.set_requires_gradient_sync(last or not net.sums_first)  # recurses into the blocks
 
 
 def compute(model, bf16: bool, recompute: bool = False, compiled: bool = False):
@@ -217,7 +256,9 @@ def _copy_in_bf16(model):
             else:
                 master.grad += p.grad
             p.grad = None
+
         return hook
+
     for p, master in zip(net.parameters(), model.parameters()):
         p.register_post_accumulate_grad_hook(hand_over(master))
     refresh(net, model)
@@ -268,12 +309,18 @@ def load_state(folder: Path, model, optimizers) -> None:
         for key in keys:
             use, name, *entry = key.split("/")
             if name not in params:
-                raise ValueError(f"{folder}: {name} is not a parameter of this model; "
-                                 "--resume needs the --init that the run began with")
+                raise UserError(
+                    f"{folder}: {name} is not a parameter of this model; "
+                    "--resume needs the --init that the run began with"
+                )
             p = params[name]
-            if key not in places[0]:   # a scalar, the same in each file; a fused optimizer counts steps on the device
+            if (
+                key not in places[0]
+            ):  # a scalar, the same in each file; a fused optimizer counts steps on the device
                 fused = owner[p].defaults.get("fused")
-                owner[p].state[p][entry[0]] = opened[0].get_tensor(key).to(local(p).device if fused else "cpu")
+                owner[p].state[p][entry[0]] = (
+                    opened[0].get_tensor(key).to(local(p).device if fused else "cpu")
+                )
                 continue
             mine = rows_of(p.shape[0], is_sharded(p))
             value = _read_rows(key, mine, opened, places).to(local(p).device)
@@ -282,15 +329,24 @@ def load_state(folder: Path, model, optimizers) -> None:
             else:
                 owner[p].state[p][entry[0]] = like(p, value)
     except (SafetensorError, OSError, IndexError) as error:
-        raise ValueError(f"{folder}: not a whole trainer state ({error}); delete this checkpoint, "
-                         "then --resume goes on from the one before") from None
+        raise UserError(
+            f"{folder}: not a whole trainer state ({error}); delete this checkpoint, "
+            "then --resume goes on from the one before"
+        ) from None
     missing = [n for n in params if f"model/{n}" not in keys]
     if missing:
-        raise ValueError(f"{folder}: no {missing[0]} (and {len(missing) - 1} more); the checkpoint is of another model")
+        raise UserError(
+            f"{folder}: no {missing[0]} (and {len(missing) - 1} more); the checkpoint is of another model"
+        )
 
 
 def _owners(optimizers) -> dict:
-    return {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    return {
+        p: optimizer
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
 
 
 def _read_rows(key: str, mine: tuple[int, int], files: list, places: list[dict]) -> torch.Tensor:
@@ -299,6 +355,8 @@ def _read_rows(key: str, mine: tuple[int, int], files: list, places: list[dict])
     for file, place in zip(files, places):
         first, end, _ = place[key]
         low, high = max(first, mine[0]), min(end, mine[1])
-        if low < high or not parts:   # an empty first part keeps the shape where this process has no rows
-            parts.append(file.get_slice(key)[max(0, low - first):max(0, high - first)])
+        if (
+            low < high or not parts
+        ):  # an empty first part keeps the shape where this process has no rows
+            parts.append(file.get_slice(key)[max(0, low - first) : max(0, high - first)])
     return torch.cat([part for part in parts if len(part)] or parts[:1])

@@ -9,6 +9,7 @@ trainer runs one verifier, not one that starts with the caches full of the other
 whole call (extraction, reading, comparing), each row once; verify.py keeps its cache of gold answers, as it does in
 training, and computes its lenient verdict too. Without math-verify: says so and exits 0.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -22,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from verify import verify  # noqa: E402  after the project's folder is on the path
 
-
 BLOCK = 250  # rows
 
 
@@ -33,6 +33,7 @@ def ours(response: str, gold: str) -> bool:
 def theirs(response: str, gold: str) -> bool:
     from math_verify import parse
     from math_verify import verify as math_verify
+
     return bool(math_verify(parse(f"\\boxed{{{gold}}}"), parse(response.rpartition("</think>")[2])))
 
 
@@ -45,10 +46,12 @@ def measure(rows: list[dict]) -> dict[str, list[tuple[bool, bool, float]]]:
     for first in range(0, len(rows), BLOCK):
         for name, judge in judges.items():
             gc.collect()  # each pays for its own garbage
-            for row in rows[first:first + BLOCK]:
+            for row in rows[first : first + BLOCK]:
                 start = time.process_time_ns()
                 verdict = judge(row["response"], row["gold"])
-                found[name].append((row["expected"], verdict, (time.process_time_ns() - start) / 1e6))
+                found[name].append(
+                    (row["expected"], verdict, (time.process_time_ns() - start) / 1e6)
+                )
         print(f"  {min(first + BLOCK, len(rows)):,} of {len(rows):,} rows", file=sys.stderr)
     return found
 
@@ -63,11 +66,19 @@ def report(found: dict[str, list[tuple[bool, bool, float]]]) -> str:
         negatives = sum(not expected for expected, _, _ in results)
         times = sorted(ms for _, _, ms in results)
         n = len(times)
-        spread = [times[n // 2], sum(times) / n, times[int(n * 0.99)], times[int(n * 0.999)], times[-1]]
+        spread = [
+            times[n // 2],
+            sum(times) / n,
+            times[int(n * 0.99)],
+            times[int(n * 0.999)],
+            times[-1],
+        ]
         verdicts = f"{1 - (accepted + missed) / n:.2%} | {accepted} | {accepted / max(negatives, 1):.2%} | {missed}"
         lines.append(f"| {name} | {verdicts} | " + " | ".join(f"{ms:.3g}" for ms in spread) + " |")
         medians.append(spread[0])
-    return "\n".join([*lines, f"{n:,} rows; Math-Verify's median is {medians[1] / medians[0]:.0f} times ours"])
+    return "\n".join(
+        [*lines, f"{n:,} rows; Math-Verify's median is {medians[1] / medians[0]:.0f} times ours"]
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         with open(args.cases, encoding="utf-8") as lines:
-            rows = [json.loads(line) for line in lines][::args.every]
+            rows = [json.loads(line) for line in lines][:: args.every]
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -16,6 +16,7 @@ attention length) and replays it in one launch. No GPU was at hand when this was
 the tests, on the CPU, with the same padded rows; the recording itself has not run yet.
 Shapes: n rows, T tokens, D hidden width, H query heads, Hkv key/value heads, K head width, V vocabulary.
 """
+
 import math
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -24,9 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.errors import UserError
 from model import ModelConfig, head_logits, rotate
 
-PANEL = 256   # columns; 192-320 measure alike, 512 and more lose half of the gain at 8 rows
+PANEL = 256  # columns; 192-320 measure alike, 512 and more lose half of the gain at 8 rows
 
 
 class Cache:
@@ -34,10 +36,22 @@ class Cache:
     (rows, Hkv, slots, K). The token at position p of a row lives in slot p; used = 1 + the largest position written so
     far, and no more is ever read. Fresh slots are zero: a masked slot weighs 0, but 0 x NaN would still be NaN.
     Under torch.no_grad() only: writing in place would break a backward."""
-    def __init__(self, config: ModelConfig, rows: int, slots: int, dtype: torch.dtype = torch.float32, device="cpu"):
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        rows: int,
+        slots: int,
+        dtype: torch.dtype = torch.float32,
+        device="cpu",
+    ):
         shape = rows, config.num_key_value_heads, slots, config.head_dim
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.k = [
+            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)
+        ]
+        self.v = [
+            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)
+        ]
         self.rows, self.slots, self.used = rows, slots, 0
 
     def select(self, index: Tensor) -> "Cache":
@@ -58,25 +72,34 @@ class Cache:
 
     def _rebuild(self, choose, rows: int, slots: int) -> "Cache":
         for tensors in (self.k, self.v):
-            for i, old in enumerate(tensors):   # tensor by tensor: the peak is one tensor above the result
+            for i, old in enumerate(
+                tensors
+            ):  # tensor by tensor: the peak is one tensor above the result
                 tensors[i] = old.new_zeros(rows, old.shape[1], slots, old.shape[3])
-                tensors[i][:, :, :self.used] = choose(old[:, :, :self.used])
+                tensors[i][:, :, : self.used] = choose(old[:, :, : self.used])
         self.rows, self.slots = rows, slots
         return self
 
 
 class Matrix:
     """The weights (N_i, K) of several modules over one input, as one: x (n, K) -> (n, N), N = sum of N_i."""
+
     def __init__(self, modules: list, panels: bool, taken: list["Matrix"]):
         self.weights = [m.weight for m in modules]
         biases = [m.bias for m in modules if getattr(m, "bias", None) is not None]
         self.bias, self.panels = torch.cat(biases) if biases else None, None
         if panels:
-            whole = torch.cat([w.data for w in self.weights]) if len(modules) > 1 else self.weights[0].data   # (N, K)
+            whole = (
+                torch.cat([w.data for w in self.weights])
+                if len(modules) > 1
+                else self.weights[0].data
+            )  # (N, K)
             self.sizes, N = [len(w) for w in self.weights], len(whole)
             wide = max((d for d in range(PANEL // 4, PANEL + 1) if N % d == 0), default=N)
-            self.panels = whole.view(-1, wide, whole.shape[1]).transpose(1, 2).contiguous()   # (N / wide, K, wide)
-            taken.append(self)   # from here on give_back() works
+            self.panels = (
+                whole.view(-1, wide, whole.shape[1]).transpose(1, 2).contiguous()
+            )  # (N / wide, K, wide)
+            taken.append(self)  # from here on give_back() works
             for w in self.weights:
                 w.data = w.data.new_empty(0)
 
@@ -89,7 +112,11 @@ class Matrix:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.panels is None:
-            y = torch.cat([x @ w.T for w in self.weights], -1) if len(self.weights) > 1 else x @ self.weights[0].T
+            y = (
+                torch.cat([x @ w.T for w in self.weights], -1)
+                if len(self.weights) > 1
+                else x @ self.weights[0].T
+            )
             return y if self.bias is None else y + self.bias
         P = self.panels
         if len(P) == 1:
@@ -109,7 +136,7 @@ class Matrix:
 class Layer(NamedTuple):
     norm: Tensor
     qkv: Matrix
-    qk_norm: Tensor | None   # (H + Hkv, K)
+    qk_norm: Tensor | None  # (H + Hkv, K)
     out: Matrix
     mlp_norm: Tensor
     gate_up: Matrix
@@ -118,6 +145,7 @@ class Layer(NamedTuple):
 
 class Decoder:
     """The network for sampling. A decoder is made by decoder_of() and lives as long as its with-block."""
+
     def __init__(self, model, panels: bool, taken: list[Matrix]):
         c = self.config = model.config
         self.shape = c.num_attention_heads, c.num_key_value_heads, c.head_dim
@@ -127,13 +155,26 @@ class Decoder:
 
         def matrix(*modules):
             return Matrix(modules, panels, taken)
+
         self.layers = []
         for block in model.model.layers:
             a, mlp = block.self_attn, block.mlp
-            qk_norm = torch.cat((a.q_norm.weight.expand(H, K), a.k_norm.weight.expand(Hkv, K))) if c.qk_norm else None
-            self.layers.append(Layer(
-                block.input_layernorm.weight, matrix(a.q_proj, a.k_proj, a.v_proj), qk_norm, matrix(a.o_proj),
-                block.post_attention_layernorm.weight, matrix(mlp.gate_proj, mlp.up_proj), matrix(mlp.down_proj)))
+            qk_norm = (
+                torch.cat((a.q_norm.weight.expand(H, K), a.k_norm.weight.expand(Hkv, K)))
+                if c.qk_norm
+                else None
+            )
+            self.layers.append(
+                Layer(
+                    block.input_layernorm.weight,
+                    matrix(a.q_proj, a.k_proj, a.v_proj),
+                    qk_norm,
+                    matrix(a.o_proj),
+                    block.post_attention_layernorm.weight,
+                    matrix(mlp.gate_proj, mlp.up_proj),
+                    matrix(mlp.down_proj),
+                )
+            )
         self.head = matrix(model.model.embed_tokens if c.tie_word_embeddings else model.lm_head)
         self.embed = self.head.rows if c.tie_word_embeddings else model.model.embed_tokens
 
@@ -143,11 +184,16 @@ class Decoder:
         B, T = ids.shape
         _check(cache, B, T)
 
-        def attend(i, q, k, v):   # (B T, H or Hkv, K)
+        def attend(i, q, k, v):  # (B T, H or Hkv, K)
             q, k, v = (x.view(B, T, -1, x.shape[-1]).transpose(1, 2) for x in (q, k, v))
             cache.k[i][:B, :, :T], cache.v[i][:B, :, :T] = k, v
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-        return self._layers(ids.flatten(), torch.arange(T, device=ids.device).repeat(B), attend).view(B, T, -1)
+            return F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=True
+            ).transpose(1, 2)
+
+        return self._layers(
+            ids.flatten(), torch.arange(T, device=ids.device).repeat(B), attend
+        ).view(B, T, -1)
 
     def step(self, token: Tensor, position: Tensor, cache: Cache, top: int) -> Tensor:
         """token, position (n,) -> logits (n, V) in fp32. Row i's keys and values are written at slot position[i], and
@@ -155,30 +201,43 @@ class Decoder:
         n, (H, Hkv, K) = len(token), self.shape
         _check(cache, n, top)
         rows = torch.arange(n, device=token.device)
-        seen = torch.arange(top, device=token.device) <= position[:, None, None, None]   # (n, 1, 1, top)
+        seen = (
+            torch.arange(top, device=token.device) <= position[:, None, None, None]
+        )  # (n, 1, 1, top)
         # added to the scores: from booleans, every layer would make these numbers again
-        mask = torch.zeros(seen.shape, dtype=self.dtype, device=token.device).masked_fill_(~seen, -math.inf)
+        mask = torch.zeros(seen.shape, dtype=self.dtype, device=token.device).masked_fill_(
+            ~seen, -math.inf
+        )
 
         def attend(i, q, k, v):
             cache.k[i][rows, :, position] = k
             cache.v[i][rows, :, position] = v
             # the query heads that share a key head are laid along the query axis: the cache is read once, never copied
-            return F.scaled_dot_product_attention(q.reshape(n, Hkv, H // Hkv, K), cache.k[i][:n, :, :top],
-                                                  cache.v[i][:n, :, :top], attn_mask=mask)
+            return F.scaled_dot_product_attention(
+                q.reshape(n, Hkv, H // Hkv, K),
+                cache.k[i][:n, :, :top],
+                cache.v[i][:n, :, :top],
+                attn_mask=mask,
+            )
+
         return self.logits(self._layers(token, position, attend))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (n, D) -> (n, V) in fp32."""
-        return self.head(hidden) if self.head.panels is not None else head_logits(hidden, self.head.weights[0])
+        return (
+            self.head(hidden)
+            if self.head.panels is not None
+            else head_logits(hidden, self.head.weights[0])
+        )
 
     def _layers(self, ids: Tensor, position: Tensor, attend) -> Tensor:
         """ids, position (N,) -> hidden (N, D)."""
         N, (H, Hkv, K) = len(ids), self.shape
         x = self.embed(ids)
-        cos, sin = self.angles(position, x.dtype)   # (N, 1, K)
+        cos, sin = self.angles(position, x.dtype)  # (N, 1, K)
         for i, layer in enumerate(self.layers):
             heads = layer.qkv(self._norm(x, layer.norm)).view(N, H + 2 * Hkv, K)
-            qk, v = heads[:, :H + Hkv], heads[:, H + Hkv:]
+            qk, v = heads[:, : H + Hkv], heads[:, H + Hkv :]
             if layer.qk_norm is not None:
                 qk = self._norm(qk, layer.qk_norm)
             qk = rotate(qk, cos, sin)
@@ -191,13 +250,17 @@ class Decoder:
         eps = self.config.rms_norm_eps
         if weight.ndim == 1:
             return F.rms_norm(x, x.shape[-1:], weight, eps)
-        return (weight.float() * F.rms_norm(x.float(), x.shape[-1:], eps=eps)).to(x.dtype)   # rounded once, as there
+        return (weight.float() * F.rms_norm(x.float(), x.shape[-1:], eps=eps)).to(
+            x.dtype
+        )  # rounded once, as there
 
 
 def _check(cache: Cache, rows: int, top: int) -> None:
     if rows > cache.rows or top > cache.slots:
-        raise ValueError(f"{rows} rows up to position {top - 1} do not fit a cache of {cache.rows} rows x "
-                         f"{cache.slots} slots; select() the rows or grow() the slots first")
+        raise UserError(
+            f"{rows} rows up to position {top - 1} do not fit a cache of {cache.rows} rows x "
+            f"{cache.slots} slots; select() the rows or grow() the slots first"
+        )
     cache.used = max(cache.used, top)
 
 
@@ -212,12 +275,16 @@ def decoder_of(model):
             m.set_reshard_after_forward(False, recurse=False)
             m.unshard()
         head = model.head
-        yield Decoder(model, not sharded and head.device.type == "cpu" and head.dtype == torch.float32, taken)
+        yield Decoder(
+            model, not sharded and head.device.type == "cpu" and head.dtype == torch.float32, taken
+        )
     finally:
         while taken:
             taken.pop().give_back()
         for m in sharded:
-            m.set_reshard_after_forward(m is not model, recurse=False)   # the head is used after the model's forward
+            m.set_reshard_after_forward(
+                m is not model, recurse=False
+            )  # the head is used after the model's forward
             m.reshard()
 
 
@@ -225,6 +292,7 @@ class Graphs:
     """Functions recorded as CUDA graphs, by key. A function runs as it is the first time, so that libraries allocate
     what they need, is recorded the second time and replayed from then on. It must return nothing, write its results in
     place into tensors that outlive it, and ask the device nothing. On the CPU it is simply called."""
+
     def __init__(self, device: torch.device):
         self.on = device.type == "cuda"
         self.forget()
@@ -237,11 +305,15 @@ class Graphs:
         if self.graphs[key] is None:
             self.graphs[key] = torch.cuda.CUDAGraph()
             # runs nothing; what other threads ask of the device meanwhile is no business of the recording's
-            with torch.cuda.graph(self.graphs[key], pool=self.pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                self.graphs[key], pool=self.pool, capture_error_mode="thread_local"
+            ):
                 function()
         self.graphs[key].replay()
 
     def forget(self) -> None:
         """To be called where a tensor that the functions use was replaced."""
         self.graphs: dict = {}
-        self.pool = torch.cuda.graph_pool_handle() if self.on else None   # scratch memory that all graphs share
+        self.pool = (
+            torch.cuda.graph_pool_handle() if self.on else None
+        )  # scratch memory that all graphs share

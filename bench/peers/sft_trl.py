@@ -8,6 +8,7 @@ counted. pack: SFTTrainer, packing on (rows of seq tokens; a step is as many pac
 mean). nopack: SFTTrainer, packing off. loop: micro-batches padded on the right, loss.backward(), AdamW, nothing else.
 The last line printed is JSON: seconds, cpu_seconds, tokens (padding left out), slots (padding included), peak_mb.
 """
+
 import argparse
 import json
 import os
@@ -15,12 +16,16 @@ import resource
 import tempfile
 import time
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
 parser.add_argument("--model", required=True)
 parser.add_argument("--work", required=True)
 parser.add_argument("--mode", choices=["pack", "nopack", "loop"], default="pack")
 parser.add_argument("--micro", type=int, default=8, help="rows a forward")
-parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast over fp32 weights")
+parser.add_argument(
+    "--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast over fp32 weights"
+)
 parser.add_argument("--checkpointing", action="store_true")
 parser.add_argument("--lr", type=float, default=1e-4)
 parser.add_argument("--threads", type=int, default=1)
@@ -35,22 +40,31 @@ def spent() -> tuple[float, float]:
 def plain_loop(model, work: dict, args) -> dict:
     """One optimizer step per per_step rows, `micro` rows a forward in the order of the data."""
     import torch
+
     device, marks, tokens, slots = model.device, [], 0, 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
     for first in range(0, len(work["rows"]), work["per_step"]):
-        step = work["rows"][first:first + work["per_step"]]
+        step = work["rows"][first : first + work["per_step"]]
         n_trained = sum(len(row) - 1 for row in step)
         for i in range(0, len(step), args.micro):
-            part = step[i:i + args.micro]
+            part = step[i : i + args.micro]
             width = max(map(len, part))
             ids = torch.tensor([row + [0] * (width - len(row)) for row in part], device=device)
             lengths = torch.tensor([len(row) for row in part], device=device)
             seen = torch.arange(width, device=device) < lengths[:, None]
             with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
-                loss = model(input_ids=ids, attention_mask=seen.long(), labels=ids.masked_fill(~seen, -100),
-                             num_items_in_batch=n_trained, use_cache=False).loss
+                loss = model(
+                    input_ids=ids,
+                    attention_mask=seen.long(),
+                    labels=ids.masked_fill(~seen, -100),
+                    num_items_in_batch=n_trained,
+                    use_cache=False,
+                ).loss
             loss.backward()
-            tokens, slots = tokens + int(seen.sum()) * (first > 0), slots + ids.numel() * (first > 0)
+            tokens, slots = (
+                tokens + int(seen.sum()) * (first > 0),
+                slots + ids.numel() * (first > 0),
+            )
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -63,9 +77,10 @@ def with_trl(model, work: dict, args) -> dict:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import SFTConfig, SFTTrainer
+
     marks, count, packing = [], {"tokens": 0, "slots": 0}, args.mode == "pack"
     per_step, n_steps = work["per_step"], len(work["rows"]) // work["per_step"]
-    if packing:   # as many rows of seq tokens as the other modes have tokens; one forward holds `micro` of them
+    if packing:  # as many rows of seq tokens as the other modes have tokens; one forward holds `micro` of them
         per_step = max(1, round(sum(map(len, work["rows"])) / n_steps / work["seq"]))
     micro = min(args.micro, per_step)
 
@@ -74,15 +89,36 @@ def with_trl(model, work: dict, args) -> dict:
             marks.append((*spent(), dict(count)))
 
     settings = SFTConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=micro, gradient_accumulation_steps=per_step // micro,
-        max_steps=n_steps, learning_rate=args.lr, weight_decay=0.01, lr_scheduler_type="constant", max_grad_norm=1.0,
-        packing=packing, max_length=work["seq"], gradient_checkpointing=args.checkpointing, bf16=args.dtype == "bf16",
-        use_cpu=model.device.type == "cpu", report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True,
-        seed=0, dataset_kwargs={"skip_prepare_dataset": not packing})
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=f"{args.model}/tokenizer.json", eos_token="<eos>",
-                                        pad_token="<eos>")   # AutoTokenizer would take the family's own, and its regex
-    trainer = SFTTrainer(model=model, args=settings, train_dataset=Dataset.from_dict({"input_ids": work["rows"]}),
-                         processing_class=tokenizer, callbacks=[Marks()])
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=per_step // micro,
+        max_steps=n_steps,
+        learning_rate=args.lr,
+        weight_decay=0.01,
+        lr_scheduler_type="constant",
+        max_grad_norm=1.0,
+        packing=packing,
+        max_length=work["seq"],
+        gradient_checkpointing=args.checkpointing,
+        bf16=args.dtype == "bf16",
+        use_cpu=model.device.type == "cpu",
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        seed=0,
+        dataset_kwargs={"skip_prepare_dataset": not packing},
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=f"{args.model}/tokenizer.json", eos_token="<eos>", pad_token="<eos>"
+    )  # AutoTokenizer would take the family's own, and its regex
+    trainer = SFTTrainer(
+        model=model,
+        args=settings,
+        train_dataset=Dataset.from_dict({"input_ids": work["rows"]}),
+        processing_class=tokenizer,
+        callbacks=[Marks()],
+    )
     compute_loss = trainer.compute_loss
 
     def counted(model, inputs, *rest, **named):
@@ -102,10 +138,13 @@ def main(args) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import torch
     from transformers import AutoModelForCausalLM
+
     torch.set_num_threads(args.threads)
     with open(args.work) as file:
         work = json.load(file)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="sdpa").train()
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=torch.float32, attn_implementation="sdpa"
+    ).train()
     if torch.cuda.is_available():
         model.cuda()
     if args.checkpointing and args.mode == "loop":
@@ -115,7 +154,16 @@ def main(args) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 2**20
-    print(json.dumps({"seconds": last[0] - first[0], "cpu_seconds": last[1] - first[1], "peak_mb": peak, **found}))
+    print(
+        json.dumps(
+            {
+                "seconds": last[0] - first[0],
+                "cpu_seconds": last[1] - first[1],
+                "peak_mb": peak,
+                **found,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -7,13 +7,16 @@ work.json: {"prompts": [[ids]], "lengths": [tokens of each response]}, one promp
 the requests in order and run until their longest response is through; continuous batching is transformers' own manager.
 The last line printed is JSON: seconds, cpu_seconds, tokens (asked for), steps, peak_mb.
 """
+
 import argparse
 import json
 import os
 import resource
 import time
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
 parser.add_argument("--model", required=True)
 parser.add_argument("--work", required=True)
 parser.add_argument("--mode", choices=["static", "continuous"], default="static")
@@ -42,11 +45,17 @@ def static(model, prompts, lengths, batch: int, settings: dict) -> int:
 
     steps = 0
     for i in range(0, len(prompts), batch):
-        ids = torch.tensor(prompts[i:i + batch], device=model.device)   # prompts of one length: nothing is padded
-        wanted = torch.tensor(lengths[i:i + batch], device=model.device)
+        ids = torch.tensor(
+            prompts[i : i + batch], device=model.device
+        )  # prompts of one length: nothing is padded
+        wanted = torch.tensor(lengths[i : i + batch], device=model.device)
         config = GenerationConfig(**settings, max_new_tokens=int(wanted.max()))
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config,
-                             stopping_criteria=StoppingCriteriaList([OwnLength(ids.shape[1] + wanted)]))
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([OwnLength(ids.shape[1] + wanted)]),
+        )
         steps += out.shape[1] - ids.shape[1]
     return steps
 
@@ -54,12 +63,21 @@ def static(model, prompts, lengths, batch: int, settings: dict) -> int:
 def continuous(model, prompts, lengths, batch: int, settings: dict) -> int:
     """All requests to the continuous-batching manager. Returns 0: it does not tell its steps."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
+
     block = 32
     blocks = batch * ((len(prompts[0]) + max(lengths)) // block + 2)
-    config = ContinuousBatchingConfig(block_size=block, num_blocks=blocks, max_batch_tokens=512, use_cuda_graph=False,
-                                      max_requests_per_batch=batch, allow_block_sharing=False)
+    config = ContinuousBatchingConfig(
+        block_size=block,
+        num_blocks=blocks,
+        max_batch_tokens=512,
+        use_cuda_graph=False,
+        max_requests_per_batch=batch,
+        allow_block_sharing=False,
+    )
     generation = GenerationConfig(**{**settings, "eos_token_id": -1}, max_new_tokens=max(lengths))
-    manager = model.init_continuous_batching(generation_config=generation, continuous_batching_config=config)
+    manager = model.init_continuous_batching(
+        generation_config=generation, continuous_batching_config=config
+    )
     manager.start()
     for prompt, length in zip(prompts, lengths):
         manager.add_request(prompt, max_new_tokens=length)
@@ -72,7 +90,9 @@ def continuous(model, prompts, lengths, batch: int, settings: dict) -> int:
             done, tokens = done + 1, tokens + len(result.generated_tokens)
     manager.stop(block=True)
     if tokens != sum(lengths):
-        raise SystemExit(f"continuous batching returned {tokens} tokens, not the {sum(lengths)} asked for")
+        raise SystemExit(
+            f"continuous batching returned {tokens} tokens, not the {sum(lengths)} asked for"
+        )
     return 0
 
 
@@ -82,23 +102,40 @@ def main(args) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import torch
     from transformers import AutoModelForCausalLM
+
     torch.set_num_threads(args.threads)
     with open(args.work) as file:
         work = json.load(file)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=dtype, attn_implementation="sdpa"
+    ).eval()
     if torch.cuda.is_available():
         model.cuda()
-    settings = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None, pad_token_id=0)
+    settings = dict(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None, pad_token_id=0
+    )
     prompts, lengths = work["prompts"], work["lengths"]
-    static(model, prompts[:2], [2, 2], 2, settings)   # warm-up
+    static(model, prompts[:2], [2, 2], 2, settings)  # warm-up
     wall, cpu = spent()
-    steps = (static if args.mode == "static" else continuous)(model, prompts, lengths, args.batch, settings)
+    steps = (static if args.mode == "static" else continuous)(
+        model, prompts, lengths, args.batch, settings
+    )
     wall, cpu = (after - before for after, before in zip(spent(), (wall, cpu)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 2**20
-    print(json.dumps({"seconds": wall, "cpu_seconds": cpu, "tokens": sum(lengths), "steps": steps, "peak_mb": peak}))
+    print(
+        json.dumps(
+            {
+                "seconds": wall,
+                "cpu_seconds": cpu,
+                "tokens": sum(lengths),
+                "steps": steps,
+                "peak_mb": peak,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

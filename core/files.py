@@ -1,0 +1,40 @@
+"""JSON files: written whole or not at all, read with the place of what is wrong."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from core.errors import UserError
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write beside the place, then rename: a file that is there is whole."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.rename(path)
+
+
+def write_json(path: Path, value) -> None:
+    write_aside(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def read_jsonl(path: Path, broken_tail: bool = False) -> Iterator[dict]:
+    """Rows of a JSONL file, one after another, as a million trajectories need more memory than their model does.
+    broken_tail: a last line cut short by a kill is passed over instead of refused."""
+    with open(path, "rb") as lines:  # bytes end lines at \\n alone: U+2028 may stand in a string
+        for n, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line.decode())
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{path}:{n}: not UTF-8 text (byte {error.start} of the line); save the file as UTF-8"
+                ) from None
+            except json.JSONDecodeError as error:
+                if broken_tail and not any(rest.strip() for rest in lines):
+                    break
+                raise UserError(
+                    f"{path}:{n}: not JSON ({error.msg} at column {error.colno}); "
+                    "each line must be one JSON object"
+                ) from None
