@@ -1,0 +1,103 @@
+"""Built-in problems and rewards by name.
+
+A task is one file here: its problems, its expert, its reward, and the settings that suit it. A
+reward is one function, `reward(response: str, row: dict) -> float | Verdict`, where `row` is the
+data row as read, with all of its columns. `--reward math` is tasks/math.py's, `--reward
+my/file.py:name` is anybody's.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+from core.errors import UserError
+from verify import Verdict
+
+HERE = Path(__file__).parent
+BUILT_IN = "countdown"  # what the scripts run on without --data
+
+
+def load(name: str):
+    """The module of a task."""
+    return importlib.import_module(f"tasks.{name}")
+
+
+def names() -> list[str]:
+    """The tasks that come with the project: the files beside this one."""
+    return sorted(path.stem for path in HERE.glob("*.py") if path.stem != "__init__")
+
+
+# ---- settings ------------------------------------------------------------------------------------
+FILES = ("data", "val", "problems")  # settings that name a file of the task's folder
+
+
+def preset(script: str, given: dict) -> dict:
+    """The settings of a task for a script ("sft", "rl", "evaluate"), where the command line means
+    one: without --data, or with --data FOLDER where the task wrote its files. Else {}.
+
+    --data FOLDER is taken out of `given`, as the settings name the files in it.
+    """
+    task = load(BUILT_IN)
+    folder = Path(given.get("data", task.FOLDER))
+    if "data" in given:
+        written = [name for name in names() if (folder / f"{name}.json").exists()]
+        if not written:
+            return {}
+        task = load(written[0])
+        del given["data"]
+    settings = dict(task.SETTINGS[script])
+    for name in FILES:
+        if name in settings:
+            settings[name] = str(folder / settings[name])
+    return settings
+
+
+# ---- rewards -------------------------------------------------------------------------------------
+def load_reward(name: str) -> Callable:
+    """The reward of this name: a task's, or FILE.py:FUNCTION."""
+    path, _, function = name.partition(":")
+    if path.endswith(".py"):
+        if not Path(path).is_file():
+            raise UserError(f"--reward {name}: no file {path}")
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    elif path in names():
+        module = load(path)
+    else:
+        raise UserError(
+            f"--reward {name}: choose {', '.join(names())}, or give FILE.py:FUNCTION"
+        )
+    function = function or "reward"
+    if not callable(getattr(module, function, None)):
+        raise UserError(f"--reward {name}: {path} has no function {function}(response, row)")
+    return getattr(module, function)
+
+
+def judge(reward: Callable, problem, response, tokenizer) -> dict:
+    """Decode and score one response: a record as samples.jsonl keeps it.
+
+    reward: what the function returns, a Verdict as 1 or 0. correct: a Verdict's word, or a number
+    above one half.
+    """
+    text = tokenizer.decode(response.ids)
+    verdict = reward(problem.opened + text, problem.row)
+    if not isinstance(verdict, Verdict):
+        value = float(verdict)
+        verdict = Verdict(value > 0.5, value > 0.5, None, "scored")
+    else:
+        value = float(verdict.correct)
+    return {
+        "problem": problem.text,
+        "response": text,
+        "gold": problem.gold,
+        "answer": verdict.extracted,
+        "reason": verdict.reason,
+        "reward": value,
+        "correct": verdict.correct,
+        "lenient": verdict.lenient,
+        "finished": response.finished,
+        "truncated": not response.finished,
+        "length": len(response.ids),
+    }
