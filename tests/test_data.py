@@ -223,14 +223,9 @@ def test_the_input_of_an_alpaca_row_is_part_of_its_prompt(small, tmp_path):
     assert problem(row, small, tmp_path).text == data.prompt_text(row) == "Make 3 from\n1 2"
 
 
-def test_numbers_that_are_not_countdown_s_are_left_alone(small, tmp_path):
-    assert (
-        problem({"prompt": "1", "answer": "3", "numbers": ["one"]}, small, tmp_path).numbers is None
-    )
-    assert problem({"prompt": "1", "answer": "3", "numbers": [1, 2]}, small, tmp_path).numbers == [
-        1,
-        2,
-    ]
+def test_a_problem_keeps_its_row_with_every_column_as_read(small, tmp_path):
+    row = {"prompt": "1", "answer": "3", "numbers": ["one"], "level": {"of": [5, None]}}
+    assert problem(row, small, tmp_path).row == row
 
 
 def test_every_epoch_of_the_plan_visits_every_row_once_and_does_not_depend_on_the_batch_size():
@@ -311,9 +306,9 @@ def chat_folder(small, tmp_path, template):
 
 def test_the_chat_template_is_rendered_with_its_special_tokens_and_the_instruction(small, tmp_path):
     tokenizer = chat_folder(small, tmp_path, TEMPLATE)
-    text, _ = tokenizer.prompt("Make 3")
+    text, _ = data._prompt("Make 3", tokenizer)
     assert text == "<unk><user>Make 3\n" + data.INSTRUCTION + "<assistant>"
-    assert tokenizer.prompt("in \\boxed{}")[0] == "<unk><user>in \\boxed{}<assistant>"
+    assert data._prompt("in \\boxed{}", tokenizer)[0] == "<unk><user>in \\boxed{}<assistant>"
     assert tokenizer.eos_ids == [0, 1] and tokenizer.eos == 0
 
 
@@ -340,7 +335,7 @@ def test_a_thinking_tag_that_the_template_opens_is_not_written_twice(small, tmp_
 )
 def test_a_broken_or_hostile_template_is_one_clear_error(small, tmp_path, template, message):
     with pytest.raises(ValueError, match=message):
-        chat_folder(small, tmp_path, template).prompt("Make 3")
+        data._prompt("Make 3", chat_folder(small, tmp_path, template))
 
 
 CHATML = (
@@ -399,7 +394,7 @@ def test_templates_and_ids_equal_those_of_transformers(small, tmp_path, template
                 {"role": "assistant", "content": " ok\n"},
                 *messages,
             ]
-        rendered, start = ours.prompt(messages)
+        rendered, start = data._prompt(messages, ours)
         (ids,) = ours.encode([(rendered, start)])
         assert rendered == theirs.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False
