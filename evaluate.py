@@ -26,9 +26,10 @@ import model as model_file
 import phases
 import rollout
 import tasks
-from core import checkpoint, cli, launch, ranks
+from core import checkpoint, cli, launch, optim, ranks
 from core.errors import UserError
 from core.files import read_jsonl
+from core.run import Run
 
 
 @dataclass
@@ -111,11 +112,30 @@ def open_tokenizer(folder: Path) -> data.Tokenizer:
     return tokenizer
 
 
-def save_model(model, tokenizer, folder: Path, bf16: bool) -> None:
-    """Write a Hugging Face folder: weights, configuration and tokenizer. All ranks call it."""
-    model_file.save_model(model, folder, torch.bfloat16 if bf16 else torch.float32)
-    if ranks.rank() == 0:
-        tokenizer.save(folder)
+def open_training(cfg, folder: Path, tokenizer, device, run: Run) -> tuple:
+    """(model, net, optimizers) of a training script, with the state of a resumed run in place.
+
+    `model` holds the fp32 weights, sharded where several processes train; `net` computes with them,
+    see ranks.compute. cfg: optimizer, lr, betas, weight_decay, bf16 ...; cfg.from_scratch: random
+    weights, only the shape is the folder's.
+    """
+    config = model_file.read_config(folder)
+    place, shard = launch.placement(cfg, config, device)
+    if cfg.from_scratch:
+        model = model_file.init_model(config, cfg.seed, place, shard)
+    else:
+        model = model_file.load_model(folder, torch.float32, place, shard)
+    net = ranks.compute(model, cfg.bf16, cfg.recompute, cfg.compile)
+    optimizers = optim.make_optimizers(model, cfg.optimizer, cfg.lr, cfg.betas, cfg.weight_decay)
+
+    def write_model(to: Path) -> None:  # all ranks call it
+        model_file.save_model(model, to, torch.bfloat16 if cfg.bf16 else torch.float32)
+        if ranks.rank() == 0:
+            tokenizer.save(to)
+
+    run.attach(model, optimizers, write_model)
+    ranks.refresh(net, model)
+    return model, net, optimizers
 
 
 # ---- evaluation ----------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ Shapes: B rows, T tokens, R response tokens, G responses per prompt. Log-probs i
 
 import math
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +58,9 @@ class Config:
     prompts: int | None = None  # prompts trained on per round
     update_prompts: int | None = None  # prompts per optimizer step
     group: int = 8  # responses per prompt; some methods put a demonstration in place of one
-    gen_prompts: int | None = None  # prompts that dynamic sampling draws at once; none = 2 x prompts
+    gen_prompts: int | None = (
+        None  # prompts that dynamic sampling draws at once; none = 2 x prompts
+    )
     max_rounds: int = 10  # dynamic sampling trains on what there is after so many draws
     temperature: float | None = None  # of sampling and of the trained log-probs
     max_new: int = 8192  # tokens per response, at most
@@ -83,8 +85,11 @@ class Config:
     compile: bool = False  # torch.compile each block: slow to start, then faster updates
     offload: bool = False  # several GPUs: weights and optimizer state wait in the CPU's memory
     gpus: int = 0  # of --dry-run: show the memory for so many; 0 = the processes there are
-    options: dict = field(default_factory=dict)
+    options: dict = field(default_factory=dict)  # of the method, as typed
 
+    optimizer = "adamw"
+    betas = (0.9, 0.999)
+    from_scratch = False
     refused = dict.fromkeys(
         ("--top-p", "--top-k"),
         "the trainer's log-probs are those of the full distribution, so training has to sample "
@@ -121,9 +126,9 @@ class Config:
 def preset(given: dict) -> dict:
     """What the built-in task uses instead of the defaults for real models."""
     settings = tasks.preset("rl", given)
-    with_demonstrations = settings.pop("demonstrations", "")
-    if methods.load(given.get("algo", Config.algo)).demonstrations:
-        settings["data"] = with_demonstrations
+    demonstrations = settings.pop("demonstrations", "")
+    if demonstrations and methods.load(given.get("algo", Config.algo)).demonstrations:
+        settings["data"] = demonstrations
     return settings
 
 
@@ -475,7 +480,9 @@ def show_plan(cfg: Config, method, pool: list, tokenizer, folder: Path, device) 
     """The run in one line, and what it will take."""
     config = model_file.read_config(folder)
     plain = vars(losses.GRPO())
-    differs = [f"{name}={value}" for name, value in vars(method).items() if plain.get(name) != value]
+    differs = [
+        f"{name}={value}" for name, value in vars(method).items() if plain.get(name) != value
+    ]
     print(
         f"{cfg.algo} on {ranks.world()} x {device}: {cfg.steps} steps x {cfg.prompts} prompts x "
         f"{cfg.group} responses, {cfg.prompts // cfg.update_prompts} updates per step, temperature "
@@ -490,21 +497,11 @@ def show_plan(cfg: Config, method, pool: list, tokenizer, folder: Path, device) 
         print(f"first prompt: {tokenizer.decode(pool[0].prompt)}\nits answer: {pool[0].gold}")
 
 
-def open_run(cfg: Config, method, folder: Path, tokenizer, device) -> tuple:
-    """(run, model, net, reference, optimizers), with the state of a resumed run in place."""
-    config = model_file.read_config(folder)
-    place, shard = launch.placement(cfg, config, device)
-    model = model_file.load_model(folder, torch.float32, place, shard)
-    net = ranks.compute(model, cfg.bf16, cfg.recompute, cfg.compile)
-    reference = None
-    if method.kl_coef:
-        dtype = torch.bfloat16 if cfg.bf16 and not shard else torch.float32
-        reference = model_file.load_model(folder, dtype, place, shard).requires_grad_(False)
-    optimizers = optim.make_optimizers(model, "adamw", cfg.lr, (0.9, 0.999), cfg.weight_decay)
-    run = Run(cfg, cfg.steps, start=str(folder))
-    run.attach(model, optimizers, lambda to: evaluate.save_model(model, tokenizer, to, cfg.bf16))
-    ranks.refresh(net, model)
-    return run, model, net, reference, optimizers
+def open_reference(cfg: Config, folder: Path, device):
+    """The frozen --init for the KL term, in the type that it computes in."""
+    place, shard = launch.placement(cfg, model_file.read_config(folder), device)
+    dtype = torch.bfloat16 if cfg.bf16 and not shard else torch.float32
+    return model_file.load_model(folder, dtype, place, shard).requires_grad_(False)
 
 
 def main(cfg: Config) -> None:
@@ -516,7 +513,9 @@ def main(cfg: Config) -> None:
     show_plan(cfg, method, pool, tokenizer, folder, device)
     if cfg.dry_run:
         return
-    run, model, net, reference, optimizers = open_run(cfg, method, folder, tokenizer, device)
+    run = Run(cfg, cfg.steps, start=str(folder))
+    model, net, optimizers = evaluate.open_training(cfg, folder, tokenizer, device, run)
+    reference = open_reference(cfg, folder, device) if method.kl_coef else None
     policy = evaluate.Policy(net, tokenizer, tasks.load_reward(cfg.reward))
 
     for step in run.steps():
@@ -564,7 +563,9 @@ def log_step(cfg: Config, method, run: Run, collected: Round, updates: list, num
     run.count(
         tokens=sum(collected.generated),
         # The paper's (24)-(29): a forward per generated row, three per trained one
-        flops=count(config, collected.generated) + 3 * count(config, trained) + count(config, experts),
+        flops=count(config, collected.generated)
+        + 3 * count(config, trained)
+        + count(config, experts),
         flops_hw=model_file.hardware_flops(config, forwards),
     )
     step = run.step + 1

@@ -75,6 +75,7 @@ class Config:
     keep: int = 0  # checkpoints to keep; 0 = all; the newest and the best always stay
     until: Literal["", "stable", "mild", "severe"] = ""  # stop once this regime is reached
     max_new: int = 1024  # tokens per response when sampling --problems
+    betas = (0.9, 0.95)  # of AdamW, as the paper's
 
     def __post_init__(self):
         cli.require_positive(self, "batch", "micro_tokens", "max_len", "log_every", "max_new")
@@ -97,22 +98,11 @@ def preset(given: dict) -> dict:
 
 
 # ---- the built-in base model ---------------------------------------------------------------------
-def base_config(task) -> Config:
+def base_config() -> Config:
     """The run that makes the tiny base model: plain text, random start."""
-    return replace(
-        Config(**tasks.preset("sft", {})),
-        init=str(task.FOLDER),
-        data=str(task.FOLDER / "base.jsonl"),
-        val="",
-        problems="",
-        out=str(BASE),
-        from_scratch=True,
-        steps=704,
-        lr=3e-3,
-        eval_every=352,
-        keep=1,
-        resume=BASE.exists(),
-    )
+    task = tasks.load(tasks.BUILT_IN)
+    settings = tasks.preset("base", {})
+    return Config(**settings, init=str(task.FOLDER), out=str(BASE), resume=BASE.exists())
 
 
 def write_built_in(task) -> None:
@@ -128,7 +118,7 @@ def make_built_in(cfg: Config) -> Config:
     if not ranks.from_first(marker.exists):
         print(f"writing the built-in problems and expert trajectories to {task.FOLDER}", flush=True)
         ranks.from_first(lambda: write_built_in(task))
-    base = base_config(task)
+    base = base_config()
     if not (BASE / "checkpoints" / f"step_{base.steps:06d}").exists():
         print(f"no base model in {BASE}: making it once, from plain text (about a minute)")
         if not main(base):
@@ -178,9 +168,8 @@ def make_batch(rows: list, micro_tokens: int, pin: bool = False) -> Batch:
     return Batch(parts, lengths, sum(len(row.response) for row in rows))
 
 
-def show_plan(cfg: Config, train: list, tokenizer, steps: int, folder) -> None:
+def show_plan(cfg: Config, train: list, tokenizer, folder: Path, device, steps: int) -> None:
     """The run in one line, the first row as the model sees it, and what it will take."""
-    device = ranks.start()
     config = model_file.read_config(folder)
     lengths = [len(row.prompt) + len(row.response) for row in train]
     print(
@@ -263,24 +252,6 @@ def diagnose(run: Run) -> phases.Diagnosis:
 
 
 # ---- the script ----------------------------------------------------------------------------------
-def open_run(cfg: Config, folder: Path, tokenizer, steps: int, val_set: str) -> tuple:
-    """(run, model, net, optimizers), with the state of a resumed run in place. `net` computes,
-    `model` holds the fp32 weights; see ranks.compute."""
-    device = ranks.start()
-    config = model_file.read_config(folder)
-    place, shard = launch.placement(cfg, config, device)
-    if cfg.from_scratch:
-        model = model_file.init_model(config, cfg.seed, place, shard)
-    else:
-        model = model_file.load_model(folder, torch.float32, place, shard)
-    net = ranks.compute(model, cfg.bf16, cfg.recompute, cfg.compile)
-    optimizers = optim.make_optimizers(model, cfg.optimizer, cfg.lr, weight_decay=cfg.weight_decay)
-    run = Run(cfg, steps, val_set=val_set, base=cfg.init)
-    run.attach(model, optimizers, lambda to: evaluate.save_model(model, tokenizer, to, cfg.bf16))
-    ranks.refresh(net, model)
-    return run, model, net, optimizers
-
-
 def main(cfg: Config) -> bool:
     """Train; False when a signal or --dry-run ended it early."""
     device = ranks.start()
@@ -294,10 +265,11 @@ def main(cfg: Config) -> bool:
         problems, _ = data.problems(cfg.problems, tokenizer, cfg.max_len)
     steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch))
     cfg = replace(cfg, eval_every=cfg.eval_every or max(1, steps // 10))
-    show_plan(cfg, train, tokenizer, steps, folder)
+    show_plan(cfg, train, tokenizer, folder, device, steps)
     if cfg.dry_run:
         return False
-    run, model, net, optimizers = open_run(cfg, folder, tokenizer, steps, val_set)
+    run = Run(cfg, steps, val_set=val_set, base=cfg.init)
+    model, net, optimizers = evaluate.open_training(cfg, folder, tokenizer, device, run)
     policy = evaluate.Policy(net, tokenizer, tasks.load_reward(cfg.reward))
 
     def prepare(position: int) -> Batch:

@@ -147,8 +147,9 @@ class Run:
     def steps(self) -> Iterator[int]:
         """The number of steps done when the loop's body begins: where the run stands .. the last."""
         self._clock = time.monotonic()
-        for self.step in range(self.first, self.last + 1):
-            yield self.step
+        for step in range(self.first, self.last + 1):
+            self.step = step
+            yield step
 
     def done_share(self, max_flops: float = 0.0) -> float:
         """Share of the run that is behind, 0..1: of its steps, or of its compute if that is more."""
@@ -272,9 +273,7 @@ class Run:
             print(f"step {step}: not saved, as the last update was skipped", flush=True)
             return
         about = {"step": step, **self.totals, "position": self.position, "seed": self.cfg.seed}
-        checkpoint.save(
-            self.folder(step), self.model, self._optimizers, self._write_model, about
-        )
+        checkpoint.save(self.folder(step), self.model, self._optimizers, self._write_model, about)
 
     def prune(self, protected: set) -> None:
         """Delete the oldest checkpoints so that --keep stay (0 = all); never the newest or the

@@ -24,12 +24,17 @@ def load(name: str):
 
 
 def names() -> list[str]:
-    """The tasks that come with the project: the files beside this one."""
-    return sorted(path.stem for path in HERE.glob("*.py") if path.stem != "__init__")
+    """The rewards that come with the project: the files beside this one that define one."""
+    return sorted(path.stem for path in HERE.glob("*.py") if "\ndef reward(" in path.read_text())
 
 
 # ---- settings ------------------------------------------------------------------------------------
-FILES = ("data", "val", "problems")  # settings that name a file of the task's folder
+FILES = (
+    "data",
+    "val",
+    "problems",
+    "demonstrations",
+)  # settings that name a file of the task's folder
 
 
 def preset(script: str, given: dict) -> dict:
@@ -48,8 +53,10 @@ def preset(script: str, given: dict) -> dict:
         del given["data"]
     settings = dict(task.SETTINGS[script])
     for name in FILES:
-        if name in settings:
+        if settings.get(name):
             settings[name] = str(folder / settings[name])
+    if "problems" in settings or script != "sft":
+        settings["reward"] = task.__name__.split(".")[-1]
     return settings
 
 
@@ -66,9 +73,7 @@ def load_reward(name: str) -> Callable:
     elif path in names():
         module = load(path)
     else:
-        raise UserError(
-            f"--reward {name}: choose {', '.join(names())}, or give FILE.py:FUNCTION"
-        )
+        raise UserError(f"--reward {name}: choose {', '.join(names())}, or give FILE.py:FUNCTION")
     function = function or "reward"
     if not callable(getattr(module, function, None)):
         raise UserError(f"--reward {name}: {path} has no function {function}(response, row)")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import __main__ as bench
 import data
+from bench import __main__ as bench
 
 ROOT = Path(bench.__file__).parent
 
