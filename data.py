@@ -401,3 +401,22 @@ def collate(rows: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
         ids[b, :n] = torch.tensor([*row.prompt, *row.response])
         mask[b, n_prompt:n] = True
     return ids, mask
+
+
+def micro_batches(rows: list[Example], budget: int, rank: int, world: int) -> Iterator[tuple]:
+    """(indices of rows, ids (b, T), mask (b, T)) of each micro-batch of this rank. Every rank gets
+    as many; one that is short of rows takes part with no index and a row that trains nothing."""
+    lengths = [len(row.prompt) + len(row.response) for row in rows]
+    for part in deal(lengths, budget, rank, world):
+        ids, mask = collate([rows[i] for i in part])
+        yield part, ids, mask
+
+
+def hold_out(rows: list, most: int) -> tuple[list, list]:
+    """(rows to train on, rows held out: a tenth of them, at most `most`), the same ones whatever
+    the seed of the run is."""
+    n = min(most, max(1, len(rows) // 10))
+    chosen = set(plan(len(rows), ranks.seed_of("held out"), 0, n))
+    held_out = [rows[i] for i in sorted(chosen)]
+    rest = [row for i, row in enumerate(rows) if i not in chosen]
+    return rest or held_out, held_out

@@ -16,6 +16,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from core import checkpoint, cli, launch, optim, ranks
 from core.errors import UserError
 from core.files import read_jsonl
 from core.run import Run
+from verify import Verdict
 
 
 @dataclass
@@ -138,7 +140,62 @@ def open_training(cfg, folder: Path, tokenizer, device, run: Run) -> tuple:
     return model, net, optimizers
 
 
+def open_frozen(cfg, folder: Path, device):
+    """The folder's model for forwards only, in the type that it computes in."""
+    place, shard = launch.placement(cfg, model_file.read_config(folder), device)
+    dtype = torch.bfloat16 if cfg.bf16 and not shard else torch.float32
+    return model_file.load_model(folder, dtype, place, shard).requires_grad_(False)
+
+
 # ---- evaluation ----------------------------------------------------------------------------------
+@dataclass
+class Policy:
+    """A model that answers prompts, and the reward that scores what it says."""
+
+    net: torch.nn.Module
+    tokenizer: data.Tokenizer
+    reward: Callable  # reward(response, row) -> float | Verdict, see tasks/__init__.py
+    max_new: int  # tokens per response, at most
+    rows: int = 512  # responses in flight at once
+
+    def sampling(self, temperature: float, seed: int, **more) -> rollout.Sampling:
+        return rollout.Sampling(
+            max_new=self.max_new,
+            temperature=temperature,
+            eos_ids=self.tokenizer.eos_ids,
+            seed=seed,
+            rows=self.rows,
+            **more,
+        )
+
+    def judge(self, problem: data.Problem, response: rollout.Response) -> dict:
+        """Decode and score one response: a record as samples.jsonl keeps it.
+
+        reward: the number that the function returned; a Verdict counts 1 or 0. correct: the
+        Verdict's word, or a number above one half.
+        """
+        text = self.tokenizer.decode(response.ids)
+        verdict = self.reward(problem.opened + text, problem.row)
+        if isinstance(verdict, Verdict):
+            value = float(verdict.correct)
+        else:
+            value = float(verdict)
+            verdict = Verdict(value > 0.5, value > 0.5, None, "scored")
+        return {
+            "problem": problem.text,
+            "response": text,
+            "gold": problem.gold,
+            "answer": verdict.extracted,
+            "reason": verdict.reason,
+            "reward": value,
+            "correct": verdict.correct,
+            "lenient": verdict.lenient,
+            "finished": response.finished,
+            "truncated": not response.finished,
+            "length": len(response.ids),
+        }
+
+
 def pass_at_k(n: int, right: int, k: int) -> float:
     """Chance that any of k samples is right, without bias from `right` of n (Chen 2021, eq. 1)."""
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
@@ -185,18 +242,6 @@ def evaluate(policy, problems: list, n: int, sampling, hooks=None) -> tuple[dict
     return summarise(records, n), records
 
 
-@dataclass
-class Policy:
-    """A model that answers, and the reward that judges what it says."""
-
-    net: torch.nn.Module
-    tokenizer: data.Tokenizer
-    reward: object  # reward(response, row), see tasks/__init__.py
-
-    def judge(self, problem, response) -> dict:
-        return tasks.judge(self.reward, problem, response, self.tokenizer)
-
-
 # ---- the script ----------------------------------------------------------------------------------
 def show_progress(what: str):
     """A progress line on a terminal; nothing in a pipe."""
@@ -231,7 +276,7 @@ def main(cfg: Config) -> None:
     tokenizer = open_tokenizer(folder)
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
     net = model_file.load_model(folder, dtype, device)
-    policy = Policy(net, tokenizer, tasks.load_reward(cfg.reward))
+    policy = Policy(net, tokenizer, tasks.load_reward(cfg.reward), cfg.max_new, cfg.rows)
     problems, n_long = data.problems(cfg.data, tokenizer, cfg.max_prompt)
     problems = problems[: cfg.limit or None]
     left_out = f"; {n_long} prompts over {cfg.max_prompt} tokens left out" if n_long else ""
@@ -241,15 +286,8 @@ def main(cfg: Config) -> None:
         flush=True,
     )
     started = time.monotonic()
-    sampling = rollout.Sampling(
-        max_new=cfg.max_new,
-        temperature=cfg.temperature,
-        eos_ids=tokenizer.eos_ids,
-        seed=ranks.seed_of(cfg.seed, "evaluate"),
-        rows=cfg.rows,
-        top_p=cfg.top_p,
-        top_k=cfg.top_k,
-    )
+    seed = ranks.seed_of(cfg.seed, "evaluate")
+    sampling = policy.sampling(cfg.temperature, seed, top_p=cfg.top_p, top_k=cfg.top_k)
     ended = []  # (number of the problem, response) of those that are through
     hooks = rollout.Hooks(
         progress=show_progress("sampling"),

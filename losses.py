@@ -354,3 +354,56 @@ def update_loss(method: GRPO, logp: Tensor, entropy: Tensor | None, batch: Batch
     if method.entropy_coef:
         loss = loss - method.entropy_coef * aggregate(entropy, mask, batch.mean_weights)
     return loss
+
+
+# ---- numbers for the log -------------------------------------------------------------------------
+SUMS = ("loss", "tokens", "entropy", "clipped", "kl", "gap")  # of a step, see token_sums
+
+
+@torch.no_grad()
+def token_sums(method: GRPO, logp: Tensor, entropy: Tensor, batch: Batch) -> list[Tensor]:
+    """Sums over the tokens that the policy sampled: their number, entropy, clipped ratios, KL to
+    the old policy (k3), distance of the trainer's log-prob from the sampler's."""
+    own = batch.is_sampled
+    d = log_ratio(logp, batch.old_logp, own, method.surrogate == "sequence")
+    ratio = d.exp()
+    low, high = method.clip_range
+    clipped = (ratio > high) | (ratio < low)
+    gap = (logp - batch.rollout_logp).abs()
+    return [(x * own).sum().double() for x in (own, entropy, clipped, ratio - 1 - d, gap)]
+
+
+def describe_updates(done: list[dict], norms: list[float]) -> dict:
+    """Numbers of a round's optimizer steps, from their SUMS and gradient norms. None = not measured,
+    as where every trained row is a demonstration."""
+    if not done:
+        return {"updates": 0}
+    n_tokens = sum(sums["tokens"] for sums in done)
+    means = {}
+    for name in ("entropy", "clipped", "kl"):
+        total = sum(sums[name] for sums in done)
+        means[name] = total / n_tokens if n_tokens else None
+    if n_tokens:
+        means["clipped"] *= 100
+    first = done[0]  # later the weights have moved away from the sampler's
+    return {
+        "loss": sum(sums["loss"] for sums in done) / len(done),
+        "grad_norm": sum(norms) / len(norms),
+        "updates": len(done),
+        **means,
+        "gap": first["gap"] / first["tokens"] if first["tokens"] else None,
+    }
+
+
+def describe_groups(groups: list[list[Row]]) -> dict:
+    """Numbers of all sampled rows; shares in 0..100, lengths in tokens."""
+    rows = [row for group in groups for row in group]
+    n = len(rows) / 100
+    agree = sum(len({row.correct for row in group}) == 1 for group in groups)
+    return {
+        "reward": sum(row.correct for row in rows) / n,
+        "right": sum(row.correct > 0.5 for row in rows) / n,
+        "signal": 100 * (1 - agree / len(groups)),
+        "length": sum(len(row.response) for row in rows) / len(rows),
+        "truncated": sum(not row.finished for row in rows) / n,
+    }

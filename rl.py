@@ -22,6 +22,7 @@ Shapes: B rows, T tokens, R response tokens, G responses per prompt. Log-probs i
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -180,13 +181,16 @@ def collect(cfg: Config, method, policy, pool: list, run: Run) -> Round:
     for group in chosen[: cfg.prompts]:
         expert = None
         if method.demonstrations == "rows" and group.problem.expert:
-            expert = expert_row(policy, group)
+            expert = expert_row(cfg, policy, group)
         groups.append(method.complete(group.rows, expert))
-    stats = describe_round(sampled) | {"rounds": n_rounds, "discarded": discarded}
+    sampled_rows = [group.rows for group in sampled]
+    stats = losses.describe_groups(sampled_rows) | {"rounds": n_rounds, "discarded": discarded}
     stats["score_s"] = round(score_s, 4)
     stats["sample_s"] = round(time.monotonic() - began - score_s, 4)
     records = [record for group in sampled for record in group.records]
-    generated = [row.length for group in sampled for row in group.rows]
+    unparsed = sum(record["answer"] is None for record in records)
+    stats["unparsed"] = unparsed / (len(records) / 100)
+    generated = [row.length for rows in sampled_rows for row in rows]
     return Round(groups, records, generated, stats)
 
 
@@ -202,13 +206,8 @@ def sample(cfg: Config, method, policy, problems: list, numbers: range, run: Run
             prompts.append(problem.prompt + prefix)
             counts.append(count)
             owners.append((i, prefix))
-    sampling = rollout.Sampling(
-        max_new=cfg.max_new,
-        temperature=cfg.temperature,
-        eos_ids=policy.tokenizer.eos_ids,
-        seed=ranks.seed_of(cfg.seed, "rollout", run.step, numbers[0]),
-        rows=cfg.rows,
-    )
+    seed = ranks.seed_of(cfg.seed, "rollout", run.step, numbers[0])
+    sampling = policy.sampling(cfg.temperature, seed)
     responses = [[] for _ in problems]  # per problem, (response, tokens given) each
     for (i, prefix), group in zip(owners, rollout.generate(policy.net, prompts, counts, sampling)):
         for response in group:
@@ -224,54 +223,22 @@ def score(cfg: Config, policy, problem, number: int, responses: list) -> Group:
     records = []
     for response, n_prefix in responses:
         record = policy.judge(problem, response)
-        correct = record["reward"]
-        if not response.finished:
-            correct = min(correct, 0.0)
+        correct = record["reward"] if response.finished else min(record["reward"], 0.0)
         reward = correct
         if cfg.overlong:
             reward += losses.overlong_penalty(len(response.ids), cfg.max_new, cfg.overlong)
-        rows.append(
-            Row(
-                prompt=problem.prompt,
-                response=response.ids,
-                logp=response.logp,
-                correct=correct,
-                reward=reward,
-                group=number,
-                n_prefix=n_prefix,
-                finished=response.finished,
-            )
-        )
+        row = Row(problem.prompt, response.ids, response.logp, correct, reward, number)
+        rows.append(row._replace(n_prefix=n_prefix, finished=response.finished))
         records.append({**record, "reward": reward})
     return Group(number, problem, rows, records)
 
 
-def expert_row(policy, group: Group) -> Row:
+def expert_row(cfg: Config, policy, group: Group) -> Row:
     """The demonstration as a row of the group; the same reward judges it, and may give it 0."""
     ids = group.problem.expert
-    unsampled = [0.0] * len(ids)
-    judged = policy.judge(group.problem, rollout.Response(ids, unsampled, [], True))
-    value = judged["reward"]
-    prompt = group.problem.prompt
-    return Row(prompt, ids, unsampled, value, value, group.number, is_expert=True)
-
-
-def describe_round(groups: list[Group]) -> dict:
-    """Numbers of all sampled responses for the log; shares in 0..100, lengths in tokens."""
-    rows = [row for group in groups for row in group.rows]
-    records = [record for group in groups for record in group.records]
-    n = len(rows) / 100
-    agree = 0
-    for group in groups:
-        agree += len({row.correct for row in group.rows}) == 1
-    return {
-        "reward": sum(row.correct for row in rows) / n,
-        "right": sum(row.correct > 0.5 for row in rows) / n,
-        "signal": 100 * (1 - agree / len(groups)),
-        "length": sum(len(row.response) for row in rows) / len(rows),
-        "truncated": sum(not row.finished for row in rows) / n,
-        "unparsed": sum(record["answer"] is None for record in records) / n,
-    }
+    demonstration = rollout.Response(ids, [0.0] * len(ids), [], True)
+    row = score(cfg, policy, group.problem, group.number, [(demonstration, 0)]).rows[0]
+    return row._replace(reward=row.correct, is_expert=True)
 
 
 # ---- batches -------------------------------------------------------------------------------------
@@ -280,7 +247,6 @@ class Update(NamedTuple):
 
     rows: list[Row]
     batch: Batch
-    looked: list[int]  # tokens of each row of forwards that were made for it
 
 
 def make_batches(cfg: Config, method, net, reference, groups: list) -> list[Update]:
@@ -288,40 +254,32 @@ def make_batches(cfg: Config, method, net, reference, groups: list) -> list[Upda
     updates = []
     for first in range(0, len(groups), cfg.update_prompts):
         rows = [row for group in groups[first : first + cfg.update_prompts] for row in group]
-        lengths = [row.length for row in rows]
-        looked = []
         batch = losses.make_batch(rows, net.head.device, method.mask_truncated)
-        old_logp = None
         if method.needs_entropy:
             old_logp, entropy = look(cfg, net, rows, entropy=True)
-            batch = batch._replace(entropy=entropy)
-            looked += lengths
-        if first > 0 and old_logp is None:  # in the first update it is the forward itself
-            old_logp, _ = look(cfg, net, rows)
-            looked += lengths
-        if first > 0:
-            batch = batch._replace(old_logp=old_logp)
-        if reference is not None:
-            ref_logp, _ = look(cfg, reference, rows)
-            batch = batch._replace(ref_logp=ref_logp)
-            looked += lengths
+            batch = batch._replace(old_logp=old_logp, entropy=entropy)
         batch = losses.weigh(method, batch)
+
         moving = ~method.idle(batch)
         if moving.any():  # where all are idle they stay: momentum moves on without a gradient
             index = moving.nonzero()[:, 0]
             batch = losses.take(batch, index)
             rows = [rows[i] for i in index.tolist()]
-        updates.append(Update(rows, batch, looked))
+
+        if first == 0:
+            batch = batch._replace(old_logp=None)  # it is the update's own forward
+        elif batch.old_logp is None:
+            batch = batch._replace(old_logp=look(cfg, net, rows)[0])
+        if reference is not None:
+            batch = batch._replace(ref_logp=look(cfg, reference, rows)[0])
+        updates.append(Update(rows, batch))
     return updates
 
 
-def micro_batches(cfg: Config, rows: list[Row]):
-    """(indices of rows, ids (b, T), mask (b, T)) of each micro-batch of this rank. Every rank gets
-    as many; one that is short of rows takes part with no index and a row that trains nothing."""
-    lengths = [row.length for row in rows]
-    for part in data.deal(lengths, cfg.micro_tokens, ranks.rank(), ranks.world()):
-        examples = [data.Example(rows[i].prompt, rows[i].response) for i in part]
-        yield part, *data.collate(examples)
+def micro_batches(cfg: Config, rows: list[Row]) -> Iterator:
+    """(indices of rows, ids (b, T), mask (b, T)) of each micro-batch of this rank."""
+    examples = [data.Example(row.prompt, row.response) for row in rows]
+    return data.micro_batches(examples, cfg.micro_tokens, ranks.rank(), ranks.world())
 
 
 def forward(cfg: Config, net, ids, mask, width: int, entropy: bool = True) -> tuple:
@@ -347,17 +305,14 @@ def look(cfg: Config, net, rows: list[Row], entropy: bool = False) -> tuple:
 
 
 # ---- update --------------------------------------------------------------------------------------
-SUMS = ("loss", "tokens", "entropy", "clipped", "kl", "gap")
-
-
 def train_on(cfg: Config, method, net, update: Update) -> dict:
     """Forward and backward of one optimizer step; the gradient stays in the model.
 
-    Returns sums over its sampled tokens, named SUMS.
+    Returns sums over its sampled tokens, named losses.SUMS.
     """
-    rows, batch, _ = update
+    rows, batch = update
     R = batch.mask.shape[1]
-    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=batch.mask.device)
+    sums = torch.zeros(len(losses.SUMS), dtype=torch.float64, device=batch.mask.device)
     parts = list(micro_batches(cfg, rows))
     for n, (part, ids, mask) in enumerate(parts, 1):
         ranks.reduce_now(net, n == len(parts))
@@ -368,85 +323,31 @@ def train_on(cfg: Config, method, net, update: Update) -> dict:
         mine = losses.take(batch, part)
         loss = losses.update_loss(method, logp, entropy, mine)
         loss.backward()
-        sums += torch.stack([loss.detach().double(), *token_sums(method, logp, entropy, mine)])
-    return dict(zip(SUMS, ranks.add_up(sums).tolist()))
-
-
-@torch.no_grad()
-def token_sums(method, logp, entropy, batch: Batch) -> list:
-    """Sums over the tokens that the policy sampled: their number, entropy, clipped ratios, KL to
-    the old policy (k3), distance of the trainer's log-prob from the sampler's."""
-    own = batch.is_sampled
-    log_ratio = losses.log_ratio(logp, batch.old_logp, own, method.surrogate == "sequence")
-    ratio = log_ratio.exp()
-    low, high = method.clip_range
-    clipped = (ratio > high) | (ratio < low)
-    gap = (logp - batch.rollout_logp).abs()
-    values = (own, entropy, clipped, ratio - 1 - log_ratio, gap)
-    return [(value * own).sum().double() for value in values]
-
-
-def describe_updates(done: list[dict], norms: list[float]) -> dict:
-    """Numbers of a round's optimizer steps for the log; None where no token was sampled."""
-    if not done:
-        return {"updates": 0}
-    n = sum(sums["tokens"] for sums in done)
-
-    def mean(name):
-        return sum(sums[name] for sums in done) / n if n else None
-
-    n_first = done[0]["tokens"]
-    return {
-        "loss": sum(sums["loss"] for sums in done) / len(done),
-        "grad_norm": sum(norms) / len(norms),
-        "updates": len(done),
-        "entropy": mean("entropy"),
-        "kl": mean("kl"),
-        "clipped": 100 * mean("clipped") if n else None,
-        "gap": done[0]["gap"] / n_first if n_first else None,  # later the weights have moved
-    }
+        sums += torch.stack(
+            [loss.detach().double(), *losses.token_sums(method, logp, entropy, mine)]
+        )
+    return dict(zip(losses.SUMS, ranks.add_up(sums).tolist()))
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
-def fit_so_far(run: Run) -> ceiling.CeilingFit:
-    points = run.of_kind("eval")
-    flops = [point["flops"] for point in points]
-    return ceiling.fit(flops, [p["pass1"] for p in points], n=[p["n"] for p in points])
-
-
 def evaluate_now(cfg: Config, run: Run, step: int, policy, problems: list) -> None:
     """pass@1 on the validation problems, and the ceiling as it looks now."""
-    sampling = rollout.Sampling(
-        max_new=cfg.max_new,
-        temperature=cfg.eval_temperature,
-        eos_ids=policy.tokenizer.eos_ids,
-        seed=ranks.seed_of(cfg.seed, "eval"),
-        rows=cfg.rows,
-    )
+    sampling = policy.sampling(cfg.eval_temperature, ranks.seed_of(cfg.seed, "eval"))
     summary, records = evaluate.evaluate(policy, problems, cfg.eval_n, sampling)
     run.log(step, "eval", **summary)
     run.log_samples(step, [{**record, "kind": "eval"} for record in records[:8]])
-    fit = fit_so_far(run)
+    points = run.of_kind("eval")
+    flops = [point["flops"] for point in points]
+    fit = ceiling.fit(flops, [p["pass1"] for p in points], n=[p["n"] for p in points])
     print(
         f"step {step:4d}  pass@1 {summary['pass1']:.1f} (se {summary['pass1_se']:.1f})  "
-        f"length {summary['length']:.0f}  cut {summary['truncated']:.1f}%  {describe_fit(fit)}",
+        f"length {summary['length']:.0f}  cut {summary['truncated']:.1f}%  {fit.describe()}",
         flush=True,
     )
-    run.prune({max(run.of_kind("eval"), key=lambda row: row["pass1"])["step"]})
-    enough = cfg.until_share and (fit.share_low or 0.0) >= cfg.until_share
-    if ranks.any_of(enough):
+    run.prune({max(points, key=lambda point: point["pass1"])["step"]})
+    if ranks.any_of(cfg.until_share and (fit.share_low or 0.0) >= cfg.until_share):
         print(f"--until-share {cfg.until_share}: surely reached at step {step}")
         run.end()
-
-
-def describe_fit(fit: ceiling.CeilingFit) -> str:
-    """The run so far against its ceiling in a few words; brackets are 90% intervals."""
-    if fit.status == "too few points":
-        return "ceiling: too few points yet"
-    if fit.status != "ok":
-        return f"{fit.status}: ceiling {fit.a_post:.1f}, the best before it"
-    ceiling_text = fit.text("a_post", ".1f")
-    return f"reached {fit.reached:.1f} / ceiling {ceiling_text} / share {fit.text('share', '.0%')}"
 
 
 # ---- the script ----------------------------------------------------------------------------------
@@ -456,12 +357,8 @@ def load_problems(cfg: Config, method, tokenizer) -> tuple[list, list]:
     if cfg.val:
         val, _ = data.problems(cfg.val, tokenizer, cfg.max_prompt)
     else:
-        n_val = min(200, max(1, len(pool) // 10))
-        seed = ranks.seed_of("held out")  # the same problems whatever --seed is
-        held_out = set(data.plan(len(pool), seed, 0, n_val))
-        val = [pool[i] for i in sorted(held_out)]
-        pool = [problem for i, problem in enumerate(pool) if i not in held_out] or pool
-        print(f"no --val: {n_val} problems of {cfg.data} held out for evaluation")
+        pool, val = data.hold_out(pool, 200)
+        print(f"no --val: {len(val)} problems of {cfg.data} held out for evaluation")
     experts = sum(problem.expert is not None for problem in pool)
     print(
         f"{len(pool)} problems ({experts} with a demonstration; {n_long} prompts over "
@@ -497,13 +394,6 @@ def show_plan(cfg: Config, method, pool: list, tokenizer, folder: Path, device) 
         print(f"first prompt: {tokenizer.decode(pool[0].prompt)}\nits answer: {pool[0].gold}")
 
 
-def open_reference(cfg: Config, folder: Path, device):
-    """The frozen --init for the KL term, in the type that it computes in."""
-    place, shard = launch.placement(cfg, model_file.read_config(folder), device)
-    dtype = torch.bfloat16 if cfg.bf16 and not shard else torch.float32
-    return model_file.load_model(folder, dtype, place, shard).requires_grad_(False)
-
-
 def main(cfg: Config) -> None:
     device = ranks.start()
     method = methods.load(cfg.algo)(**cfg.options)
@@ -515,8 +405,9 @@ def main(cfg: Config) -> None:
         return
     run = Run(cfg, cfg.steps, start=str(folder))
     model, net, optimizers = evaluate.open_training(cfg, folder, tokenizer, device, run)
-    reference = open_reference(cfg, folder, device) if method.kl_coef else None
-    policy = evaluate.Policy(net, tokenizer, tasks.load_reward(cfg.reward))
+    reference = evaluate.open_frozen(cfg, folder, device) if method.kl_coef else None
+    reward = tasks.load_reward(cfg.reward)
+    policy = evaluate.Policy(net, tokenizer, reward, cfg.max_new, cfg.rows)
 
     for step in run.steps():
         if 0 < cfg.max_flops <= run.totals["flops"]:
@@ -542,7 +433,7 @@ def main(cfg: Config) -> None:
             ranks.refresh(net, model)
             run.watch(norms[-1], step + 1)
 
-        numbers = {**collected.stats, **describe_updates(done, norms), "lr": lr}
+        numbers = {**collected.stats, **losses.describe_updates(done, norms), "lr": lr}
         numbers["logp_s"] = round(planned - began, 4)
         numbers["update_s"] = round(time.monotonic() - planned, 4)
         log_step(cfg, method, run, collected, updates, numbers)
@@ -556,9 +447,11 @@ def log_step(cfg: Config, method, run: Run, collected: Round, updates: list, num
     trained = [row.length for row in rows]
     experts = [row.length for row in rows if row.is_expert and method.expert_forward]
     forwards = list(collected.generated)
-    for update in updates:
+    for n, update in enumerate(updates):
         passes = 4 if cfg.recompute else 3  # a backward is two forwards
-        forwards += update.looked + passes * [row.length for row in update.rows]
+        passes += method.needs_entropy or n > 0  # old_logp
+        passes += bool(method.kl_coef)  # ref_logp
+        forwards += passes * [row.length for row in update.rows]
     count = model_file.forward_flops
     run.count(
         tokens=sum(collected.generated),

@@ -30,7 +30,6 @@ import data
 import evaluate
 import model as model_file
 import phases
-import rollout
 import tasks
 from core import cli, launch, optim, ranks
 from core.errors import UserError
@@ -134,13 +133,9 @@ def load_examples(cfg: Config, tokenizer) -> tuple[list, list, str]:
     if cfg.val:
         val, n_long_val = data.sft_examples(cfg.val, tokenizer, cfg.max_len)
     else:
-        n_val = min(199, max(1, len(train) // 10))
+        train, val = data.hold_out(train, 199)
         n_long_val = 0
-        seed = ranks.seed_of("held out")  # the same rows whatever --seed is
-        held_out = set(data.plan(len(train), seed, 0, n_val))
-        val = [train[i] for i in sorted(held_out)]
-        train = [row for i, row in enumerate(train) if i not in held_out] or val
-        print(f"no --val: {n_val} rows of {cfg.data} held out for validation")
+        print(f"no --val: {len(val)} rows of {cfg.data} held out for validation")
     print(
         f"{len(train)} training and {len(val)} validation examples; "
         f"{n_long + n_long_val} over {cfg.max_len} tokens dropped",
@@ -160,11 +155,10 @@ class Batch(NamedTuple):
 
 def make_batch(rows: list, micro_tokens: int, pin: bool = False) -> Batch:
     """Micro-batches of like length; every rank gets as many. pin: for asynchronous copies."""
-    lengths = [len(row.prompt) + len(row.response) for row in rows]
     parts = []
-    for indices in data.deal(lengths, micro_tokens, ranks.rank(), ranks.world()):
-        ids, mask = data.collate([rows[i] for i in indices])
+    for _, ids, mask in data.micro_batches(rows, micro_tokens, ranks.rank(), ranks.world()):
         parts.append((ids.pin_memory() if pin else ids, mask))
+    lengths = [len(row.prompt) + len(row.response) for row in rows]
     return Batch(parts, lengths, sum(len(row.response) for row in rows))
 
 
@@ -225,12 +219,7 @@ def validate(cfg: Config, run: Run, step: int, policy, val: list, problems: list
     lines = {"val": {"val_loss": loss}}
     shown = ""
     if problems:
-        sampling = rollout.Sampling(
-            max_new=cfg.max_new,
-            temperature=0.7,
-            eos_ids=policy.tokenizer.eos_ids,
-            seed=ranks.seed_of(cfg.seed, "eval"),
-        )
+        sampling = policy.sampling(0.7, ranks.seed_of(cfg.seed, "eval"))
         lines["eval"], records = evaluate.evaluate(policy, problems, 1, sampling)
         shown = f"  pass@1 {lines['eval']['pass1']:.1f} (se {lines['eval']['pass1_se']:.1f})"
         run.log_samples(step, records[:20])
@@ -270,7 +259,8 @@ def main(cfg: Config) -> bool:
         return False
     run = Run(cfg, steps, val_set=val_set, base=cfg.init)
     model, net, optimizers = evaluate.open_training(cfg, folder, tokenizer, device, run)
-    policy = evaluate.Policy(net, tokenizer, tasks.load_reward(cfg.reward))
+    reward = tasks.load_reward(cfg.reward)
+    policy = evaluate.Policy(net, tokenizer, reward, cfg.max_new)
 
     def prepare(position: int) -> Batch:
         rows = [train[i] for i in data.plan(len(train), cfg.seed, position, cfg.batch)]

@@ -12,8 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from core.errors import UserError
-from verify import Verdict
-
 HERE = Path(__file__).parent
 BUILT_IN = "countdown"  # what the scripts run on without --data
 
@@ -78,31 +76,3 @@ def load_reward(name: str) -> Callable:
     if not callable(getattr(module, function, None)):
         raise UserError(f"--reward {name}: {path} has no function {function}(response, row)")
     return getattr(module, function)
-
-
-def judge(reward: Callable, problem, response, tokenizer) -> dict:
-    """Decode and score one response: a record as samples.jsonl keeps it.
-
-    reward: what the function returns, a Verdict as 1 or 0. correct: a Verdict's word, or a number
-    above one half.
-    """
-    text = tokenizer.decode(response.ids)
-    verdict = reward(problem.opened + text, problem.row)
-    if not isinstance(verdict, Verdict):
-        value = float(verdict)
-        verdict = Verdict(value > 0.5, value > 0.5, None, "scored")
-    else:
-        value = float(verdict.correct)
-    return {
-        "problem": problem.text,
-        "response": text,
-        "gold": problem.gold,
-        "answer": verdict.extracted,
-        "reason": verdict.reason,
-        "reward": value,
-        "correct": verdict.correct,
-        "lenient": verdict.lenient,
-        "finished": response.finished,
-        "truncated": not response.finished,
-        "length": len(response.ids),
-    }
