@@ -82,6 +82,15 @@ class CeilingFit:
     def as_json(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "posterior"}
 
+    def describe(self) -> str:
+        """The run so far against its ceiling in a few words; brackets are 90% intervals."""
+        if self.status == "too few points":
+            return "ceiling: too few points yet"
+        if self.status != "ok":
+            return f"{self.status}: ceiling {self.a_post:.1f}, the best before it"
+        share = self.text("share", ".0%")
+        return f"reached {self.reached:.1f} / ceiling {self.text('a_post', '.1f')} / share {share}"
+
     def text(self, name: str, form: str) -> str:
         """A value and its interval for a table: "78.6 [76.3, 81.3]"."""
         value = getattr(self, name)

@@ -50,6 +50,8 @@ def preset(script: str, given: dict) -> dict:
         task = load(written[0])
         del given["data"]
     settings = dict(task.SETTINGS[script])
+    if script == "rl":
+        settings["demonstrations"] = task.DEMONSTRATIONS
     for name in FILES:
         if settings.get(name):
             settings[name] = str(folder / settings[name])

@@ -97,10 +97,6 @@ BASE = {  # the run of sft.py that makes the base model: plain text, random star
 }
 RL = {
     "data": "rl.jsonl",
-<<<<<<< HEAD
-    "demonstrations": "train.jsonl",  # instead, for methods that use the expert
-=======
->>>>>>> a5ca5d0d71b7eafacb0f07b5b9f954be66eefc2e
     "val": "eval.jsonl",
     "steps": 50,
     "prompts": 64,

@@ -8,10 +8,7 @@ import pytest
 
 import data
 from bench import __main__ as bench
-<<<<<<< HEAD
-=======
 from bench import measure, rl, rollout, sft, training
->>>>>>> 0f4079cd33107c38220854edffb98bf502468727
 
 
 def last_json(capsys) -> dict:
