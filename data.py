@@ -21,6 +21,7 @@ Columns (aliases in PROMPT, RESPONSE, GOLD; dots go into nested objects):
 Shapes: B rows, T tokens.
 """
 
+import hashlib
 import itertools
 import math
 from array import array
@@ -420,3 +421,24 @@ def hold_out(rows: list, most: int) -> tuple[list, list]:
     held_out = [rows[i] for i in sorted(chosen)]
     rest = [row for i, row in enumerate(rows) if i not in chosen]
     return rest or held_out, held_out
+
+
+def drop_long_experts(problems: list[Problem], most: int) -> tuple[list[Problem], int]:
+    """The problems, without demonstrations of more than `most` tokens; and how many those were."""
+    kept = []
+    n_dropped = 0
+    for problem in problems:
+        if problem.expert and len(problem.expert) > most:
+            problem = problem._replace(expert=None)
+            n_dropped += 1
+        kept.append(problem)
+    return kept, n_dropped
+
+
+def digest(rows: list) -> str:
+    """A short hash of the ids of examples or problems: the same rows, the same hash."""
+    ids = []
+    for row in rows:
+        response = row.response if isinstance(row, Example) else row.gold
+        ids.append((tuple(row.prompt), tuple(response)))
+    return hashlib.sha256(repr(ids).encode()).hexdigest()[:16]

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+import ceiling
 import data
 import model as model_file
 import phases
@@ -30,7 +31,7 @@ import tasks
 from core import checkpoint, cli, launch, optim, ranks
 from core.errors import UserError
 from core.files import read_jsonl
-from core.run import Run
+from core.run import Run, recorded
 from verify import Verdict
 
 
@@ -68,12 +69,15 @@ def preset(given: dict) -> dict:
 
 # ---- which model ---------------------------------------------------------------------------------
 def find(init: str, weights: bool = True) -> Path:
-    """The model folder that --init means: itself, a run directory's checkpoint, or the local copy
-    of a hub model (without its weights, where only shape and tokenizer are needed)."""
+    """The model folder that --init means: itself, a checkpoint of a run (RUN, RUN@best, RUN@last,
+    RUN@400), or the local copy of a hub model (without its weights, where only shape and tokenizer
+    are needed)."""
+    name, _, which = init.partition("@")
     folder = Path(init)
-    if (folder / "metrics.jsonl").exists():
-        name, why = ranks.from_first(lambda: pick_checkpoint(folder))  # it may still be written to
-        folder = Path(name)
+    if (Path(name) / "metrics.jsonl").exists():
+        # rank 0 picks: the run may still be written to
+        picked, why = ranks.from_first(lambda: pick_checkpoint(Path(name), which))
+        folder = Path(picked)
         print(f"{init} is a run: taking {folder.name}, {why}")
     elif not folder.exists():
         if folder.parts[:1] == ("runs",):
@@ -85,21 +89,59 @@ def find(init: str, weights: bool = True) -> Path:
     return folder
 
 
-def pick_checkpoint(run_dir: Path) -> tuple[str, str]:
-    """(checkpoint, why) of a run: an SFT run's recommended one (phases.py), another's newest."""
+def find_start(cfg) -> Path:
+    """The model folder that a training run begins from: what --init means or, when it goes on with
+    --resume, what it meant when the run began."""
+    before = recorded(cfg.out).get("start") if cfg.resume else None
+    return Path(before) if before else find(cfg.init, weights=not cfg.dry_run)
+
+
+def pick_checkpoint(run_dir: Path, which: str) -> tuple[str, str]:
+    """(checkpoint, why) of a run. which: "" = an SFT run's recommended one (phases.py), an RL run's
+    best one; or "best", "last", or a step."""
     steps = {}
     for step, folder in checkpoint.steps_in(run_dir / "checkpoints").items():
         if not checkpoint.damaged(folder):
             steps[step] = folder
     if not steps:
         raise UserError(f"{run_dir}: no whole checkpoint in it yet; let the run reach its first")
+    last = max(steps)
+    if which == "last":
+        return str(steps[last]), "its newest checkpoint"
+    if which.isdigit():
+        if int(which) not in steps:
+            there = ", ".join(str(step) for step in steps)
+            raise UserError(f"{run_dir}@{which}: no checkpoint of that step; there are {there}")
+        return str(steps[int(which)]), "as asked"
+    if which not in ("", "best"):
+        raise UserError(f"{run_dir}@{which}: write @best, @last or @ and a step")
     metrics = list(read_jsonl(run_dir / "metrics.jsonl", broken_tail=True))
     if any(row["kind"] == "val" for row in metrics):
         curve = phases.read_run(run_dir)
         found = phases.diagnose(curve.steps, curve.losses, curve.flops, steps)
         if found.recommended_step is not None:
             return str(steps[found.recommended_step]), found.reason
-    return str(steps[max(steps)]), "its newest checkpoint"
+    best, why = best_step([row for row in metrics if row["kind"] == "eval"], steps)
+    if best is None:
+        return str(steps[last]), "its newest checkpoint"
+    return str(steps[best]), why
+
+
+def best_step(points: list[dict], steps) -> tuple[int | None, str]:
+    """(step, why) of the best evaluated checkpoint among `steps`: the highest point of the curve
+    that ceiling.py fits, which is less of a lucky draw than the highest pass@1."""
+    points = [point for point in points if point["step"] in steps]
+    if not points:
+        return None, ""
+    values = [point["pass1"] for point in points]
+    flops = [point["flops"] for point in points]
+    fit = ceiling.fit(flops, values, n=[point["n"] for point in points], forecast_at=flops)
+    fitted = [point["mean"] for point in fit.forecast[: len(points)]]
+    if None in fitted:  # too few points for a curve
+        fitted = values
+    best = max(range(len(points)), key=lambda i: (fitted[i], points[i]["step"]))
+    where = "the best of its evaluations" if fitted is values else "the best point of its curve"
+    return points[best]["step"], f"{where}, pass@1 {values[best]:.1f}"
 
 
 def open_tokenizer(folder: Path) -> data.Tokenizer:

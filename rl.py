@@ -359,6 +359,9 @@ def load_problems(cfg: Config, method, tokenizer) -> tuple[list, list]:
     else:
         pool, val = data.hold_out(pool, 200)
         print(f"no --val: {len(val)} problems of {cfg.data} held out for evaluation")
+    pool, n_cut = data.drop_long_experts(pool, cfg.max_new)
+    if n_cut and method.demonstrations:
+        print(f"{n_cut} demonstrations over --max-new {cfg.max_new} tokens dropped")
     experts = sum(problem.expert is not None for problem in pool)
     print(
         f"{len(pool)} problems ({experts} with a demonstration; {n_long} prompts over "
@@ -397,13 +400,13 @@ def show_plan(cfg: Config, method, pool: list, tokenizer, folder: Path, device) 
 def main(cfg: Config) -> None:
     device = ranks.start()
     method = methods.load(cfg.algo)(**cfg.options)
-    folder = evaluate.find(cfg.init, not cfg.dry_run)
+    folder = evaluate.find_start(cfg)
     tokenizer = evaluate.open_tokenizer(folder)
     pool, val = load_problems(cfg, method, tokenizer)
     show_plan(cfg, method, pool, tokenizer, folder, device)
     if cfg.dry_run:
         return
-    run = Run(cfg, cfg.steps, start=str(folder))
+    run = Run(cfg, cfg.steps, folder, validation_set=data.digest(val))
     model, net, optimizers = evaluate.open_training(cfg, folder, tokenizer, device, run)
     reference = evaluate.open_frozen(cfg, folder, device) if method.kl_coef else None
     reward = tasks.load_reward(cfg.reward)
@@ -515,4 +518,4 @@ def finish(cfg: Config, run: Run) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, preset, lambda argv: methods.load(cli.peek(argv, "algo", Config.algo)))
+    cli.run(main, Config, preset, options=("algo", methods.load))

@@ -17,7 +17,6 @@ by this same file on plain text (runs/base).
 Shapes: B rows, T tokens, D model width. Losses in nats per token; compute in FLOPs.
 """
 
-import hashlib
 import json
 import time
 from dataclasses import dataclass, replace
@@ -127,8 +126,8 @@ def make_built_in(cfg: Config) -> Config:
 
 
 # ---- data ----------------------------------------------------------------------------------------
-def load_examples(cfg: Config, tokenizer) -> tuple[list, list, str]:
-    """(training examples, validation examples, hash of the validation set)."""
+def load_examples(cfg: Config, tokenizer) -> tuple[list, list]:
+    """(training examples, validation examples)."""
     train, n_long = data.sft_examples(cfg.data, tokenizer, cfg.max_len)
     if cfg.val:
         val, n_long_val = data.sft_examples(cfg.val, tokenizer, cfg.max_len)
@@ -141,8 +140,7 @@ def load_examples(cfg: Config, tokenizer) -> tuple[list, list, str]:
         f"{n_long + n_long_val} over {cfg.max_len} tokens dropped",
         flush=True,
     )
-    ids = repr([tuple(map(tuple, row)) for row in val])
-    return train, val, hashlib.sha256(ids.encode()).hexdigest()[:16]
+    return train, val
 
 
 class Batch(NamedTuple):
@@ -246,9 +244,9 @@ def main(cfg: Config) -> bool:
     device = ranks.start()
     if not cfg.init:
         cfg = make_built_in(cfg)
-    folder = evaluate.find(cfg.init, not cfg.dry_run)
+    folder = evaluate.find_start(cfg)
     tokenizer = evaluate.open_tokenizer(folder)
-    train, val, val_set = load_examples(cfg, tokenizer)
+    train, val = load_examples(cfg, tokenizer)
     problems = []
     if cfg.problems:
         problems, _ = data.problems(cfg.problems, tokenizer, cfg.max_len)
@@ -257,7 +255,7 @@ def main(cfg: Config) -> bool:
     show_plan(cfg, train, tokenizer, folder, device, steps)
     if cfg.dry_run:
         return False
-    run = Run(cfg, steps, val_set=val_set, base=cfg.init)
+    run = Run(cfg, steps, folder, validation_set=data.digest(val))
     model, net, optimizers = evaluate.open_training(cfg, folder, tokenizer, device, run)
     reward = tasks.load_reward(cfg.reward)
     policy = evaluate.Policy(net, tokenizer, reward, cfg.max_new)

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -97,7 +98,8 @@ def _prepare(final: Path, aside: Path, n_bytes: float) -> bool:
     if final.exists() and not damaged(final):
         return False
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.rmtree(final, ignore_errors=True)  # only ever a damaged one, passed over on --resume
+    if final.exists():  # damaged or edited, passed over on --resume: it is kept beside
+        final.rename(final.with_name(f"{final.name}.damaged-{time.time_ns()}"))
     free = shutil.disk_usage(final.parent).free
     if free < n_bytes:
         raise OSError(
