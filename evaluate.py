@@ -303,15 +303,8 @@ def evaluate(
         model,
         prompts,
         n,
-        max_new,
-        temperature,
-        tokenizer.eos_ids,
-        seed,
-        rows,
-        top_p,
-        progress,
-        top_k,
-        on_response=on_response,
+        rollout.Sampling(max_new, temperature, tokenizer.eos_ids, seed, rows, top_p, top_k),
+        rollout.Hooks(progress, on_response),
     )
     flat = [
         judge(problem, response, tokenizer)

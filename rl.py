@@ -213,11 +213,13 @@ def sample_round(
         net,
         requests,
         counts,
-        cfg.max_new,
-        cfg.temperature,
-        tokenizer.eos_ids,
-        ranks.seed_of(cfg.seed, "rollout", step, numbers[0]),
-        cfg.rows,
+        rollout.Sampling(
+            cfg.max_new,
+            cfg.temperature,
+            tokenizer.eos_ids,
+            ranks.seed_of(cfg.seed, "rollout", step, numbers[0]),
+            cfg.rows,
+        ),
     )
     began, groups, records = time.monotonic(), [[] for _ in problems], []
     for owner, prefix, responses in zip(owners, prefixes, sampled):

@@ -149,7 +149,7 @@ def measure(cfg: Rollout, rows: int) -> dict:
     device = ranks.start()
     model = model_file.load_model(cfg.model, DTYPES[cfg.dtype], device)
     prompts, lengths = workload(cfg, model.config.vocab_size)
-    rollout.generate(model, prompts[:1], 2, 3, seed=cfg.seed)  # warm-up
+    rollout.generate(model, prompts[:1], 2, rollout.Sampling(3, seed=cfg.seed))  # warm-up
     forwards: list[tuple[str, int]] = []
     before, usage, started = (
         resident_mb(),
@@ -160,10 +160,8 @@ def measure(cfg: Rollout, rows: int) -> dict:
         model,
         prompts,
         cfg.group,
-        lengths,
-        seed=cfg.seed,
-        rows=rows,
-        on_forward=lambda what, n, cache: forwards.append((what, n)),
+        rollout.Sampling(lengths, seed=cfg.seed, rows=rows),
+        rollout.Hooks(on_forward=lambda what, n, cache: forwards.append((what, n))),
     )
     wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
     tokens = sum(len(r.ids) for group in groups for r in group)
