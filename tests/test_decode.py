@@ -51,6 +51,20 @@ def test_bf16_weights_give_the_logits_of_the_bf16_network():
     assert (logits - expected[:, 8]).abs().max() < 2e-2 * expected.abs().max()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_prompts_in_fp32_are_read_by_a_fused_kernel_on_cuda():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    model = random_model(CONFIGS["qwen3"]).cuda()
+    ids = random_ids(2, 9).cuda()
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    with torch.no_grad(), decode.decoder_of(model) as decoder:
+        cache = decode.Cache(model.config, 2, 9, device="cuda")
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION]):
+            hidden = decoder.read(ids, cache)  # raises where only the MATH backend can do it
+        torch.testing.assert_close(hidden, model(ids), atol=2e-5, rtol=1e-5)
+
+
 def test_copied_rows_of_a_resized_cache_go_on_like_their_originals():
     model = random_model(CONFIGS["qwen2"])
     ids = random_ids(3, 10)
