@@ -1,6 +1,7 @@
 """The sampler: log-probs are the trainer's, a response depends on its request alone, EOS is kept,
 and no row or memory is wasted."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 import data
 import model as model_file
 import rollout
+from core.decode import decoder_of
 from rollout import Hooks, Sampling, generate
 
 SLOT = 2 * 2 * 2 * 8 * 4  # bytes of a slot in `small`: k and v, 2 layers, 2 heads, 8 wide, fp32
@@ -244,6 +246,18 @@ def test_a_request_that_no_memory_holds_is_refused_with_the_numbers(small):
     message = r"prompt 1: 2 tokens and max_new 1000 need 0.3 MB of cache, and 0.1 MB are given"
     with pytest.raises(ValueError, match=message):
         generate(small[0], [[3], [3, 4]], 1, Sampling(1000, cache_bytes=100_000))
+
+
+def test_without_cache_bytes_the_cpu_gives_half_of_its_free_memory_at_most(small):
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with decoder_of(small[0]) as decoder:
+        budget = rollout.cache_budget(decoder, 512, Sampling())
+        assert 0 < budget <= physical / 2
+        given = rollout.cache_budget(decoder, 512, Sampling(cache_bytes=1000))
+        assert given == 1000
+    beyond = physical // SLOT  # tokens of a response that the machine cannot hold
+    with pytest.raises(ValueError, match=f"max_new {beyond} need .* MB of cache"):
+        generate(small[0], [[3]], 1, Sampling(beyond))
 
 
 def test_max_new_needs_one_number_or_one_for_each_request(small):
