@@ -31,10 +31,13 @@ Shapes: n running rows, V vocabulary, P prompts read at once, T tokens. Log-prob
 nats.
 """
 
+import os
 import pickle
+import re
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -62,7 +65,8 @@ class Sampling:
     rows: int = 512  # responses that run at once, at most
     top_p: float = 1.0  # draw among the fewest tokens that reach this probability
     top_k: int = 0  # draw among the likeliest top_k tokens; 0 = all
-    cache_bytes: int | None = None  # memory for keys and values; None: most of what is free on CUDA
+    cache_bytes: int | None = None  # for keys and values; None: of the free memory 90% on CUDA, or
+    # half on the CPU, shared by all processes
     bucketed: bool | None = None  # round sizes up, as CUDA graphs need it; None: on CUDA only
 
 
@@ -215,7 +219,7 @@ class ContinuousBatch:
         per_layer = 2 * c.num_key_value_heads * c.head_dim * decoder.dtype.itemsize
         self.slot_bytes = per_layer * c.num_hidden_layers
         self.budget = cache_budget(decoder, self.rows, sampling)
-        if self.budget is not None and self.slots * self.slot_bytes > self.budget:
+        if self.slots * self.slot_bytes > self.budget:
             worst = max(requests, key=lambda r: len(r.tokens) + r.limit)
             raise UserError(
                 f"prompt {worst.prompt}: {len(worst.tokens)} tokens and max_new {worst.limit} "
@@ -262,8 +266,7 @@ class ContinuousBatch:
         starved = self.waiting and self.cache.rows < rows
         if slots <= self.cache.slots and not (starved and slots <= self.cache.slots // 2):
             return
-        if self.budget is not None:
-            rows = min(rows, self.budget // (slots * self.slot_bytes))
+        rows = min(rows, self.budget // (slots * self.slot_bytes))
         if len(self.running) > rows:
             for request, drawn in self.remove(list(range(rows, len(self.running)))):
                 request.drawn = drawn
@@ -401,15 +404,23 @@ class ContinuousBatch:
         return removed
 
 
-def cache_budget(decoder: Decoder, rows: int, sampling: Sampling) -> int | None:
-    """Bytes for keys and values of the running rows; None: no bound."""
-    if sampling.cache_bytes is not None or decoder.device.type != "cuda":
+def cache_budget(decoder: Decoder, rows: int, sampling: Sampling) -> int:
+    """Bytes for keys and values of the running rows."""
+    if sampling.cache_bytes is not None:
         return sampling.cache_bytes
-    torch.cuda.empty_cache()  # what training has left in PyTorch's own store counts as free
-    free, _ = torch.cuda.mem_get_info(decoder.device)
-    # Logits and what draw() makes of them, in the memory of the graphs and outside.
-    per_logit = 96 if sampling.top_p < 1 or sampling.top_k else 36  # bytes
-    return int(0.9 * free) - per_logit * rows * decoder.config.vocab_size
+    if decoder.device.type == "cuda":
+        torch.cuda.empty_cache()  # what training has left in PyTorch's own store counts as free
+        free, _ = torch.cuda.mem_get_info(decoder.device)
+        # Logits and what draw() makes of them, in the memory of the graphs and outside.
+        per_logit = 96 if sampling.top_p < 1 or sampling.top_k else 36  # bytes
+        return int(0.9 * free) - per_logit * rows * decoder.config.vocab_size
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        available = re.search(r"MemAvailable: *(\d+) kB", meminfo.read_text())
+        free = 1024 * int(available[1])
+    else:  # macOS: half of the memory counts as available
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return free // (2 * ranks.world())
 
 
 def draw(

@@ -245,6 +245,11 @@ class Decoder:
             cache.k[i][rows, :, position] = k
             cache.v[i][rows, :, position] = v
             if mask is None:
+                if k.is_cuda and k.dtype == torch.float32:
+                    # No fused kernel of CUDA shares key heads in fp32; without one, all scores
+                    # (B, H, T, T) would be held.
+                    k = k.repeat_interleave(H // Hkv, 2)
+                    v = v.repeat_interleave(H // Hkv, 2)
                 q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
                 y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
                 y = y.transpose(1, 2)  # (B, T, H, K)
