@@ -155,36 +155,30 @@ def show_memory(
 ) -> None:
     """What a process will need, from the shapes: a line at the start of a run, a table under --dry-run, there for
     --gpus devices of 80 GB if given. slots (RL): tokens of a prompt and its response, at most."""
-    config, world = model_file.read_config(folder), cfg.gpus or ranks.world()
-    there, rows = 80e9 if cfg.gpus else capacity(device), 0
-
-    def table(rows):
-        return memory.table(
-            config,
-            world,
-            cfg.micro_tokens,
-            cfg.bf16,
-            cfg.recompute,
-            optimizer,
-            cfg.offload,
-            micro_batches > 1 and memory.sums_first(config, there),
-            rows,
-            slots,
-            reference,
-            cuda=bool(cfg.gpus) or device.type == "cuda",
-        )
-
+    config = model_file.read_config(folder)
+    there = 80e9 if cfg.gpus else capacity(device)
+    plan = memory.Plan(
+        config=config,
+        world=cfg.gpus or ranks.world(),
+        micro_tokens=cfg.micro_tokens,
+        bf16=cfg.bf16,
+        recompute=cfg.recompute,
+        optimizer=optimizer,
+        offload=cfg.offload,
+        summed=micro_batches > 1 and memory.sums_first(config, there),
+        reference=reference,
+        cuda=bool(cfg.gpus) or device.type == "cuda",
+    )
     if slots:  # the sampler takes fewer rows at a time where memory is short
-        rows = min(cfg.rows, -(-cfg.gen_prompts // world) * cfg.group)
-        *rest, cache = [part.bytes for part in table(1) if part.phase != "update"]
-        rows = max(1, min(rows, int(0.8 * (there - sum(rest)) / cache)))
-    parts = table(rows)
+        rows = min(cfg.rows, -(-cfg.gen_prompts // plan.world) * cfg.group)
+        plan = plan.with_rollout(rows, slots, there)
     if cfg.dry_run:
-        print(f"memory of each of {world} processes:\n{memory.report(parts, there)}")
+        print(f"memory of each of {plan.world} processes:\n{plan.report(there)}")
         return
-    sizes = ", ".join(f"{part.name} {memory.text(part.bytes)}" for part in parts)
+    sizes = ", ".join(f"{part.name} {memory.text(part.bytes)}" for part in plan.table())
     print(
-        f"memory of a process, estimated: {sizes}; at most {memory.text(memory.peak(parts))} of {memory.text(there)}",
+        f"memory of a process, estimated: {sizes}; at most {memory.text(plan.peak())} "
+        f"of {memory.text(there)}",
         flush=True,
     )
 

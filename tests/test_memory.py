@@ -82,7 +82,7 @@ def test_weights_are_counted_exactly(name):
     assert SHAPES[name].num_hidden_layers * block + root == sum(
         p.numel() for p in model.parameters()
     )
-    assert matrices == sum(p.numel() for p in model.model["layers"][0].parameters() if p.ndim == 2)
+    assert matrices == sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim == 2)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -104,40 +104,49 @@ def test_the_chunk_of_logits_is_the_models():
     assert memory.CHUNK_LOGITS == m.CHUNK_LOGITS
 
 
-def test_shards_shrink_with_the_processes_and_activations_do_not():
-    one, eight = (
-        memory.table(QWEN_7B, world, 8192, bf16=True, checkpointing=True) for world in (2, 16)
-    )
-    for a, b in zip(one, eight):
-        shrinks = a.name.split(",")[0] in ("weights", "optimizer state", "gradients")
-        assert a.bytes == (8 * b.bytes if shrinks else b.bytes), a.name
-    n = 7.6156e9  # 16 bytes a parameter in all: master, gradient, two moments
-    assert sum(
-        part.bytes
-        for part in eight
-        if part.name.split(",")[0] in ("weights", "optimizer state", "gradients")
-    ) == pytest.approx(16 * n / 16, rel=1e-3)
+SHARDED = ("weights, fp32", "optimizer state, adamw", "gradients, fp32")
+
+
+def plan_of(world, **changes):
+    return memory.Plan(config=QWEN_7B, world=world, recompute=True, **changes)
+
+
+def test_shards_shrink_with_the_ranks_and_activations_do_not():
+    two = plan_of(2, micro_tokens=8192).table()
+    sixteen = plan_of(16, micro_tokens=8192).table()
+    for a, b in zip(two, sixteen):
+        assert a.bytes == (8 * b.bytes if a.name in SHARDED else b.bytes), a.name
+    n = 7.6156e9  # 16 bytes per parameter in all: weight, gradient, two moments
+    kept = sum(part.bytes for part in sixteen if part.name in SHARDED)
+    assert kept == pytest.approx(16 * n / 16, rel=1e-3)
 
 
 def test_the_verdict_for_7b_on_eight_gpus_of_80_gb():
-    parts = memory.table(QWEN_7B, 8, 16384, bf16=True, checkpointing=True)
-    assert 15e9 < memory.peak(parts) < 40e9 and "  fits in 80 GB" in memory.report(parts, 80e9)
-    alone = memory.table(QWEN_7B, 1, 16384, bf16=True, checkpointing=True)
-    assert memory.peak(alone) > 16 * 7.6e9 and "DOES NOT FIT in 80 GB" in memory.report(alone, 80e9)
+    eight = plan_of(8)
+    assert 15e9 < eight.peak() < 40e9
+    assert "  fits in 80 GB" in eight.report(80e9)
+    alone = plan_of(1)
+    assert alone.peak() > 16 * 7.6e9
+    assert "DOES NOT FIT in 80 GB" in alone.report(80e9)
 
 
 def test_rollout_and_update_do_not_stand_beside_each_other():
-    sft = memory.table(QWEN_7B, 8, 16384, checkpointing=True)
-    rl = memory.table(QWEN_7B, 8, 16384, checkpointing=True, rows=8, slots=64)
-    assert memory.peak(sft) == memory.peak(rl)
-    large = memory.table(
-        QWEN_7B, 8, 16384, checkpointing=True, rows=512, slots=9216, reference=True
-    )
-    cache = [part.bytes for part in large if "cache" in part.name]
-    assert (
-        cache == [2 * 28 * 4 * 128 * 512 * 9216 * 2]
-        and memory.peak(large) > cache[0] + 3 * 4 * 7.6e9 / 8
-    )
+    small = plan_of(8, rows=8, slots=64)
+    assert plan_of(8).peak() == small.peak()
+    large = plan_of(8, rows=512, slots=9216, reference=True)
+    cache = [part.bytes for part in large.table() if "cache" in part.name]
+    assert cache == [2 * 28 * 4 * 128 * 512 * 9216 * 2]
+    assert large.peak() > cache[0] + 3 * 4 * 7.6e9 / 8
+
+
+def test_a_rollout_is_planned_with_as_many_rows_as_fit():
+    plan = plan_of(8)
+    row = 2 * 28 * 4 * 128 * 9216 * 2  # bytes of the cache of one row of 9,216 tokens
+    assert plan.with_rollout(512, 9216, capacity=800e9).rows == 512
+    few = plan.with_rollout(512, 9216, capacity=80e9)
+    rollout = sum(part.bytes for part in few.table() if part.phase != "update")
+    assert 0.8 * 80e9 - row < rollout <= 0.8 * 80e9
+    assert plan.with_rollout(512, 9216, capacity=1e9).rows == 1
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as m
-from core import decode
+from core import decode, rope
 
 BASE = dict(
     vocab_size=61,
@@ -146,7 +146,7 @@ def test_forward_equals_a_reference_written_as_loops(family, start):
 def test_rotary_frequencies_follow_their_published_formulas(scaling):
     config = m.ModelConfig(**BASE, head_dim=64, rope_theta=5e5, rope_scaling=scaling)
     expected = torch.tensor([reference_frequency(config, i) for i in range(32)])
-    torch.testing.assert_close(m.rope_frequencies(config), expected, atol=0, rtol=1e-5)
+    torch.testing.assert_close(rope.rope_frequencies(config), expected, atol=0, rtol=1e-5)
 
 
 def test_parameters_have_hugging_face_names_and_a_tied_head_is_the_embedding():
@@ -234,14 +234,18 @@ def test_token_logp_and_entropy_have_exact_values_and_gradients(chunk, piece, mo
     )
 
 
+def sum_logp(hidden, head, targets, chunk=None):
+    return m.SumLogp.apply(hidden, head, targets, chunk, True)
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_a_sum_of_log_probs_has_exact_values_and_gradients(chunk):
     hidden, head, targets = draw(7, 5, 11, torch.float64)
     torch.testing.assert_close(
-        m.sum_logp(hidden, head, targets, chunk), naive(hidden, head, targets, 1.0)[0].sum()
+        sum_logp(hidden, head, targets, chunk), naive(hidden, head, targets, 1.0)[0].sum()
     )
     ours, theirs = (
-        m.sum_logp(hidden, head, targets, chunk),
+        sum_logp(hidden, head, targets, chunk),
         naive(hidden, head, targets, 1.0)[0].sum(),
     )
     for a, b in zip(
@@ -249,11 +253,11 @@ def test_a_sum_of_log_probs_has_exact_values_and_gradients(chunk):
     ):
         torch.testing.assert_close(a, b)
     with pytest.raises(RuntimeError):  # the gradients were scaled in place: not wrong in silence
-        twice = m.sum_logp(hidden, head, targets, chunk)
+        twice = sum_logp(hidden, head, targets, chunk)
         twice.backward(retain_graph=True)
         twice.backward()
     hidden.grad = head.grad = None
-    none = m.sum_logp(hidden[:0], head, targets[:0])
+    none = sum_logp(hidden[:0], head, targets[:0])
     none.backward()
     assert none == 0 and (head.grad == 0).all()
 
@@ -283,7 +287,7 @@ def test_logits_are_computed_once_for_a_sum_and_for_a_single_chunk():
         return m.token_logp(hidden, head, targets, chunk=20).sum()
 
     def summed():
-        return m.sum_logp(hidden, head, targets, chunk=20)
+        return sum_logp(hidden, head, targets, chunk=20)
 
     def matrix_products(loss):
         with torch.profiler.profile() as profile:
