@@ -19,6 +19,7 @@ K head width, L layers, N tokens of all rows in one list, n tokens of one chunk.
 """
 
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -191,11 +192,11 @@ def response_logp(
     | entropy   | (B, R) | nats, of the distribution it was chosen from; None if not asked for |
     | chosen    | (B, R) | bool: whether there is a token                                      |
     """
-    hidden, targets = _trained(model, ids, mask)
-    values = token_logp(hidden, model.head, targets, temperature, entropy=entropy)
     lengths = mask[:, 1:].sum(1)
     chosen = torch.arange(int(lengths.max()), device=mask.device) < lengths[:, None]
     chosen = chosen.to(ids.device)
+    hidden, targets = _trained(model, ids, mask)
+    values = token_logp(hidden, model.head, targets, temperature, entropy=entropy)
     zeros = torch.zeros(chosen.shape, device=ids.device)
     if not entropy:
         return zeros.masked_scatter(chosen, values), None, chosen
@@ -389,34 +390,60 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) 
 
 
 # ---- compute
-def flops(config: ModelConfig, lengths: Iterable[int]) -> tuple[float, float]:
-    """FLOPs of one forward over rows of these lengths: (the paper's count, the machine's).
+class Flops(NamedTuple):
+    """FLOPs of a forward; a backward is twice as much, and recompute one more forward of blocks."""
 
-    The paper's is the sum of S F_fwd(S), with F_fwd(S) = 2 [L (P_mlp + P_attn) + P_vocab] +
-    4 S L D_q (20, 21). A backward is twice as much (22). A machine has no product with the
-    embedding, and computes the causal half of the attention core.
+    paper: float  # the paper's count: the whole head for every token, and the embedding as well
+    blocks: float  # what a machine computes in the blocks
+    head: float  # and in the head
+
+
+def flops(
+    config: ModelConfig,
+    lengths: Iterable[int],
+    n_head: int | None = None,
+    cached: Iterable[int] | None = None,
+) -> Flops:
+    """FLOPs of one forward over rows of these lengths.
+
+    n_head: tokens of all rows whose logits are computed; None = all. cached: tokens of each row
+    that the machine finds in the key-value cache; None = 0.
+
+    The paper counts the sum of S F_fwd(S), with F_fwd(S) = 2 [L (P_mlp + P_attn) + P_vocab] +
+    4 S L D_q (20, 21). A machine computes the causal half of the attention core.
     """
     lengths = list(lengths)
+    cached = [0] * len(lengths) if cached is None else list(cached)
     D = config.hidden_size
     L = config.num_hidden_layers
     D_q = config.num_attention_heads * config.head_dim  # D except in Qwen3
     D_kv = config.num_key_value_heads * config.head_dim
-    p_mlp = 3 * D * config.intermediate_size
-    p_attn = 2 * D * (D_q + D_kv)
+    p_block = 3 * D * config.intermediate_size + 2 * D * (D_q + D_kv)
     p_head = config.vocab_size * D
-    n_tokens = sum(lengths)
-    n_pairs = sum(S * S for S in lengths)
-    paper = 2 * n_tokens * (L * (p_mlp + p_attn) + 2 * p_head) + 4 * n_pairs * L * D_q
-    unused = 2 * n_tokens * p_head + 2 * n_pairs * L * D_q
-    return float(paper), float(paper - unused)
+    S = sum(lengths)
+    S_squared = sum(n * n for n in lengths)
+    paper = S * 2 * (L * p_block + 2 * p_head) + 4 * S_squared * L * D_q
+    computed = S - sum(cached)
+    pairs = S_squared - sum(n * n for n in cached)  # twice the number of query-key pairs
+    blocks = L * (2 * computed * p_block + 2 * pairs * D_q)
+    head = 2 * p_head * (S if n_head is None else n_head)
+    return Flops(float(paper), float(blocks), float(head))
 
 
 def forward_flops(config: ModelConfig, lengths: Iterable[int]) -> float:
-    return flops(config, lengths)[0]
+    """The paper's count."""
+    return flops(config, lengths).paper
 
 
-def hardware_flops(config: ModelConfig, lengths: Iterable[int]) -> float:
-    return flops(config, lengths)[1]
+def hardware_flops(
+    config: ModelConfig,
+    lengths: Iterable[int],
+    n_head: int | None = None,
+    cached: Iterable[int] | None = None,
+) -> float:
+    """What a machine computes."""
+    work = flops(config, lengths, n_head, cached)
+    return work.blocks + work.head
 
 
 # ---- Hugging Face folders

@@ -48,7 +48,7 @@ class Plan:
     optimizer: str = "adamw"  # or muon
     offload: bool = False  # weights, gradients and optimizer state wait in the CPU's memory
     summed: bool = False  # gradients of several micro-batches are summed before they are reduced
-    rows: int = 0  # RL: responses in flight at once; 0 = SFT
+    rows: int = 0  # RL, which computes entropies too: responses in flight at once; 0 = SFT
     slots: int = 0  # RL: tokens of a prompt and its response
     reference: bool = False  # RL: a frozen copy of the model, for the KL term
     cuda: bool = True
@@ -108,9 +108,14 @@ class Plan:
             self.config, self.micro_tokens, self.size, self.recompute, fused_norm=self.cuda
         )
         n_logits = min(CHUNK_LOGITS * (8 if self.cuda else 1), self.micro_tokens * V)
-        logits = n_logits * (4 + (self.size if self.bf16 else 0))
-        if self.bf16 and self.cuda:
-            logits += head  # what a chunk adds to the head's gradient
+        cast = self.size if self.bf16 else 0  # gradients of the logits for the matrix products
+        logits = n_logits * (4 + cast)
+        if self.cuda:
+            # The whole chunk is worked on at once: in the forward log_softmax beside the logits,
+            # for the entropy p and p log p; in the backward p, and what is added to the head's.
+            forward = n_logits * (12 if self.rows else 8)
+            backward = n_logits * ((8 if self.rows else 4) + cast) + (head if self.bf16 else 0)
+            logits = max(forward, backward)
         # The chunk is freed before the backward of the blocks begins: the larger of the two counts.
         temporary = "logits of a chunk" if logits >= working else "work in a block's backward"
         return [

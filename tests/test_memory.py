@@ -1,9 +1,11 @@
 """The memory table: its numbers are those that autograd and the optimizer keep, and it says what fits."""
 
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as m
 from core import memory, optim, ranks, run
@@ -51,6 +53,14 @@ QWEN_7B = m.ModelConfig(
     num_attention_heads=28,
     num_key_value_heads=4,
     tie_word_embeddings=False,
+)
+
+
+TINY = dict(
+    hidden_size=4,
+    intermediate_size=4,
+    num_hidden_layers=1,
+    num_attention_heads=1,
 )
 
 
@@ -131,8 +141,7 @@ def test_the_verdict_for_7b_on_eight_gpus_of_80_gb():
 
 
 def test_rollout_and_update_do_not_stand_beside_each_other():
-    small = plan_of(8, rows=8, slots=64)
-    assert plan_of(8).peak() == small.peak()
+    assert plan_of(8, rows=8, slots=64).peak() == plan_of(8, rows=1, slots=1).peak()
     large = plan_of(8, rows=512, slots=9216, reference=True)
     cache = [part.bytes for part in large.table() if "cache" in part.name]
     assert cache == [2 * 28 * 4 * 128 * 512 * 9216 * 2]
@@ -147,6 +156,45 @@ def test_a_rollout_is_planned_with_as_many_rows_as_fit():
     rollout = sum(part.bytes for part in few.table() if part.phase != "update")
     assert 0.8 * 80e9 - row < rollout <= 0.8 * 80e9
     assert plan.with_rollout(512, 9216, capacity=1e9).rows == 1
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made by the operations inside hold at one moment."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self.live:
+                    self.live[storage.data_ptr()] = storage.nbytes()
+                    weakref.finalize(storage, self.live.pop, storage.data_ptr(), None)
+        self.most = max(self.most, sum(self.live.values()))
+        return out
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_a_chunk_of_logits_on_cuda_takes_what_its_operations_hold_at_once(entropy, monkeypatch):
+    monkeypatch.setattr(m, "PIECE_LOGITS", 2**40)  # the whole chunk at once, as on CUDA
+    N, V = 64, 5000
+    hidden = torch.randn(N, 4, requires_grad=True)
+    head = torch.randn(V, 4, requires_grad=True)
+    targets = torch.arange(N)
+    with LiveBytes() as found:
+        values = m.token_logp(hidden, head, targets, entropy=entropy)
+        sum(v.sum() for v in (values if entropy else [values])).backward()
+    config = m.ModelConfig(**TINY, vocab_size=V)
+    rl = memory.Plan(config=config, micro_tokens=N, bf16=False, rows=1, slots=1)
+    sft = replace(rl, rows=0)
+    table = (rl if entropy else sft).table()
+    counted = [part.bytes for part in table if part.name == "logits of a chunk"]
+    assert counted == [(12 if entropy else 8) * N * V]  # by hand
+    assert found.most == pytest.approx(counted[0], rel=0.05)
 
 
 @dataclass
