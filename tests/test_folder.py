@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model as m
+from core import folder
 
 RAW = dict(
     model_type="llama",
@@ -27,19 +28,19 @@ LLAMA3 = dict(
 )
 
 
-def config_of(folder, **changes):
-    """read_config() of a folder with RAW and the changes as its config.json; a change to ... removes the key."""
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(
-        json.dumps({k: v for k, v in {**RAW, **changes}.items() if v is not ...})
-    )
-    return m.read_config(folder)
+def config_of(path, **changes):
+    """read_config() of a folder with RAW and the changes in config.json; ... removes a key."""
+    path.mkdir(exist_ok=True)
+    raw = {**RAW, **changes}
+    kept = {key: value for key, value in raw.items() if value is not ...}
+    (path / "config.json").write_text(json.dumps(kept))
+    return m.read_config(path)
 
 
-def saved(folder, **changes):
+def saved(path, **changes):
     """A folder with a random model, and that model."""
-    model = m.init_model(config_of(folder, **changes), 3)
-    m.save_model(model, folder)
+    model = m.init_model(config_of(path, **changes), 3)
+    m.save_model(model, path)
     return model
 
 
@@ -202,7 +203,7 @@ def test_a_written_config_reads_back_equal_and_keeps_the_keys_of_others(changes,
         tmp_path / "a", eos_token_id=[7, 8], use_cache=True, somebody="else", **changes
     )
     for source in (config, replace(config, raw={})):  # read from a folder, or made in code
-        written = m.config_dict(source)
+        written = folder.config_dict(source)
         (tmp_path / "config.json").write_text(json.dumps(written))
         assert m.read_config(tmp_path) == config
         assert (
@@ -211,8 +212,8 @@ def test_a_written_config_reads_back_equal_and_keeps_the_keys_of_others(changes,
             and written["torch_dtype"] == config.dtype
         )
     assert (
-        m.config_dict(config)["eos_token_id"] == [7, 8]
-        and m.config_dict(config)["somebody"] == "else"
+        folder.config_dict(config)["eos_token_id"] == [7, 8]
+        and folder.config_dict(config)["somebody"] == "else"
     )
 
 

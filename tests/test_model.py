@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as m
-from core import decode
+from core import decode, rope
 
 BASE = dict(
     vocab_size=61,
@@ -146,7 +146,7 @@ def test_forward_equals_a_reference_written_as_loops(family, start):
 def test_rotary_frequencies_follow_their_published_formulas(scaling):
     config = m.ModelConfig(**BASE, head_dim=64, rope_theta=5e5, rope_scaling=scaling)
     expected = torch.tensor([reference_frequency(config, i) for i in range(32)])
-    torch.testing.assert_close(m.rope_frequencies(config), expected, atol=0, rtol=1e-5)
+    torch.testing.assert_close(rope.rope_frequencies(config), expected, atol=0, rtol=1e-5)
 
 
 def test_parameters_have_hugging_face_names_and_a_tied_head_is_the_embedding():
@@ -234,14 +234,18 @@ def test_token_logp_and_entropy_have_exact_values_and_gradients(chunk, piece, mo
     )
 
 
+def sum_logp(hidden, head, targets, chunk=None):
+    return m.SumLogp.apply(hidden, head, targets, chunk, True)
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_a_sum_of_log_probs_has_exact_values_and_gradients(chunk):
     hidden, head, targets = draw(7, 5, 11, torch.float64)
     torch.testing.assert_close(
-        m.sum_logp(hidden, head, targets, chunk), naive(hidden, head, targets, 1.0)[0].sum()
+        sum_logp(hidden, head, targets, chunk), naive(hidden, head, targets, 1.0)[0].sum()
     )
     ours, theirs = (
-        m.sum_logp(hidden, head, targets, chunk),
+        sum_logp(hidden, head, targets, chunk),
         naive(hidden, head, targets, 1.0)[0].sum(),
     )
     for a, b in zip(
@@ -249,11 +253,11 @@ def test_a_sum_of_log_probs_has_exact_values_and_gradients(chunk):
     ):
         torch.testing.assert_close(a, b)
     with pytest.raises(RuntimeError):  # the gradients were scaled in place: not wrong in silence
-        twice = m.sum_logp(hidden, head, targets, chunk)
+        twice = sum_logp(hidden, head, targets, chunk)
         twice.backward(retain_graph=True)
         twice.backward()
     hidden.grad = head.grad = None
-    none = m.sum_logp(hidden[:0], head, targets[:0])
+    none = sum_logp(hidden[:0], head, targets[:0])
     none.backward()
     assert none == 0 and (head.grad == 0).all()
 
@@ -283,7 +287,7 @@ def test_logits_are_computed_once_for_a_sum_and_for_a_single_chunk():
         return m.token_logp(hidden, head, targets, chunk=20).sum()
 
     def summed():
-        return m.sum_logp(hidden, head, targets, chunk=20)
+        return sum_logp(hidden, head, targets, chunk=20)
 
     def matrix_products(loss):
         with torch.profiler.profile() as profile:
@@ -402,28 +406,48 @@ def test_a_sampler_sees_the_distribution_that_is_scored():
 
 
 # ---- compute ---------------------------------------------------------------------------------------------------------
-def test_flops_of_qwen_7b_worked_by_hand():
-    config = m.ModelConfig(
-        vocab_size=152064,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        tie_word_embeddings=False,
-    )
-    # P_mlp = 3 x 3584 x 18944 = 203,685,888; P_attn = 2 x 3584 x (3584 + 512) = 29,360,128; 28 layers 6,525,288,448
-    # P_vocab = 2 x 152064 x 3584 = 1,089,994,752; F_fwd(1000) = 2 x 7,615,283,200 + 4 x 1000 x 28 x 3584
-    assert m.forward_flops(config, [1000]) == 1000 * (15_230_566_400 + 401_408_000)
-    assert m.forward_flops(config, iter([1000, 10])) == 1000 * 15_631_974_400 + 10 * (
-        15_230_566_400 + 4_014_080
-    )
-    # the machine: 2 x (6,525,288,448 + 544,997,376) and half of the attention core
-    assert (
-        m.hardware_flops(config, iter([1000, 10]))
-        == 1010 * 14_140_571_648 + 1000 * 200_704_000 + 10 * 2_007_040
-    )
-    assert m.forward_flops(config, []) == 0
+QWEN_7B = m.ModelConfig(
+    vocab_size=152064,
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    tie_word_embeddings=False,
+)
+# P_mlp = 3 x 3584 x 18944 = 203,685,888; P_attn = 2 x 3584 x (3584 + 512) = 29,360,128
+BLOCKS = 2 * 28 * (203_685_888 + 29_360_128)  # FLOPs per token: 13,050,576,896
+HEAD = 2 * 152064 * 3584  # per token: 1,089,994,752
+PAIR = 4 * 28 * 3584  # per query and key: 401,408
+
+
+def test_the_papers_flops_of_qwen_7b_worked_by_hand():
+    # F_fwd(1000) = 2 x (6,525,288,448 + 1,089,994,752) + 4 x 1000 x 28 x 3584
+    thousand = 1000 * (15_230_566_400 + 401_408_000)
+    ten = 10 * (15_230_566_400 + 4_014_080)
+    assert m.forward_flops(QWEN_7B, [1000]) == thousand
+    assert m.forward_flops(QWEN_7B, iter([1000, 10])) == thousand + ten
+    assert m.flops(QWEN_7B, [1000, 10], n_head=3, cached=[5, 5]).paper == thousand + ten
+    assert m.flops(QWEN_7B, []) == (0, 0, 0)
+
+
+def test_a_machine_computes_the_causal_half_and_the_head_where_it_is_asked_for():
+    pairs = (1000**2 + 10**2) / 2
+    blocks = 1010 * BLOCKS + pairs * PAIR
+    assert m.flops(QWEN_7B, iter([1000, 10]))[1:] == (blocks, 1010 * HEAD)
+    assert m.flops(QWEN_7B, [1000, 10], n_head=400)[1:] == (blocks, 400 * HEAD)
+    assert m.hardware_flops(QWEN_7B, [1000, 10], n_head=400) == blocks + 400 * HEAD
+
+
+def test_a_group_reads_its_prompt_once():
+    """Four responses of 3 tokens to a prompt of 100: it is read once, and gives the first logits;
+    the last token of a response is drawn, and never read."""
+    prompt = m.hardware_flops(QWEN_7B, [100], n_head=1)
+    responses = m.hardware_flops(QWEN_7B, [102] * 4, n_head=8, cached=iter([100] * 4))
+    read = 100 + 4 * 2
+    # query at position p sees p + 1 keys; half a key per query is what the count leaves out
+    pairs = 100 * 101 / 2 + 4 * (101 + 102)
+    assert prompt + responses == read * BLOCKS + 9 * HEAD + (pairs - read / 2) * PAIR
 
 
 def test_flops_count_query_heads_wider_than_the_model():
