@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import data
+from core import rows
 
 
 def write(path, *rows):
@@ -14,6 +15,11 @@ def write(path, *rows):
         "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
     )
     return str(path)
+
+
+def prompt_of(prompt, tokenizer):
+    """(text, start) of a prompt column."""
+    return data._prompt(rows.understand({"prompt": prompt}), tokenizer)
 
 
 def test_the_response_and_its_eos_are_trained_and_nothing_else(small):
@@ -165,7 +171,7 @@ def test_rows_are_the_same_however_many_are_read_at_once(small, tmp_path, monkey
     )
     found = []
     for batch in (1, 5, 1000):
-        monkeypatch.setattr(data, "ROWS", batch)
+        monkeypatch.setattr(rows, "AT_ONCE", batch)
         found.append(
             (data.sft_examples(trained, small[1], 20)[0], data.problems(asked, small[1], 20)[0])
         )
@@ -306,9 +312,9 @@ def chat_folder(small, tmp_path, template):
 
 def test_the_chat_template_is_rendered_with_its_special_tokens_and_the_instruction(small, tmp_path):
     tokenizer = chat_folder(small, tmp_path, TEMPLATE)
-    text, _ = data._prompt("Make 3", tokenizer)
+    text, _ = prompt_of("Make 3", tokenizer)
     assert text == "<unk><user>Make 3\n" + data.INSTRUCTION + "<assistant>"
-    assert data._prompt("in \\boxed{}", tokenizer)[0] == "<unk><user>in \\boxed{}<assistant>"
+    assert prompt_of("in \\boxed{}", tokenizer)[0] == "<unk><user>in \\boxed{}<assistant>"
     assert tokenizer.eos_ids == [0, 1] and tokenizer.eos == 0
 
 
@@ -335,7 +341,7 @@ def test_a_thinking_tag_that_the_template_opens_is_not_written_twice(small, tmp_
 )
 def test_a_broken_or_hostile_template_is_one_clear_error(small, tmp_path, template, message):
     with pytest.raises(ValueError, match=message):
-        data._prompt("Make 3", chat_folder(small, tmp_path, template))
+        prompt_of("Make 3", chat_folder(small, tmp_path, template))
 
 
 CHATML = (
@@ -394,7 +400,7 @@ def test_templates_and_ids_equal_those_of_transformers(small, tmp_path, template
                 {"role": "assistant", "content": " ok\n"},
                 *messages,
             ]
-        rendered, start = data._prompt(messages, ours)
+        rendered, start = prompt_of(messages, ours)
         (ids,) = ours.encode([(rendered, start)])
         assert rendered == theirs.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False
@@ -422,4 +428,4 @@ def test_problems_with_an_empty_answer_are_dropped_and_said(small, tmp_path, cap
     found, _ = data.problems(path, small[1], 20)
     assert [p.gold for p in found] == [
         "0"
-    ] and "1 rows with an empty answer dropped" in capsys.readouterr().out
+    ] and "1 rows with no answer in their gold column" in capsys.readouterr().out
