@@ -390,8 +390,7 @@ def show_plan(cfg: Config, method, pool: list, tokenizer, folder: Path, device) 
         flush=True,
     )
     longest = max(len(problem.prompt) for problem in pool) + cfg.max_new
-    plan = {"optimizer": "adamw", "slots": longest, "reference": bool(method.kl_coef)}
-    launch.show_memory(cfg, config, device, plan)
+    launch.show_memory(cfg, config, device, slots=longest, reference=bool(method.kl_coef))
     launch.show_disk(cfg, config, cfg.steps, "adamw")
     if cfg.dry_run:
         print(f"first prompt: {tokenizer.decode(pool[0].prompt)}\nits answer: {pool[0].gold}")

@@ -176,7 +176,7 @@ def show_plan(cfg: Config, train: list, tokenizer, folder: Path, device, steps: 
         f"  {tokenizer.decode(prompt)}>>{tokenizer.decode(response)}{end}<<\n",
         flush=True,
     )
-    launch.show_memory(cfg, config, device, {"optimizer": cfg.optimizer})
+    launch.show_memory(cfg, config, device)
     launch.show_disk(cfg, config, steps, cfg.optimizer)
     if cfg.dry_run:
         world = cfg.gpus or ranks.world()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from core.errors import UserError
+
 HERE = Path(__file__).parent
 BUILT_IN = "countdown"  # what the scripts run on without --data
 

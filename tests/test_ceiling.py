@@ -111,7 +111,10 @@ def test_forecast_carries_the_last_deviation_on_as_a_gaussian_process_does():
     )
     many = curvefit.Posterior(*(np.repeat(v, 20000) for v in one[:7]), *one[7:])
     mean, low, high = ceiling.predict(many, at)
-    cov, cross = 0.25 * np.eye(4) + 4 * curvefit._kernel(x, x, 3.0), 4 * curvefit._kernel(at, x, 3.0)
+    cov, cross = (
+        0.25 * np.eye(4) + 4 * curvefit._kernel(x, x, 3.0),
+        4 * curvefit._kernel(at, x, 3.0),
+    )
     trend = lambda v: truth(v, 62, 50, 1.5, 1.0)
     expected = trend(at) + cross @ np.linalg.solve(cov, y - trend(x))
     spread = 1.645 * np.sqrt(0.25 + 4 - (cross * np.linalg.solve(cov, cross.T).T).sum(1))
@@ -135,7 +138,10 @@ def test_least_squares_drops_outliers_and_c_steps_keep_their_share():
     x = np.linspace(0, 50, 30)
     y = truth(x, 8, 0, 1.4, 12) + np.random.default_rng(0).normal(0, 0.1, 30)
     y[[7, 20]] += 4
-    plain, steps = curvefit.least_squares_fit(x, y), curvefit.least_squares_fit(x, y, lts_alpha=0.75)
+    plain, steps = (
+        curvefit.least_squares_fit(x, y),
+        curvefit.least_squares_fit(x, y, lts_alpha=0.75),
+    )
     assert not plain.keep[[7, 20]].any() and plain.top == pytest.approx(8, abs=0.4)
     assert steps.keep.sum() == int(0.75 * plain.keep.sum())
 
