@@ -454,16 +454,6 @@ def micro_batches(rows: list[Example], budget: int, rank: int, world: int) -> It
         yield part, ids, mask
 
 
-def hold_out(rows: list, most: int) -> tuple[list, list]:
-    """(rows to train on, rows held out: a tenth of them, at most `most`), the same ones whatever
-    the seed of the run is."""
-    n = min(most, max(1, len(rows) // 10))
-    chosen = set(plan(len(rows), ranks.seed_of("held out"), 0, n))
-    held_out = [rows[i] for i in sorted(chosen)]
-    rest = [row for i, row in enumerate(rows) if i not in chosen]
-    return rest or held_out, held_out
-
-
 def drop_long_experts(problems: list[Problem], most: int) -> tuple[list[Problem], int]:
     """The problems, without demonstrations of more than `most` tokens; and how many those were."""
     kept = []

@@ -1,15 +1,15 @@
-"""Evaluate a checkpoint on a problem file: pass@1 with its standard error, unbiased pass@k, samples.
+"""Evaluate a checkpoint on problems: pass@1 with its standard error, unbiased pass@k, samples.
 
     python evaluate.py --init runs/rl                              the built-in test problems
     python evaluate.py --init DIR --data test.jsonl --n 4 --temperature 0.7 --out eval.jsonl
     torchrun --nproc_per_node=8 -- evaluate.py --init DIR --n 4    several GPUs; mind the --
 
 Choices: 1) pass@1 = the mean over problems of the share of right answers among n samples; its
-standard error is over problems. 2) pass@k is Chen et al.'s unbiased estimate, 1 - C(n-c, k) / C(n, k)
-for c right of n. 3) The strict verdict counts; the lenient one is printed beside it. 4) An answer
-that ran into --max-new without EOS counts as verified, as a user would read it; `truncated` says how
-many there were. Training asks for EOS too. 5) Ctrl-C: the responses that have ended are judged and
-written to --out. They are no fair sample: short ones end first.
+standard error is over problems. 2) pass@k is the unbiased estimate 1 - C(n-c, k) / C(n, k) for c
+right of n (Chen et al. 2021). 3) The strict verdict counts; the lenient one is printed beside it.
+4) An answer that ran into --max-new without EOS counts as verified, as a user would read it;
+`truncated` says how many there were. Training asks for EOS too. 5) Ctrl-C: the responses that have
+ended are judged and written to --out. They are no fair sample: short ones end first.
 """
 
 import json

@@ -1,11 +1,11 @@
-"""The objective: advantages, a loss per token, and one aggregator. GRPO in full; other methods differ from it.
+"""The objective: advantages, a loss per token, one aggregator. GRPO here; other methods differ.
 
-    loss = sum over rows b and tokens t of  w[b] (ell[b,t] + kl_coef kl[b,t]) - entropy_coef H[b,t] / N
+    loss = sum over rows b, tokens t of  w[b] (ell[b,t] + kl_coef kl[b,t]) - entropy_coef H[b,t] / N
 
 One optimizer step, in the order of rl.py:
-    batch = make_batch(rows, device)                        tensors of all rows of the step
-    batch = weigh(method, batch)                            advantages, and the weight w of each row
-    update_loss(method, logp, H, take(batch, part)).backward()      per micro-batch; the parts add up
+    batch = make_batch(rows, device)          tensors of all rows of the step
+    batch = weigh(method, batch)              advantages, and the weight w of each row
+    update_loss(method, logp, H, take(batch, part)).backward()     per micro-batch; parts add up
 The weights are made from ALL rows of the step before its first backward, so the gradient does not
 depend on how the rows are cut into micro-batches or dealt to ranks. Nothing here takes a mean.
 
@@ -16,11 +16,11 @@ overrides the answers that differ. Its dataclass fields are flags of rl.py, thei
 Choices where papers and official code differ; [n] is equation n of arXiv 2512.11470:
 1) w = 1/N, N = trained tokens of the step (token-mean). Official code: 1/8192, or per micro-batch.
 2) Groups whose rewards agree, and groups of one, have an advantage of exactly 0.
-3) old_logp is the trainer's forward at the start of the round. In the round's first update it is the
-   forward itself: the ratio is 1 and no clip acts.
+3) old_logp is the trainer's forward at the start of the round. In the round's first update it is
+   the forward itself: the ratio is 1 and no clip acts.
 
-Shapes: B rows, R response tokens. Log-probs in nats, of logits over the temperature. Where a mask is
-False a value may be NaN: it reaches neither loss nor gradient.
+Shapes: B rows, R response tokens. Log-probs in nats, of logits over the temperature. Where a mask
+is False a value may be NaN: it reaches neither loss nor gradient.
 """
 
 import math
@@ -374,8 +374,8 @@ def token_sums(method: GRPO, logp: Tensor, entropy: Tensor, batch: Batch) -> lis
 
 
 def describe_updates(done: list[dict], norms: list[float]) -> dict:
-    """Numbers of a round's optimizer steps, from their SUMS and gradient norms. None = not measured,
-    as where every trained row is a demonstration."""
+    """Numbers of a round's optimizer steps, from their SUMS and gradient norms. None = not
+    measured, as where every trained row is a demonstration."""
     if not done:
         return {"updates": 0}
     n_tokens = sum(sums["tokens"] for sums in done)

@@ -4,8 +4,8 @@
     torchrun rl.py --init runs/sft/checkpoints/step_000400 --algo grpo --out runs/grpo
 
 One step, as main() below reads:
-    collect       sample G responses per prompt and score them with the reward; with dynamic sampling
-                  (DAPO) until enough prompts got both right and wrong answers
+    collect       sample G responses per prompt and score them with the reward; with dynamic
+                  sampling (DAPO) until enough prompts got both right and wrong answers
     make_batches  advantage = reward - mean of its group; the weight of each token in the mean
     update        one optimizer step per --update-prompts groups: ratio, clip, loss, backward
 The equations are losses.py's. --algo NAME is methods/NAME.py, --algo my/idea.py anybody's file.
@@ -13,9 +13,9 @@ The equations are losses.py's. --algo NAME is methods/NAME.py, --algo my/idea.py
 Choices: 1) No critic, no KL and no reward model unless asked for. 2) old_logp is the trainer's
 forward at the start of the round, never the sampler's number; in the round's first update it is the
 forward itself, so the ratio is 1 and no clip acts. 3) Surplus and uninformative groups are
-discarded: every trained row is from the current policy. 4) After each evaluation ceiling.py fits the
-curve so far. Why is the loss near 0, or negative? It is a surrogate: with advantages of mean 0 its
-value says nothing. Watch reward, signal, entropy and length instead.
+discarded: every trained row is from the current policy. 4) After each evaluation ceiling.py fits
+the curve so far. Why is the loss near 0, or negative? It is a surrogate: with advantages of mean 0
+its value says nothing. Watch reward, signal, entropy and length instead.
 
 Shapes: B rows, T tokens, R response tokens, G responses per prompt. Log-probs in nats.
 """

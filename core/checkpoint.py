@@ -6,8 +6,8 @@
         trainer.json                                         step, counters, the size of every file
 
 It is written as step_000400.tmp, flushed to disk and renamed: a folder without .tmp is whole.
-The trainer state is one safetensors file per rank whose header says which rows it holds, so that any
-number of ranks can load it. # differs from torch.distributed.checkpoint, whose metadata is a pickle
+The trainer state is one safetensors file per rank whose header says which rows it holds, so any
+number of ranks can load it. # differs: the metadata of torch.distributed.checkpoint is a pickle
 """
 
 import json
@@ -47,7 +47,7 @@ def steps_in(checkpoints: Path) -> dict[int, Path]:
 
 
 def damaged(folder: Path) -> str:
-    """What is wrong with a checkpoint ("" = nothing): its files differ from what trainer.json says."""
+    """What is wrong with a checkpoint ("" = nothing): files that differ from trainer.json."""
     about = folder / "trainer.json"
     if not about.exists():
         return "no trainer.json"

@@ -185,14 +185,14 @@ class Run:
         self._spent = {"steps": 0.0, "evaluations": 0.0}  # seconds of this process
 
     def steps(self) -> Iterator[int]:
-        """The number of steps done when the loop's body begins: where the run stands .. the last."""
+        """The number of steps done when the body begins: from where the run stands to the last."""
         self._clock = time.monotonic()
         for step in range(self.first, self.last + 1):
             self.step = step
             yield step
 
     def done_share(self, max_flops: float = 0.0) -> float:
-        """Share of the run that is behind, 0..1: of its steps, or of its compute if that is more."""
+        """Share of the run that is done, 0..1: of its steps or, if that is more, of its compute."""
         by_compute = self.totals["flops"] / max_flops if max_flops else 0.0
         return max(self.step / self.last, by_compute)
 
@@ -257,7 +257,7 @@ class Run:
 
     # ---- metrics ---------------------------------------------------------------------------------
     def count(self, tokens: int, flops: float, flops_hw: float) -> None:
-        """Add to the run's totals. flops: the paper's count; flops_hw: what the machine computes."""
+        """Add to the run's totals. flops: the paper's count; flops_hw: what was computed."""
         self.totals = {
             "tokens": self.totals["tokens"] + tokens,
             "flops": self.totals["flops"] + flops,
