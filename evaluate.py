@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -190,6 +191,15 @@ def open_frozen(cfg, folder: Path, device):
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
+class Request(NamedTuple):
+    """Responses that are asked for to one prompt."""
+
+    problem: data.Problem
+    prefix: list[int]  # first tokens of each response
+    count: int
+    number: int = 0  # of the prompt in RL's endless stream of prompts
+
+
 @dataclass
 class Policy:
     """A model that answers prompts, and the reward that scores what it says."""
@@ -199,6 +209,7 @@ class Policy:
     reward: Callable  # reward(response, row) -> float | Verdict, see tasks/__init__.py
     max_new: int  # tokens per response, at most
     rows: int = 512  # responses in flight at once
+    score_s: float = 0.0  # seconds spent on judging so far
 
     def sampling(self, temperature: float, seed: int, **more) -> rollout.Sampling:
         return rollout.Sampling(
@@ -209,6 +220,25 @@ class Policy:
             rows=self.rows,
             **more,
         )
+
+    def respond(self, requests: list, sampling, hooks=None) -> list:
+        """[(request, response, record)] of all responses to these requests, in their order.
+
+        A request has problem, prefix (first tokens of the response) and count.
+        """
+        prompts = [request.problem.prompt + request.prefix for request in requests]
+        counts = [request.count for request in requests]
+        groups = rollout.generate(self.net, prompts, counts, sampling, hooks)
+        began = time.monotonic()
+        answers = []
+        for request, group in zip(requests, groups):
+            given = len(request.prefix)
+            for response in group:
+                ids = request.prefix + response.ids
+                whole = response._replace(ids=ids, logp=[0.0] * given + response.logp)
+                answers.append((request, whole, self.judge(request.problem, whole)))
+        self.score_s += time.monotonic() - began
+        return answers
 
     def judge(self, problem: data.Problem, response: rollout.Response) -> dict:
         """Decode and score one response: a record as samples.jsonl keeps it.
@@ -275,12 +305,8 @@ def evaluate(policy, problems: list, n: int, sampling, hooks=None) -> tuple[dict
 
     policy: a Policy. sampling, hooks: see rollout.generate().
     """
-    prompts = [problem.prompt for problem in problems]
-    groups = rollout.generate(policy.net, prompts, n, sampling, hooks)
-    records = []
-    for problem, group in zip(problems, groups):
-        for response in group:
-            records.append(policy.judge(problem, response))
+    requests = [Request(problem, [], n) for problem in problems]
+    records = [record for _, _, record in policy.respond(requests, sampling, hooks)]
     return summarise(records, n), records
 
 

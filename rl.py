@@ -134,21 +134,12 @@ def preset(given: dict) -> dict:
 
 
 # ---- sample and score ----------------------------------------------------------------------------
-class Group(NamedTuple):
-    """The responses to one prompt, with a record for samples.jsonl per response."""
-
-    number: int  # of the prompt in the endless stream
-    problem: data.Problem
-    rows: list[Row]
-    records: list[dict]
-
-
 class Round(NamedTuple):
     """What one step trains on, and the numbers of all that it sampled."""
 
     groups: list[list[Row]]
-    records: list[dict]
-    generated: list[int]  # tokens of each sampled row
+    sampled: list[list[Row]]
+    records: list[dict]  # of all sampled responses, for samples.jsonl
     stats: dict
 
 
@@ -157,87 +148,77 @@ def collect(cfg: Config, method, policy, pool: list, run: Run) -> Round:
     dynamic = method.dynamic_sampling
     n_prompts = cfg.gen_prompts if dynamic else cfg.prompts
     began = time.monotonic()
-    score_s = 0.0
+    scored = policy.score_s
     sampled = []
+    records = []
     chosen = []
     n_rounds = 0
     while len(chosen) < cfg.prompts and n_rounds < cfg.max_rounds:
-        numbers = range(run.position, run.position + n_prompts)
         problems = [pool[i] for i in data.plan(len(pool), cfg.seed, run.position, n_prompts)]
+        groups = {}  # rows by number of the prompt
+        for request, response, record in sample(cfg, method, policy, problems, run):
+            row = score(cfg, request, response, record)
+            groups.setdefault(row.group, []).append(row)
+            records.append({**record, "reward": row.reward})
+        for problem, rows in zip(problems, groups.values()):
+            sampled.append(rows)
+            # The reward before penalties: partial credit counts, a long right answer is right
+            if not dynamic or method.carries_signal([row.correct for row in rows]):
+                chosen.append((problem, rows))
         run.position += n_prompts
         n_rounds += 1
-        drawn = sample(cfg, method, policy, problems, numbers, run)
-        scoring = time.monotonic()
-        for number, problem, responses in drawn:
-            group = score(cfg, policy, problem, number, responses)
-            sampled.append(group)
-            # The reward before penalties: partial credit counts, a long right answer is right
-            if not dynamic or method.carries_signal([row.correct for row in group.rows]):
-                chosen.append(group)
-        score_s += time.monotonic() - scoring
     discarded = len(sampled) - min(len(chosen), cfg.prompts)
 
-    groups = []
-    for group in chosen[: cfg.prompts]:
+    complete = []
+    for problem, rows in chosen[: cfg.prompts]:
         expert = None
-        if method.demonstrations == "rows" and group.problem.expert:
-            expert = expert_row(cfg, policy, group)
-        groups.append(method.complete(group.rows, expert))
-    sampled_rows = [group.rows for group in sampled]
-    stats = losses.describe_groups(sampled_rows) | {"rounds": n_rounds, "discarded": discarded}
-    stats["score_s"] = round(score_s, 4)
-    stats["sample_s"] = round(time.monotonic() - began - score_s, 4)
-    records = [record for group in sampled for record in group.records]
+        if method.demonstrations == "rows" and problem.expert:
+            expert = expert_row(cfg, policy, problem, rows[0].group)
+        complete.append(method.complete(rows, expert))
+    stats = losses.describe_groups(sampled) | {"rounds": n_rounds, "discarded": discarded}
     unparsed = sum(record["answer"] is None for record in records)
     stats["unparsed"] = unparsed / (len(records) / 100)
-    generated = [row.length for rows in sampled_rows for row in rows]
-    return Round(groups, records, generated, stats)
+    stats["score_s"] = round(policy.score_s - scored, 4)
+    stats["sample_s"] = round(time.monotonic() - began - stats["score_s"], 4)
+    return Round(complete, sampled, records, stats)
 
 
-def sample(cfg: Config, method, policy, problems: list, numbers: range, run: Run) -> list:
-    """[(number, problem, responses)]: the responses that the method asks for to each problem."""
+def sample(cfg: Config, method, policy, problems: list, run: Run) -> list:
+    """[(request, response, record)] of the responses that the method asks for to each problem."""
     done = run.done_share(cfg.max_flops)
-    prompts = []
-    counts = []
-    owners = []  # (index of the problem, first tokens that were given)
-    for i, (number, problem) in enumerate(zip(numbers, problems)):
+    requests = []
+    for number, problem in enumerate(problems, run.position):
         u = torch.rand((), generator=ranks.generator(cfg.seed, "prefix", number)).item()
         for prefix, count in method.requests(problem.expert, cfg.group, done, u):
-            prompts.append(problem.prompt + prefix)
-            counts.append(count)
-            owners.append((i, prefix))
-    seed = ranks.seed_of(cfg.seed, "rollout", run.step, numbers[0])
-    sampling = policy.sampling(cfg.temperature, seed)
-    responses = [[] for _ in problems]  # per problem, (response, tokens given) each
-    for (i, prefix), group in zip(owners, rollout.generate(policy.net, prompts, counts, sampling)):
-        for response in group:
-            ids = prefix + response.ids
-            logp = [0.0] * len(prefix) + response.logp
-            responses[i].append((response._replace(ids=ids, logp=logp), len(prefix)))
-    return list(zip(numbers, problems, responses))
+            requests.append(evaluate.Request(problem, prefix, count, number))
+    seed = ranks.seed_of(cfg.seed, "rollout", run.step, run.position)
+    return policy.respond(requests, policy.sampling(cfg.temperature, seed))
 
 
-def score(cfg: Config, policy, problem, number: int, responses: list) -> Group:
-    """The responses to one prompt, judged by the reward. A cut response earns nothing."""
-    rows = []
-    records = []
-    for response, n_prefix in responses:
-        record = policy.judge(problem, response)
-        correct = record["reward"] if response.finished else min(record["reward"], 0.0)
-        reward = correct
-        if cfg.overlong:
-            reward += losses.overlong_penalty(len(response.ids), cfg.max_new, cfg.overlong)
-        row = Row(problem.prompt, response.ids, response.logp, correct, reward, number)
-        rows.append(row._replace(n_prefix=n_prefix, finished=response.finished))
-        records.append({**record, "reward": reward})
-    return Group(number, problem, rows, records)
+def score(cfg: Config, request: evaluate.Request, response, record: dict) -> Row:
+    """A row from a response and its judged record. A cut response earns nothing."""
+    correct = record["reward"] if response.finished else min(record["reward"], 0.0)
+    reward = correct
+    if cfg.overlong:
+        reward += losses.overlong_penalty(len(response.ids), cfg.max_new, cfg.overlong)
+    return Row(
+        prompt=request.problem.prompt,
+        response=response.ids,
+        logp=response.logp,
+        correct=correct,
+        reward=reward,
+        group=request.number,
+        n_prefix=len(request.prefix),
+        finished=response.finished,
+    )
 
 
-def expert_row(cfg: Config, policy, group: Group) -> Row:
+def expert_row(cfg: Config, policy, problem, number: int) -> Row:
     """The demonstration as a row of the group; the same reward judges it, and may give it 0."""
-    ids = group.problem.expert
+    ids = problem.expert
     demonstration = rollout.Response(ids, [0.0] * len(ids), [], True)
-    row = score(cfg, policy, group.problem, group.number, [(demonstration, 0)]).rows[0]
+    record = policy.judge(problem, demonstration)
+    row = score(cfg, evaluate.Request(problem, [], 1, number), demonstration, record)
     return row._replace(reward=row.correct, is_expert=True)
 
 
@@ -442,27 +423,30 @@ def main(cfg: Config) -> None:
     finish(cfg, run)
 
 
-def log_step(cfg: Config, method, run: Run, collected: Round, updates: list, numbers: dict) -> None:
-    """Compute spent, the step's line in metrics.jsonl, samples, and the printed line."""
-    config = run.model.config
+def compute_of(cfg: Config, method, config, collected: Round, updates: list) -> tuple:
+    """(tokens, FLOPs as the paper counts them, FLOPs of the machine) of one round.
+
+    The paper's (24)-(29): a forward per sampled row, three per trained one, and (26) for some
+    methods one more per expert row.
+    """
+    count = model_file.forward_flops
+    sampled = [row.length for group in collected.sampled for row in group]
     rows = [row for group in collected.groups for row in group]
     trained = [row.length for row in rows]
     experts = [row.length for row in rows if row.is_expert and method.expert_forward]
-    forwards = list(collected.generated)
+    paper = count(config, sampled) + 3 * count(config, trained) + count(config, experts)
+    forwards = list(sampled)
     for n, update in enumerate(updates):
         passes = 4 if cfg.recompute else 3  # a backward is two forwards
         passes += method.needs_entropy or n > 0  # old_logp
         passes += bool(method.kl_coef)  # ref_logp
         forwards += passes * [row.length for row in update.rows]
-    count = model_file.forward_flops
-    run.count(
-        tokens=sum(collected.generated),
-        # The paper's (24)-(29): a forward per generated row, three per trained one
-        flops=count(config, collected.generated)
-        + 3 * count(config, trained)
-        + count(config, experts),
-        flops_hw=model_file.hardware_flops(config, forwards),
-    )
+    return sum(sampled), paper, model_file.hardware_flops(config, forwards)
+
+
+def log_step(cfg: Config, method, run: Run, collected: Round, updates: list, numbers: dict) -> None:
+    """Compute spent, samples, the step's line in metrics.jsonl, and the printed line."""
+    run.count(*compute_of(cfg, method, run.model.config, collected, updates))
     step = run.step + 1
     run.log_samples(step, [{**record, "kind": "train"} for record in collected.records[:8]])
     run.log(step, "train", **numbers)
