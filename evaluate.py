@@ -300,6 +300,30 @@ def summarise(records: list[dict], n: int) -> dict:
     return summary
 
 
+def check_demonstrations(problems: list, tokenizer, reward, limit: int = 1000) -> str:
+    """How many of the first demonstrations the reward calls right, in words: a wrong gold column
+    shows here before a night is lost."""
+    policy = Policy(None, tokenizer, reward, 0)
+    verdicts = []
+    wrong = None
+    for problem in [problem for problem in problems if problem.expert][:limit]:
+        response = rollout.Response(problem.expert, [0.0] * len(problem.expert), [], True)
+        record = policy.judge(problem, response)
+        verdicts.append(record["correct"])
+        if not record["correct"] and wrong is None:
+            wrong = record
+    if not verdicts:
+        return "no demonstrations with a gold answer to score by the reward"
+    share = 100 * sum(verdicts) / len(verdicts)
+    text = f"{share:.0f}% of the first {len(verdicts)} demonstrations are right by the reward"
+    if wrong:
+        text += (
+            f"; the first that is not: answer {wrong['answer']!r}, gold {wrong['gold']!r} "
+            f"({wrong['reason']})"
+        )
+    return text
+
+
 def evaluate(policy, problems: list, n: int, sampling, hooks=None) -> tuple[dict, list[dict]]:
     """Sample, judge, summarise: (summary, one record per response).
 

@@ -238,7 +238,7 @@ class GRPO:
     tis_high: float | None = 2.0  # such a weight is at most this (icepop: 0 above it)
     kl_coef: float = 0.0  # penalty against the frozen --init
     kl_type: Literal["k1", "k2", "k3"] = "k3"  # estimator of that KL, see losses.kl_penalty
-    entropy_coef: float = 0.001  # entropy bonus, a mean over tokens whatever --agg is
+    entropy_coef: float = 0.0  # entropy bonus, a token mean whatever --agg is; the paper's: 0.001
 
     # Defaults of rl.py's own flags: the paper's comparison of methods (section 6.1)
     settings: ClassVar[dict] = dict(prompts=128, update_prompts=64, lr=1e-6, temperature=1.0)
@@ -267,8 +267,8 @@ class GRPO:
         """The group to train on, given its rollouts and, if there is one, the expert's row."""
         return rollouts
 
-    def carries_signal(self, rewards: list[float]) -> bool:
-        """Dynamic sampling keeps the group: the rewards differ (DAPO, equation 11)."""
+    def carries_signal(self, rewards: list[float], expert: list[int] | None) -> bool:
+        """Dynamic sampling keeps the group: the rewards of its rollouts differ (DAPO, eq. 11)."""
         return max(rewards) > min(rewards)
 
     # ---- learning --------------------------------------------------------------------------------
@@ -297,11 +297,10 @@ class GRPO:
         high = math.inf if self.clip_high is None else 1 + self.clip_high
         return low, high
 
-    def idle(self, batch: Batch) -> Tensor:
-        """(B,) bool: rows without a gradient, which rl.py need not compute."""
-        if self.entropy_coef or self.kl_coef:
-            return torch.zeros_like(batch.is_expert)
-        return (batch.advantages == 0).all(1)
+    def teaches(self, batch: Batch) -> Tensor:
+        """(B,) bool: rows that the reward has something to say about. Without one there is no
+        update: an entropy bonus alone would be all of the gradient, and Adam would scale it up."""
+        return (batch.advantages != 0).any(1)
 
 
 # ---- a step, as rl.py calls it -------------------------------------------------------------------
@@ -396,14 +395,21 @@ def describe_updates(done: list[dict], norms: list[float]) -> dict:
 
 
 def describe_groups(groups: list[list[Row]]) -> dict:
-    """Numbers of all sampled rows; shares in 0..100, lengths in tokens."""
+    """Numbers of all sampled rows; shares in 0..100, lengths in tokens. Rows that begin with part
+    of a demonstration are no measure of the policy: they count in `hybrid_reward` only."""
+    hybrids = [row for group in groups for row in group if row.n_prefix]
+    groups = [[row for row in group if not row.n_prefix] for group in groups]
     rows = [row for group in groups for row in group]
     n = len(rows) / 100
     agree = sum(len({row.correct for row in group}) == 1 for group in groups)
+    extra = {}
+    if hybrids:
+        extra["hybrid_reward"] = 100 * sum(row.correct for row in hybrids) / len(hybrids)
     return {
         "reward": sum(row.correct for row in rows) / n,
         "right": sum(row.correct > 0.5 for row in rows) / n,
         "signal": 100 * (1 - agree / len(groups)),
         "length": sum(len(row.response) for row in rows) / len(rows),
         "truncated": sum(not row.finished for row in rows) / n,
+        **extra,
     }

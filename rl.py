@@ -20,7 +20,6 @@ its value says nothing. Watch reward, signal, entropy and length instead.
 Shapes: B rows, T tokens, R response tokens, G responses per prompt. Log-probs in nats.
 """
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -38,7 +37,7 @@ import methods
 import model as model_file
 import rollout
 import tasks
-from core import cli, launch, optim, ranks
+from core import cli, console, launch, optim, ranks
 from core.errors import UserError
 from core.run import Run
 from losses import Batch, Row
@@ -163,7 +162,8 @@ def collect(cfg: Config, method, policy, pool: list, run: Run) -> Round:
         for problem, rows in zip(problems, groups.values()):
             sampled.append(rows)
             # The reward before penalties: partial credit counts, a long right answer is right
-            if not dynamic or method.carries_signal([row.correct for row in rows]):
+            rewards = [row.correct for row in rows]
+            if not dynamic or method.carries_signal(rewards, problem.expert):
                 chosen.append((problem, rows))
         run.position += n_prompts
         n_rounds += 1
@@ -241,9 +241,11 @@ def make_batches(cfg: Config, method, net, reference, groups: list) -> list[Upda
             batch = batch._replace(old_logp=old_logp, entropy=entropy)
         batch = losses.weigh(method, batch)
 
-        moving = ~method.idle(batch)
-        if moving.any():  # where all are idle they stay: momentum moves on without a gradient
-            index = moving.nonzero()[:, 0]
+        teaching = method.teaches(batch)
+        if not teaching.any():
+            continue
+        if not (method.entropy_coef or method.kl_coef):  # the other rows have no gradient
+            index = teaching.nonzero()[:, 0]
             batch = losses.take(batch, index)
             rows = [rows[i] for i in index.tolist()]
 
@@ -371,10 +373,16 @@ def show_plan(cfg: Config, method, pool: list, tokenizer, folder: Path, device) 
         flush=True,
     )
     longest = max(len(problem.prompt) for problem in pool) + cfg.max_new
+    if longest > config.max_position_embeddings:
+        print(
+            f"hint: a prompt and --max-new {cfg.max_new} take up to {longest} positions, and the "
+            f"model was trained for {config.max_position_embeddings}: lower --max-new"
+        )
     launch.show_memory(cfg, config, device, slots=longest, reference=bool(method.kl_coef))
     launch.show_disk(cfg, config, cfg.steps, "adamw")
     if cfg.dry_run:
         print(f"first prompt: {tokenizer.decode(pool[0].prompt)}\nits answer: {pool[0].gold}")
+        print(evaluate.check_demonstrations(pool, tokenizer, tasks.load_reward(cfg.reward)))
 
 
 def main(cfg: Config) -> None:
@@ -403,7 +411,7 @@ def main(cfg: Config) -> None:
 
         collected = collect(cfg, method, policy, pool, run)
         if step == run.first and collected.groups:
-            show_first(collected.groups[0][0], tokenizer)
+            console.show_rollout(collected.groups[0][0], tokenizer)
         began = time.monotonic()
         updates = make_batches(cfg, method, net, reference, collected.groups)
         planned = time.monotonic()
@@ -450,39 +458,8 @@ def log_step(cfg: Config, method, run: Run, collected: Round, updates: list, num
     step = run.step + 1
     run.log_samples(step, [{**record, "kind": "train"} for record in collected.records[:8]])
     run.log(step, "train", **numbers)
-    print_step(cfg, run, step, numbers)
-
-
-def show_first(row: Row, tokenizer) -> None:
-    """The first rollout as text, the trained part between >> and <<."""
-    end = "<eos>" if row.finished else " [cut]"
-    print(
-        "first rollout, the trained part between >> and <<:\n"
-        f"  {tokenizer.decode(row.prompt)}>>{tokenizer.decode(row.response)}{end}<<  "
-        f"reward {row.reward:g}\n",
-        flush=True,
-    )
-
-
-def print_step(cfg: Config, run: Run, step: int, row: dict) -> None:
-    """One line per step; a dash where a number was not measured."""
-    last = cfg.steps
-    if cfg.max_flops:
-        last = min(last, math.ceil(step * cfg.max_flops / run.totals["flops"]))
-    last = max(last, step)
-    head = f"step {step:4d}/{last}  reward {row['reward']:5.1f}  signal {row['signal']:3.0f}%  "
-    if not row["updates"]:
-        reason = f"no prompt had both right and wrong answers in {row['rounds']} rounds"
-        print(f"{head}{reason}: no update", flush=True)
-        return
-    entropy = "-" if row["entropy"] is None else f"{row['entropy']:.3f}"
-    seconds = f"{row['sample_s']:.1f}+{row['logp_s'] + row['update_s']:.1f} s"
-    print(
-        f"{head}rounds {row['rounds']}  length {row['length']:4.0f}  cut {row['truncated']:4.1f}%  "
-        f"unparsed {row['unparsed']:4.1f}%  entropy {entropy}  grad {row['grad_norm']:.2f}  "
-        f"{seconds}  {run.eta(step, last)}",
-        flush=True,
-    )
+    console.print_rl_step(cfg, run, step, numbers)
+    console.print_hints(cfg, run, numbers)
 
 
 def finish(cfg: Config, run: Run) -> None:
@@ -491,12 +468,11 @@ def finish(cfg: Config, run: Run) -> None:
         print(f"stopped and saved. Go on with: {cli.again()}")
         return
     points = run.of_kind("eval")
-    best = max(points, key=lambda row: row["pass1"])
+    best, why = evaluate.best_step(points, run.saved())
     print(
-        f"done: pass@1 {points[0]['pass1']:.1f} -> {points[-1]['pass1']:.1f}, "
-        f"best {best['pass1']:.1f} at step {best['step']}; "
-        f"checkpoint {run.folder(points[-1]['step'])}\n"
-        f"next: python evaluate.py --init {cfg.out}"
+        f"done: pass@1 {points[0]['pass1']:.1f} -> {points[-1]['pass1']:.1f}; "
+        f"best checkpoint {run.folder(best)}, {why}\n"
+        f"next: python evaluate.py --init {cfg.out}@{best}{tasks.flags_for(cfg, val='--data')}"
     )
 
 

@@ -30,7 +30,7 @@ import evaluate
 import model as model_file
 import phases
 import tasks
-from core import cli, launch, optim, ranks
+from core import cli, console, launch, optim, ranks
 from core.errors import UserError
 from core.files import write_json
 from core.run import Run
@@ -188,6 +188,8 @@ def show_plan(cfg: Config, train: list, tokenizer, folder: Path, device, steps: 
             "tokenizing prompt and response as one text would change the ids of "
             f"{data.joint_mismatch(cfg.data, tokenizer):.1f}% of the rows"
         )
+        with_gold, _ = data.problems(cfg.data, tokenizer, cfg.max_len, needs_gold=False)
+        print(evaluate.check_demonstrations(with_gold, tokenizer, tasks.load_reward(cfg.reward)))
 
 
 # ---- loss ----------------------------------------------------------------------------------------
@@ -319,13 +321,7 @@ def log_step(cfg: Config, run: Run, step: int, numbers: dict, lengths: list, clo
         spent[name] = round(ended - began, 4)
     run.log(step, "train", **numbers, **spent)
     if step % cfg.log_every == 0:
-        rate = run.totals["tokens"] / max(1e-9, run.seconds)
-        print(
-            f"step {step:5d}/{run.last}  loss {numbers['loss']:.4f}  "
-            f"grad {numbers['grad_norm']:.2f}  lr {numbers['lr']:.1e}  "
-            f"epoch {numbers['epoch']:.2f}  {rate:,.0f} tok/s  {run.eta(step)}",
-            flush=True,
-        )
+        console.print_sft_step(run, step, numbers)
 
 
 def finish(cfg: Config, run: Run) -> None:
@@ -341,7 +337,7 @@ def finish(cfg: Config, run: Run) -> None:
     if end.recommended_step is not None:
         print(
             f"start RL from {run.folder(end.recommended_step)}: {end.reason}\n"
-            f"next: torchrun rl.py --init {cfg.out}"
+            f"next: torchrun rl.py --init {cfg.out}{tasks.flags_for(cfg, data='--data')}"
         )
 
 
