@@ -435,21 +435,30 @@ def compute_of(cfg: Config, method, config, collected: Round, updates: list) -> 
     """(tokens, FLOPs as the paper counts them, FLOPs of the machine) of one round.
 
     The paper's (24)-(29): a forward per sampled row, three per trained one, and (26) for some
-    methods one more per expert row.
+    methods one more per expert row. The machine reads a prompt once per group.
     """
-    count = model_file.forward_flops
     sampled = [row.length for group in collected.sampled for row in group]
+    drawn = 0
+    cached = []
+    for group in collected.sampled:
+        for i, row in enumerate(group):
+            drawn += len(row.response) - row.n_prefix
+            cached.append(len(row.prompt) if i else 0)
+    work = model_file.flops(config, sampled, drawn, cached)
     rows = [row for group in collected.groups for row in group]
     trained = [row.length for row in rows]
     experts = [row.length for row in rows if row.is_expert and method.expert_forward]
-    paper = count(config, sampled) + 3 * count(config, trained) + count(config, experts)
-    forwards = list(sampled)
+    paper = work.paper + 3 * model_file.flops(config, trained).paper
+    paper += model_file.flops(config, experts).paper
+    machine = work.blocks + work.head
     for n, update in enumerate(updates):
-        passes = 4 if cfg.recompute else 3  # a backward is two forwards
+        lengths = [row.length for row in update.rows]
+        work = model_file.flops(config, lengths, sum(len(row.response) for row in update.rows))
+        passes = 3  # a backward is two forwards
         passes += method.needs_entropy or n > 0  # old_logp
         passes += bool(method.kl_coef)  # ref_logp
-        forwards += passes * [row.length for row in update.rows]
-    return sum(sampled), paper, model_file.hardware_flops(config, forwards)
+        machine += passes * (work.blocks + work.head) + cfg.recompute * work.blocks
+    return sum(sampled), paper, machine
 
 
 def log_step(cfg: Config, method, run: Run, collected: Round, updates: list, numbers: dict) -> None:

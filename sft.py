@@ -299,22 +299,21 @@ def main(cfg: Config) -> bool:
 
         run.position += cfg.batch
         numbers = {"loss": loss, "grad_norm": norm, "lr": lr, "epoch": run.position / len(train)}
-        log_step(cfg, run, step + 1, numbers, batch.lengths, clock)
+        log_step(cfg, run, step + 1, numbers, batch, clock)
     finish(cfg, run)
     return not run.interrupted
 
 
-def log_step(cfg: Config, run: Run, step: int, numbers: dict, lengths: list, clock: list) -> None:
+def log_step(cfg: Config, run: Run, step: int, numbers: dict, batch: Batch, clock: list) -> None:
     """The step's line in metrics.jsonl and, every --log-every steps, on the terminal.
 
     clock: when data, forward and backward, update began, and when the update ended.
     """
-    config = run.model.config
-    passes = 4 if cfg.recompute else 3  # a backward is two forwards
+    work = model_file.flops(run.model.config, batch.lengths, batch.n_trained)
     run.count(
-        tokens=sum(lengths),
-        flops=3 * model_file.forward_flops(config, lengths),
-        flops_hw=passes * model_file.hardware_flops(config, lengths),
+        tokens=sum(batch.lengths),
+        flops=3 * work.paper,  # a backward is two forwards
+        flops_hw=3 * (work.blocks + work.head) + cfg.recompute * work.blocks,
     )
     spent = {}
     for name, began, ended in zip(("data_s", "train_s", "update_s"), clock, clock[1:]):
