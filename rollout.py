@@ -266,6 +266,11 @@ class ContinuousBatch:
         starved = self.waiting and self.cache.rows < rows
         if slots <= self.cache.slots and not (starved and slots <= self.cache.slots // 2):
             return
+        # Growing by a half keeps copies and new sizes few, where the memory holds it for all rows.
+        half_more = -(-self.cache.slots * 3 // 2 // BLOCK) * BLOCK
+        roomy = min(max(slots, half_more), self.slots)
+        if slots > self.cache.slots and rows * roomy * self.slot_bytes <= self.budget:
+            slots = roomy
         rows = min(rows, self.budget // (slots * self.slot_bytes))
         if len(self.running) > rows:
             for request, drawn in self.remove(list(range(rows, len(self.running)))):

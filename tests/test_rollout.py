@@ -206,6 +206,11 @@ def test_the_cache_grows_with_the_longest_live_row_not_with_max_new(small):
     assert meter.longest <= 128
 
 
+def test_the_cache_changes_its_size_few_times_while_a_response_becomes_long(small):
+    _, meter = metered(small[0], [[3]], 1, Sampling(1000))
+    assert sorted(slots for _, slots in meter.sizes) == [64, 128, 192, 320, 512, 768, 1000]
+
+
 def test_little_memory_gives_the_same_responses_within_it_and_draws_no_token_twice(small):
     model = small[0]
     prompts = prompts_of(4)
