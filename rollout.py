@@ -344,7 +344,8 @@ class ContinuousBatch:
         rows = n
         top = self.top()
         if self.bucketed:  # few sizes, so that few graphs serve; free rows decode at position 0
-            rows = min(1 << (n - 1).bit_length(), self.cache.rows)
+            rows = 1 << (n - 1).bit_length() if n <= 64 else -(-n // 32) * 32
+            rows = min(rows, self.cache.rows)
             top = min(-(-top // BLOCK) * BLOCK, self.cache.slots)
         self.on_forward("step", rows, self.cache)
         if self.bucketed:

@@ -124,6 +124,12 @@ def test_steps_of_padded_size_give_the_same_responses(small):
     assert {1, 2, 4, 8, 11, 28} <= steps and not {3, 5, 6, 7, 9} & steps
 
 
+def test_padded_steps_have_powers_of_two_rows_up_to_64_and_multiples_of_32_above(small):
+    sampling = Sampling(list(range(1, 131)), bucketed=True)  # a row less at each step
+    _, meter = metered(small[0], [[3]], 130, sampling)
+    assert set(meter.steps) == {1, 2, 4, 8, 16, 32, 64, 96, 128, 130}  # 130: all rows
+
+
 def test_padded_steps_use_rows_again_that_returned_to_the_queue(small):
     settings = dict(max_new=[150] + [10] * 89, cache_bytes=456 * SLOT)
     exact, padded = (
