@@ -45,7 +45,7 @@ import torch
 import torch.nn.functional as F
 
 from core import ranks
-from core.decode import Cache, Decoder, Graphs, decoder_of
+from core.decode import Cache, Decoder, Graphs, decoder_of, graph_bytes
 from core.errors import UserError
 
 BLOCK = 64  # slots by which the cache grows
@@ -419,7 +419,8 @@ def cache_budget(decoder: Decoder, rows: int, sampling: Sampling) -> int:
         free, _ = torch.cuda.mem_get_info(decoder.device)
         # Logits and what draw() makes of them, in the memory of the graphs and outside.
         per_logit = 96 if sampling.top_p < 1 or sampling.top_k else 36  # bytes
-        return int(0.9 * free) - per_logit * rows * decoder.config.vocab_size
+        scratch = per_logit * rows * decoder.config.vocab_size
+        return int(0.9 * free) - scratch - graph_bytes(decoder.config)
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         available = re.search(r"MemAvailable: *(\d+) kB", meminfo.read_text())
