@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from model import ModelConfig, head_logits, rotate
 
 MAX_GRAPHS = 64  # recorded at once
+GRAPH_BYTES = 2**16  # allowed per layer of a recorded step, apart from the shared scratch
 PANEL = 256  # columns; 192 to 320 take equally long, 512 lose half of the gain at 8 rows
 
 
@@ -325,8 +326,3 @@ class Graphs:
                 function()
             self.recorded[key] = graph
         graph.replay()
-
-
-def graph_bytes(config: ModelConfig) -> int:
-    """Memory that all recorded steps take, apart from their scratch: 64 KB per layer allowed."""
-    return MAX_GRAPHS * config.num_hidden_layers * 2**16
