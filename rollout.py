@@ -36,16 +36,15 @@ import pickle
 import re
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from core import ranks
-from core.decode import Cache, Decoder, Graphs, decoder_of
+from core.decode import GRAPH_BYTES, MAX_GRAPHS, Cache, Decoder, Graphs, decoder_of
 from core.errors import UserError
 
 BLOCK = 64  # slots by which the cache grows
@@ -97,7 +96,7 @@ class Request:
     limit: int  # tokens, EOS included
     tokens: list[int]  # the prompt, and what was drawn before the request returned to the queue
     n_prompt: int
-    drawn: list[list] = field(default_factory=lambda: [[], [], []])  # ids, logp, entropy of those
+    drawn: tuple[list, list, list] = ([], [], [])  # ids, logp, entropy of those
     source: tuple = ()  # equal where the tokens are: a group's requests, until they have drawn
     began: int = 0  # steps before its first token, as if all were drawn in its present row
 
@@ -167,33 +166,13 @@ def generate(
         model.train(was_training)
     if ranks.world() > 1:
         numbered = [(r.number, responses[r.number]) for r in mine]
-        for packed in ranks.gather_bytes(_pack(numbered)):
-            for number, response in _unpack(packed):
+        for packed in ranks.gather_bytes(pickle.dumps(numbered)):  # 22 bytes per token, JSON 50
+            for number, response in pickle.loads(packed):
                 responses[number] = response
     groups: list[list[Response]] = [[] for _ in prompts]
     for request, response in zip(requests, responses):
         groups[request.prompt].append(response)
     return groups
-
-
-def _pack(numbered: list[tuple[int, Response]]) -> bytes:
-    """Numbered responses for the other processes, 12 bytes per token (JSON takes 50)."""
-    arrays = []
-    for number, r in numbered:
-        ids = np.array(r.ids, np.int32)
-        logp = np.array(r.logp, np.float32)
-        entropy = np.array(r.entropy, np.float32)
-        arrays.append((number, ids, logp, entropy, r.finished))
-    return pickle.dumps(arrays)
-
-
-def _unpack(packed: bytes) -> list[tuple[int, Response]]:
-    """The reverse of _pack()."""
-    numbered = []
-    for number, ids, logp, entropy, finished in pickle.loads(packed):
-        response = Response(ids.tolist(), logp.tolist(), entropy.tolist(), finished)
-        numbered.append((number, response))
-    return numbered
 
 
 class ContinuousBatch:
@@ -231,7 +210,7 @@ class ContinuousBatch:
         self.prompt_row: dict[tuple, int] = {}  # row of prompt_cache in which a source was read
         bucketed = sampling.bucketed
         self.bucketed = device.type == "cuda" if bucketed is None else bucketed
-        self.graphs = Graphs(device)
+        self.graphs: Graphs | None = None  # of steps on the present cache, where sizes are bucketed
 
         width = max((r.limit for r in requests), default=0)
         per_row = (self.rows,)
@@ -266,6 +245,11 @@ class ContinuousBatch:
         starved = self.waiting and self.cache.rows < rows
         if slots <= self.cache.slots and not (starved and slots <= self.cache.slots // 2):
             return
+        # Growing by a half keeps copies and new sizes few, where the memory holds it for all rows.
+        half_more = -(-self.cache.slots * 3 // 2 // BLOCK) * BLOCK
+        roomy = min(max(slots, half_more), self.slots)
+        if slots > self.cache.slots and rows * roomy * self.slot_bytes <= self.budget:
+            slots = roomy
         rows = min(rows, self.budget // (slots * self.slot_bytes))
         if len(self.running) > rows:
             for request, drawn in self.remove(list(range(rows, len(self.running)))):
@@ -276,7 +260,8 @@ class ContinuousBatch:
             self.waiting = deque(sorted(self.waiting, key=lambda r: (-len(r.tokens), r.number)))
         self.cache.used = min(self.cache.used, self.top())
         self.cache.resize(rows, slots)
-        self.graphs = Graphs(self.device)
+        if self.bucketed:
+            self.graphs = Graphs(self.device)
 
     def admit(self) -> None:
         """Begin waiting requests in free rows."""
@@ -339,7 +324,8 @@ class ContinuousBatch:
         rows = n
         top = self.top()
         if self.bucketed:  # few sizes, so that few graphs serve; free rows decode at position 0
-            rows = min(1 << (n - 1).bit_length(), self.cache.rows)
+            rows = 1 << (n - 1).bit_length() if n <= 64 else -(-n // 32) * 32
+            rows = min(rows, self.cache.rows)
             top = min(-(-top // BLOCK) * BLOCK, self.cache.slots)
         self.on_forward("step", rows, self.cache)
         if self.bucketed:
@@ -374,10 +360,10 @@ class ContinuousBatch:
         is_eos = (token[:, None] == self.eos_ids).any(1)
         torch.logical_or(drawn == self.limit[:n], is_eos, out=self.ended[:n])
 
-    def remove(self, rows: list[int]) -> list[tuple[Request, list[list]]]:
+    def remove(self, rows: list[int]) -> list[tuple[Request, tuple[list, list, list]]]:
         """Take these rows (ascending) out of the batch; the last rows move into their places.
 
-        Returns the request of each one with [ids, logp, entropy] of all tokens that it has drawn.
+        Returns the request of each one with (ids, logp, entropy) of all tokens that it has drawn.
         """
         index = torch.tensor(rows, device=self.device)
         stores = [x.index_select(0, index).cpu() for x in (self.ids, self.logp, self.entropy)]
@@ -385,7 +371,8 @@ class ContinuousBatch:
         for i, row in enumerate(rows):
             request = self.running[row]
             n_drawn = self.steps - request.began
-            removed.append((request, [store[i, :n_drawn].tolist() for store in stores]))
+            drawn = tuple(store[i, :n_drawn].tolist() for store in stores)
+            removed.append((request, drawn))
         n = len(self.running) - len(rows)
         holes = [row for row in rows if row < n]
         movers = sorted(set(range(n, len(self.running))) - set(rows))
@@ -413,7 +400,9 @@ def cache_budget(decoder: Decoder, rows: int, sampling: Sampling) -> int:
         free, _ = torch.cuda.mem_get_info(decoder.device)
         # Logits and what draw() makes of them, in the memory of the graphs and outside.
         per_logit = 96 if sampling.top_p < 1 or sampling.top_k else 36  # bytes
-        return int(0.9 * free) - per_logit * rows * decoder.config.vocab_size
+        scratch = per_logit * rows * decoder.config.vocab_size
+        graphs = MAX_GRAPHS * GRAPH_BYTES * decoder.config.num_hidden_layers
+        return int(0.9 * free) - scratch - graphs
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         available = re.search(r"MemAvailable: *(\d+) kB", meminfo.read_text())

@@ -31,6 +31,8 @@ from torch import Tensor, nn
 
 from model import ModelConfig, head_logits, rotate
 
+MAX_GRAPHS = 64  # recorded at once
+GRAPH_BYTES = 2**16  # allowed per layer of a recorded step, apart from the shared scratch
 PANEL = 256  # columns; 192 to 320 take equally long, 512 lose half of the gain at 8 rows
 
 
@@ -295,7 +297,7 @@ def decoder_of(model):
 
 
 class Graphs:
-    """Functions recorded as CUDA graphs, by key.
+    """Functions recorded as CUDA graphs, by key; at most MAX_GRAPHS of them, the latest used ones.
 
     A function runs as it is the first time, so that libraries allocate what they need; it is
     recorded the second time and replayed from then on. It must return nothing, write its results in
@@ -305,18 +307,22 @@ class Graphs:
 
     def __init__(self, device: torch.device):
         self.on_cuda = device.type == "cuda"
-        self.recorded: dict = {}
+        self.recorded: dict = {}  # from the one used longest ago to the latest; None: ran once
         self.pool = torch.cuda.graph_pool_handle() if self.on_cuda else None  # shared scratch
 
     def run(self, key, function) -> None:
-        if not self.on_cuda or key not in self.recorded:
-            self.recorded[key] = None
+        is_first = key not in self.recorded
+        graph = self.recorded.pop(key, None)
+        self.recorded[key] = graph
+        if len(self.recorded) > MAX_GRAPHS:
+            del self.recorded[next(iter(self.recorded))]
+        if is_first or not self.on_cuda:
             function()
             return
-        if self.recorded[key] is None:
+        if graph is None:
             graph = torch.cuda.CUDAGraph()
             # Recording executes nothing. Other threads may use the device meanwhile.
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 function()
             self.recorded[key] = graph
-        self.recorded[key].replay()
+        graph.replay()

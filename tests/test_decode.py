@@ -129,3 +129,22 @@ def test_a_function_to_record_runs_each_time_where_there_is_no_gpu():
     for key in (1, 1, 2, 1):
         graphs.run(key, lambda: runs.append(key))
     assert runs == [1, 1, 2, 1]
+
+
+def test_the_graphs_used_longest_ago_are_given_up():
+    graphs = decode.Graphs(torch.device("cpu"))
+    for key in range(decode.MAX_GRAPHS):
+        graphs.run(key, lambda: None)
+    graphs.run(0, lambda: None)  # used again, so 1 is now the oldest
+    graphs.run("new", lambda: None)
+    assert set(graphs.recorded) == {*range(decode.MAX_GRAPHS), "new"} - {1}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_recorded_functions_do_on_cuda_what_they_did_the_first_time():
+    graphs = decode.Graphs(torch.device("cuda"))
+    x = torch.zeros(3, device="cuda")
+    for key in (1, 1, 2, 1, 2, 2):
+        graphs.run(key, lambda: x.add_(1))
+    assert x.tolist() == [6, 6, 6]
+    assert all(graph is not None for graph in graphs.recorded.values())

@@ -124,6 +124,13 @@ def test_steps_of_padded_size_give_the_same_responses(small):
     assert {1, 2, 4, 8, 11, 28} <= steps and not {3, 5, 6, 7, 9} & steps
 
 
+def test_padded_steps_have_powers_of_two_rows_up_to_64_and_multiples_of_32_above(small):
+    lengths = [1 + i // 2 for i in range(130)]  # two rows less at each step
+    sampling = Sampling(lengths, bucketed=True)
+    _, meter = metered(small[0], [[3]], 130, sampling)
+    assert set(meter.steps) == {2, 4, 8, 16, 32, 64, 96, 128, 130}  # 130 = all rows
+
+
 def test_padded_steps_use_rows_again_that_returned_to_the_queue(small):
     settings = dict(max_new=[150] + [10] * 89, cache_bytes=456 * SLOT)
     exact, padded = (
@@ -204,6 +211,11 @@ def test_the_cache_grows_with_the_longest_live_row_not_with_max_new(small):
     groups, meter = metered(small[0], [[3, 4, 5]] * 4, 2, sampling)
     assert max(len(ids) for ids in ids_of(groups)) < 125
     assert meter.longest <= 128
+
+
+def test_the_cache_changes_its_size_few_times_while_a_response_becomes_long(small):
+    _, meter = metered(small[0], [[3]], 1, Sampling(1000))
+    assert sorted(slots for _, slots in meter.sizes) == [64, 128, 192, 320, 512, 768, 1000]
 
 
 def test_little_memory_gives_the_same_responses_within_it_and_draws_no_token_twice(small):
@@ -294,14 +306,6 @@ def test_progress_counts_to_the_number_of_requests(small):
     assert seen == sorted(set(seen)) and seen[-1] == (12, 12)
 
 
-def test_packed_responses_come_back_to_the_last_bit(small):
-    groups = generate(small[0], prompts_of(3), 2, Sampling(9, eos_ids=[0]))
-    own = rollout.Response([7], [-0.5], [1.25], True)
-    numbered = [(3, groups[0][1]), (0, groups[2][0]), (4, own)]
-    assert rollout._unpack(rollout._pack(numbered)) == numbered
-    assert rollout._unpack(rollout._pack([])) == []
-
-
 # ---- bf16 and sharding
 def test_bf16_log_probs_are_those_of_the_trainers_bf16_forward(small_task):
     model = model_file.init_model(model_file.read_config(small_task), 0).to(torch.bfloat16)
@@ -316,6 +320,7 @@ def test_bf16_log_probs_are_those_of_the_trainers_bf16_forward(small_task):
 
 # Both ranks: sample alone, shard, sample again with equal and with other weights.
 SHARDED = """
+import pickle
 import sys
 import torch
 import torch.distributed as dist
@@ -349,6 +354,8 @@ for scale in (1, 2):  # training goes on with other weights
     sampled = generate(model, prompts, 2, sampling)
     same = [[r.ids for r in g] for g in sampled] == [[r.ids for r in g] for g in alone]
     assert scale == 2 or same
+    first, second = (pickle.loads(x) for x in ranks.gather_bytes(pickle.dumps(sampled)))
+    assert first == second  # to the last bit, wherever a response was sampled
     assert type(model.model.layers[0].mlp.up_proj.weight.data).__name__ == "DTensor"
     hidden = model(torch.tensor([[3, 4, 5]]))  # a collective
     torch.testing.assert_close(hidden, expected[scale], atol=1e-4, rtol=1e-4)
