@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from core import ranks
 from core.folder import ModelConfig, read_config, read_weights, write_folder
-from core.rope import rope_frequencies
+from core.rope import dynamic_frequencies, rope_frequencies, rope_magnitude
 
 # Logits held at once: 128 MB in fp32, 220 tokens of Qwen's vocabulary of 152k. On CUDA 8 times as
 # many, because each chunk costs one more pass over the gradient of the head.
@@ -140,6 +140,7 @@ class Model(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # No buffer: it is not saved or sharded, and is real while the parameters are on meta.
         self.inv_freq = rope_frequencies(config)
+        self.magnitude = rope_magnitude(config)
 
     @property
     def head(self) -> Tensor:
@@ -166,9 +167,12 @@ class Model(nn.Module):
         """positions (B or 1, T) -> cos and sin (B or 1, T, 1, K) for rotate()."""
         if self.inv_freq.device != positions.device:
             self.inv_freq = self.inv_freq.to(positions.device)
-        angles = positions[..., None, None].float() * self.inv_freq  # (B or 1, T, 1, K/2)
-        cos = angles.cos().to(dtype)
-        sin = angles.sin().to(dtype)
+        inv_freq = self.inv_freq
+        if self.config.rope_scaling and self.config.rope_scaling["rope_type"] == "dynamic":
+            inv_freq = dynamic_frequencies(self.config, positions)
+        angles = positions[..., None, None].float() * inv_freq  # (B or 1, T, 1, K/2)
+        cos = (angles.cos() * self.magnitude).to(dtype)
+        sin = (angles.sin() * self.magnitude).to(dtype)
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 

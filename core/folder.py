@@ -26,12 +26,22 @@ from torch import Tensor
 from core.errors import UserError
 
 FAMILIES = ("qwen2", "qwen3", "llama", "mistral")  # values of model_type
-# rope_type: the numbers that it needs
+# rope_type: the numbers that it needs; core/rope.py computes with them
 ROPE_NUMBERS = {
     "default": (),
     "linear": ("factor",),
+    "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
 }
+YARN_OPTIONS = (
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+)
 # Sizes in config.json and their defaults in transformers; ... = the file must give it. None = it
 # follows from other sizes; if that were wrong, the shapes of the weights would not fit.
 SIZES = {
@@ -61,7 +71,7 @@ class ModelConfig:
     head_dim: int | None = None  # K; None = D / H
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0  # base of the rotary wavelengths
-    rope_scaling: dict | None = None  # None or {"rope_type": "linear" | "llama3", "factor": ...}
+    rope_scaling: dict | None = None  # None or {"rope_type": ..., and its numbers}: core/rope.py
     max_position_embeddings: int = 32768  # of the pretraining; nothing here stops at it
     tie_word_embeddings: bool = True  # the head is the embedding matrix
     attention_bias: bool = True  # on q, k and v
@@ -214,6 +224,8 @@ def _read_rope(raw: dict, path: Path) -> tuple[float, dict | None]:
         )
     theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
     scaling = {key: rope.get(key) for key in ROPE_NUMBERS[kind]}
+    if kind == "yarn":
+        scaling |= {key: rope[key] for key in YARN_OPTIONS if rope.get(key) is not None}
     for key, value in {"rope_theta": theta, **scaling}.items():
         if not isinstance(value, (int, float)):
             raise UserError(

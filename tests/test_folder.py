@@ -138,8 +138,11 @@ def test_a_sliding_window_that_is_switched_off_is_no_obstacle(tmp_path):
         (dict(layer_types=["full_attention", "sliding_attention"]), "sliding_attention"),
         (dict(quantization_config={"bits": 4}), "quantization_config"),
         (dict(hidden_act="gelu"), "hidden_act 'gelu'"),
-        (dict(rope_scaling={"type": "dynamic", "factor": 2.0}), "dynamic"),
-        (dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "yarn"),
+        (dict(rope_scaling={"type": "dynamic"}), "rope_type dynamic needs a number"),
+        (
+            dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}),
+            "original_max_position_embeddings is None; rope_type yarn",
+        ),
         (
             dict(rope_scaling={"rope_type": "longrope", "short_factor": [1], "long_factor": [2]}),
             "longrope",
@@ -193,6 +196,11 @@ def test_what_is_not_implemented_is_refused_by_name_in_one_line(changes, words, 
             rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
             dtype="bfloat16",
         ),
+        dict(
+            rope_scaling={"type": "yarn", "factor": 4.0, "beta_fast": 16, "truncate": False}
+            | {"original_max_position_embeddings": 32}
+        ),
+        dict(rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
         dict(model_type="qwen2", use_sliding_window=False, sliding_window=32),
         dict(model_type="qwen3", attention_bias=True, head_dim=8),
         dict(model_type="mistral", sliding_window=None, tie_word_embeddings=True),

@@ -149,6 +149,16 @@ def test_rotary_frequencies_follow_their_published_formulas(scaling):
     torch.testing.assert_close(rope.rope_frequencies(config), expected, atol=0, rtol=1e-5)
 
 
+def test_dynamic_frequencies_change_only_beyond_the_positions_of_the_pretraining():
+    scaling = {"rope_type": "dynamic", "factor": 4.0}
+    config = m.ModelConfig(**BASE, max_position_embeddings=16, rope_scaling=scaling)
+    plain = m.init_model(replace(config, rope_scaling=None), 0)
+    dynamic = m.init_model(config, 0)
+    ids = random_ids(2, 17)
+    assert torch.equal(dynamic(ids[:, :16]), plain(ids[:, :16]))
+    assert not torch.equal(dynamic(ids), plain(ids))
+
+
 def test_parameters_have_hugging_face_names_and_a_tied_head_is_the_embedding():
     names = dict(random_model(CONFIGS["qwen3"]).named_parameters())
     assert {
@@ -473,6 +483,14 @@ SHAPE = dict(
     pad_token_id=0,
 )
 SCALED = {**LLAMA3, "factor": 32.0, "original_max_position_embeddings": 64}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+YARN_OPTIONS = {
+    "beta_fast": 16.0,
+    "beta_slow": 2.0,
+    "mscale": 1.5,
+    "mscale_all_dim": 0.5,
+    "truncate": False,
+}
 PEERS = {  # name: (config class, what differs from SHAPE, old spelling of config.json, shard size)
     "qwen2.5": ("Qwen2Config", dict(rope_theta=1e6, tie_word_embeddings=True), True, "1GB"),
     "qwen2.5-untied-sharded": (
@@ -527,6 +545,34 @@ PEERS = {  # name: (config class, what differs from SHAPE, old spelling of confi
             num_key_value_heads=3,
         ),
         True,
+        "1GB",
+    ),
+    "qwen2.5-yarn": (
+        "Qwen2Config",
+        dict(rope_theta=1e6, rope_scaling=YARN, max_position_embeddings=256),
+        True,
+        "1GB",
+    ),
+    "qwen3-yarn": (
+        "Qwen3Config",
+        dict(head_dim=32, rope_theta=1e4, rope_scaling={**YARN, **YARN_OPTIONS}),
+        False,
+        "1GB",
+    ),
+    "llama-dynamic": (
+        "LlamaConfig",
+        dict(rope_scaling={"rope_type": "dynamic", "factor": 4.0}, rope_theta=1e4, head_dim=24),
+        True,
+        "1GB",
+    ),
+    "mistral-dynamic": (
+        "MistralConfig",
+        dict(
+            rope_scaling={"rope_type": "dynamic", "factor": 2.0},
+            sliding_window=None,
+            max_position_embeddings=20,  # the greedy tokens pass it
+        ),
+        False,
         "1GB",
     ),
     "mistral": (
