@@ -1,6 +1,6 @@
 """The decoder: token ids to hidden states, and hidden states to log-probs of the response tokens.
 
-One pre-norm transformer covers Qwen2, Qwen2.5, Qwen3, Llama 2 and 3, SmolLM2 and Mistral. They
+One transformer covers Qwen2, Qwen2.5, Qwen3, Llama 2 and 3, SmolLM2, Mistral and OLMo 2. They
 differ by fields of ModelConfig; core/folder.py reads the folders and refuses other families.
 
     model = load_model("runs/sft/checkpoints/step_000400")      # or init_model(config, seed=0)
@@ -62,14 +62,22 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, kv_width, bias=config.attention_bias)
         self.v_proj = nn.Linear(D, kv_width, bias=config.attention_bias)
         self.o_proj = nn.Linear(q_width, D, bias=config.output_bias)
-        self.q_norm = nn.RMSNorm(K, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(K, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        # Width of a norm over q, and over k: one head, or all of them
+        self.q_normed = q_width if config.joint_qk_norm else K
+        self.k_normed = kv_width if config.joint_qk_norm else K
+        self.q_norm = nn.Identity()
+        self.k_norm = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(self.q_normed, config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(self.k_normed, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         B, T, _ = x.shape
         heads = (B, T, -1, self.head_dim)
-        q = rotate(self.q_norm(self.q_proj(x).view(heads)), cos, sin).transpose(1, 2)
-        k = rotate(self.k_norm(self.k_proj(x).view(heads)), cos, sin).transpose(1, 2)
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.q_normed)).view(heads)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.k_normed)).view(heads)
+        q = rotate(q, cos, sin).transpose(1, 2)  # (B, H, T, K)
+        k = rotate(k, cos, sin).transpose(1, 2)
         v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, Hkv, T, K)
         group = q.shape[1] // k.shape[1]
         if q.is_cuda and q.dtype == torch.float32:
@@ -108,10 +116,14 @@ class Block(nn.Module):
         super().__init__()
         D = config.hidden_size
         # differs: transformers rounds before it multiplies by the weight of a norm; in bf16 only
-        self.input_layernorm = nn.RMSNorm(D, config.rms_norm_eps)
+        if not config.post_norm:
+            self.input_layernorm = nn.RMSNorm(D, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(D, config.rms_norm_eps)
         self.mlp = MLP(config)
+        if config.post_norm:
+            self.post_feedforward_layernorm = nn.RMSNorm(D, config.rms_norm_eps)
+        self.post_norm = config.post_norm
         self.recompute = False  # keep only x for the backward, which runs the block once more
         self.compiled = None  # torch.compile of _run, where it is used
 
@@ -122,6 +134,9 @@ class Block(nn.Module):
         return run(x, cos, sin)
 
     def _run(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if self.post_norm:
+            x = x + self.post_attention_layernorm(self.self_attn(x, cos, sin))
+            return x + self.post_feedforward_layernorm(self.mlp(x))
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
         return x + self.mlp(self.post_attention_layernorm(x))
 

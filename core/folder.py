@@ -25,7 +25,14 @@ from torch import Tensor
 
 from core.errors import UserError
 
-FAMILIES = ("qwen2", "qwen3", "llama", "mistral")  # values of model_type
+# model_type: (the class in transformers, keys of config.json whose default is the family's own)
+FAMILIES = {
+    "qwen2": ("Qwen2ForCausalLM", {}),
+    "qwen3": ("Qwen3ForCausalLM", {}),
+    "llama": ("LlamaForCausalLM", {}),
+    "mistral": ("MistralForCausalLM", {"sliding_window": 4096}),
+    "olmo2": ("Olmo2ForCausalLM", {"rms_norm_eps": 1e-5}),
+}
 # rope_type: the numbers that it needs; core/rope.py computes with them
 ROPE_NUMBERS = {
     "default": (),
@@ -77,7 +84,9 @@ class ModelConfig:
     attention_bias: bool = True  # on q, k and v
     output_bias: bool = False  # on the output of the attention
     mlp_bias: bool = False
-    qk_norm: bool = False  # RMSNorm over each head of q and k (Qwen3)
+    qk_norm: bool = False  # RMSNorm over each head of q and k (Qwen3, OLMo 2)
+    joint_qk_norm: bool = False  # it is over all heads of a token together (OLMo 2)
+    post_norm: bool = False  # norms behind attention and MLP, not before them (OLMo 2)
     dtype: str = "float32"  # of the stored weights
     raw: dict = field(default_factory=dict, repr=False, compare=False)  # config.json as read
 
@@ -103,12 +112,14 @@ def read_config(folder) -> ModelConfig:
     """
     path = Path(folder) / "config.json"
     raw = _read_json(path)
+    family = raw.get("model_type")
+    if family in FAMILIES:
+        raw = FAMILIES[family][1] | raw
     _refuse(raw, path)
     sizes = _read_sizes(raw, path)
     theta, scaling = _read_rope(raw, path)
-    family = raw["model_type"]
     # Qwen2 and Mistral ignore the key: the first always has these biases, the second never.
-    bias = family in ("qwen3", "llama") and bool(raw.get("attention_bias"))
+    bias = family not in ("qwen2", "mistral") and bool(raw.get("attention_bias"))
     dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     try:
         return ModelConfig(
@@ -120,7 +131,9 @@ def read_config(folder) -> ModelConfig:
             attention_bias=bias or family == "qwen2",
             output_bias=bias,
             mlp_bias=family == "llama" and bool(raw.get("mlp_bias")),
-            qk_norm=family == "qwen3",
+            qk_norm=family in ("qwen3", "olmo2"),
+            joint_qk_norm=family == "olmo2",
+            post_norm=family == "olmo2",
             dtype=str(dtype).removeprefix("torch."),
             raw=raw,
         )
@@ -134,18 +147,18 @@ def config_dict(config: ModelConfig) -> dict:
     Rotary settings and dtype are spelled as in version 4, which version 5 still reads.
     """
     defaults = {
-        "architectures": [f"{config.model_type.title()}ForCausalLM"],
+        "architectures": [FAMILIES[config.model_type][0]],
         "hidden_act": "silu",
         "sliding_window": None,
     }
     kept = {k: v for k, v in config.raw.items() if k not in ("rope_parameters", "dtype")}
     ours = {f.name: getattr(config, f.name) for f in fields(config)}
     ours["torch_dtype"] = config.dtype
-    implied = ["raw", "dtype", "output_bias", "qk_norm"]  # by other keys, or by the family
-    if config.model_type not in ("qwen3", "llama"):
-        implied += ["attention_bias", "mlp_bias"]
-    for name in implied:
+    # Implied by other keys, or by the family:
+    for name in ("raw", "dtype", "output_bias", "qk_norm", "joint_qk_norm", "post_norm"):
         del ours[name]
+    if config.model_type in ("qwen2", "mistral"):
+        del ours["attention_bias"], ours["mlp_bias"]
     return defaults | kept | ours
 
 
@@ -166,9 +179,8 @@ def _refuse(raw: dict, path: Path) -> None:
     """Raise UserError for what would change the computation and is not implemented."""
     family = raw.get("model_type")
     experts = any(raw.get(k) for k in ("num_experts", "num_local_experts", "n_routed_experts"))
-    # The window of Qwen is off unless switched on. That of Mistral is on unless it is null, and
-    # 4096 where the key is missing.
-    window = raw.get("sliding_window", 4096)
+    # The window of Mistral is on unless it is null, that of others is off unless switched on.
+    window = raw.get("sliding_window")
     windowed = window if family == "mistral" else raw.get("use_sliding_window")
     kinds = set(raw.get("layer_types") or ())
     refused = {

@@ -103,6 +103,7 @@ def test_head_width_and_key_heads_are_derived_when_not_given(tmp_path):
         ("llama", {"attention_bias": True}, (True, True, False, False)),
         ("llama", {"mlp_bias": True}, (False, False, True, False)),
         ("mistral", {"attention_bias": True, "sliding_window": None}, (False, False, False, False)),
+        ("olmo2", {"attention_bias": True, "mlp_bias": True}, (True, True, False, True)),
     ],
 )
 def test_biases_follow_the_family_as_transformers_codes_it(kind, raw, flags, tmp_path):
@@ -204,6 +205,7 @@ def test_what_is_not_implemented_is_refused_by_name_in_one_line(changes, words, 
         dict(model_type="qwen2", use_sliding_window=False, sliding_window=32),
         dict(model_type="qwen3", attention_bias=True, head_dim=8),
         dict(model_type="mistral", sliding_window=None, tie_word_embeddings=True),
+        dict(model_type="olmo2", attention_bias=True),
     ],
 )
 def test_a_written_config_reads_back_equal_and_keeps_the_keys_of_others(changes, tmp_path):

@@ -42,6 +42,14 @@ CONFIGS = {
         tie_word_embeddings=False,
         rope_scaling={"rope_type": "linear", "factor": 4.0},
     ),
+    "olmo2": m.ModelConfig(
+        **BASE,
+        model_type="olmo2",
+        attention_bias=False,
+        qk_norm=True,
+        joint_qk_norm=True,
+        post_norm=True,
+    ),
 }
 
 
@@ -99,12 +107,15 @@ def reference_hidden(model, ids, positions):
     x = w["model.embed_tokens.weight"][ids]
     for i in range(c.num_hidden_layers):
         a = f"model.layers.{i}.self_attn."
-        h = norm(x, f"model.layers.{i}.input_layernorm")
-        q, k, v = (
-            linear(h, a + s).unflatten(-1, (-1, K)) for s in ("q_proj", "k_proj", "v_proj")
-        )  # (T, heads, K)
-        if c.qk_norm:
-            q, k = norm(q, a + "q_norm"), norm(k, a + "k_norm")
+        h = x if c.post_norm else norm(x, f"model.layers.{i}.input_layernorm")
+        q, k, v = (linear(h, a + s) for s in ("q_proj", "k_proj", "v_proj"))  # (T, heads x K)
+        if c.qk_norm and c.joint_qk_norm:
+            q = norm(q, a + "q_norm")
+            k = norm(k, a + "k_norm")
+        q, k, v = (y.unflatten(-1, (-1, K)) for y in (q, k, v))  # (T, heads, K)
+        if c.qk_norm and not c.joint_qk_norm:
+            q = norm(q, a + "q_norm")
+            k = norm(k, a + "k_norm")
         out = torch.zeros_like(q)
         for t in range(len(ids)):
             for head in range(c.num_attention_heads):
@@ -114,13 +125,14 @@ def reference_hidden(model, ids, positions):
                     / K**0.5
                 )
                 out[t, head] = scores.softmax(0) @ v[: t + 1, head // n]
-        x = x + linear(out.flatten(1), a + "o_proj")
-        h = norm(x, f"model.layers.{i}.post_attention_layernorm")
+        y = linear(out.flatten(1), a + "o_proj")
+        middle = f"model.layers.{i}.post_attention_layernorm"
+        x = x + (norm(y, middle) if c.post_norm else y)
+        h = x if c.post_norm else norm(x, middle)
         gate = linear(h, f"model.layers.{i}.mlp.gate_proj")
-        x = x + linear(
-            gate * gate.sigmoid() * linear(h, f"model.layers.{i}.mlp.up_proj"),
-            f"model.layers.{i}.mlp.down_proj",
-        )
+        up = linear(h, f"model.layers.{i}.mlp.up_proj")
+        y = linear(gate * gate.sigmoid() * up, f"model.layers.{i}.mlp.down_proj")
+        x = x + (norm(y, f"model.layers.{i}.post_feedforward_layernorm") if c.post_norm else y)
     return norm(x, "model.norm")
 
 
