@@ -1,7 +1,7 @@
 """The decoder: token ids to hidden states, and hidden states to log-probs of the response tokens.
 
-One transformer covers Qwen2, Qwen2.5, Qwen3, Llama 2 and 3, SmolLM2, Mistral and OLMo 2. They
-differ by fields of ModelConfig; core/folder.py reads the folders and refuses other families.
+One transformer covers Qwen2, Qwen2.5, Qwen3, Llama 2 and 3, SmolLM2, SmolLM3, Mistral and OLMo 2.
+They differ by fields of ModelConfig; core/folder.py reads the folders and refuses other families.
 
     model = load_model("runs/sft/checkpoints/step_000400")      # or init_model(config, seed=0)
     hidden = model(ids)                                         # (B, T, D)
@@ -51,13 +51,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal self-attention in which groups of H / Hkv query heads share a key and a value head."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, rotary: bool):
         super().__init__()
         D = config.hidden_size
         K = config.head_dim
         q_width = config.num_attention_heads * K  # differs from D in Qwen3
         kv_width = config.num_key_value_heads * K
         self.head_dim = K
+        self.rotary = rotary
         self.q_proj = nn.Linear(D, q_width, bias=config.attention_bias)
         self.k_proj = nn.Linear(D, kv_width, bias=config.attention_bias)
         self.v_proj = nn.Linear(D, kv_width, bias=config.attention_bias)
@@ -76,9 +77,12 @@ class Attention(nn.Module):
         heads = (B, T, -1, self.head_dim)
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.q_normed)).view(heads)
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.k_normed)).view(heads)
-        q = rotate(q, cos, sin).transpose(1, 2)  # (B, H, T, K)
-        k = rotate(k, cos, sin).transpose(1, 2)
-        v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, Hkv, T, K)
+        if self.rotary:
+            q = rotate(q, cos, sin)
+            k = rotate(k, cos, sin)
+        q = q.transpose(1, 2)  # (B, H, T, K)
+        k = k.transpose(1, 2)  # (B, Hkv, T, K)
+        v = self.v_proj(x).view(heads).transpose(1, 2)
         group = q.shape[1] // k.shape[1]
         if q.is_cuda and q.dtype == torch.float32:
             # In fp32 no fused kernel of CUDA shares key heads among query heads.
@@ -112,13 +116,13 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer. ranks.compute sets the two attributes, ranks.shard makes it a unit of FSDP2."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, i: int):
         super().__init__()
         D = config.hidden_size
         # differs: transformers rounds before it multiplies by the weight of a norm; in bf16 only
         if not config.post_norm:
             self.input_layernorm = nn.RMSNorm(D, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, not config.rotary_layers or config.rotary_layers[i])
         self.post_attention_layernorm = nn.RMSNorm(D, config.rms_norm_eps)
         self.mlp = MLP(config)
         if config.post_norm:
@@ -149,7 +153,7 @@ class Model(nn.Module):
         self.config = config
         self.model = nn.Module()  # a level that the names of Hugging Face have
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.model.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.model.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -32,6 +32,7 @@ FAMILIES = {
     "llama": ("LlamaForCausalLM", {}),
     "mistral": ("MistralForCausalLM", {"sliding_window": 4096}),
     "olmo2": ("Olmo2ForCausalLM", {"rms_norm_eps": 1e-5}),
+    "smollm3": ("SmolLM3ForCausalLM", {"rope_theta": 2e6, "tie_word_embeddings": True}),
 }
 # rope_type: the numbers that it needs; core/rope.py computes with them
 ROPE_NUMBERS = {
@@ -86,6 +87,7 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm over each head of q and k (Qwen3, OLMo 2)
     joint_qk_norm: bool = False  # it is over all heads of a token together (OLMo 2)
+    rotary_layers: tuple[bool, ...] | None = None  # which layers rotate q and k; None = all
     post_norm: bool = False  # norms behind attention and MLP, not before them (OLMo 2)
     dtype: str = "float32"  # of the stored weights
     raw: dict = field(default_factory=dict, repr=False, compare=False)  # config.json as read
@@ -95,6 +97,11 @@ class ModelConfig:
         # object.__setattr__, because the class is frozen
         object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or H)
         object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // H)
+        if self.rotary_layers and len(self.rotary_layers) != self.num_hidden_layers:
+            raise UserError(
+                f"no_rope_layers has {len(self.rotary_layers)} entries for num_hidden_layers "
+                f"{self.num_hidden_layers}; give one for each layer"
+            )
         if H % self.num_key_value_heads or self.head_dim % 2:
             raise UserError(
                 f"num_attention_heads {H}, num_key_value_heads {self.num_key_value_heads}, "
@@ -130,9 +137,10 @@ def read_config(folder) -> ModelConfig:
             tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
             attention_bias=bias or family == "qwen2",
             output_bias=bias,
-            mlp_bias=family == "llama" and bool(raw.get("mlp_bias")),
+            mlp_bias=family in ("llama", "smollm3") and bool(raw.get("mlp_bias")),
             qk_norm=family in ("qwen3", "olmo2"),
             joint_qk_norm=family == "olmo2",
+            rotary_layers=_rotary_layers(raw, sizes["num_hidden_layers"]),
             post_norm=family == "olmo2",
             dtype=str(dtype).removeprefix("torch."),
             raw=raw,
@@ -155,8 +163,11 @@ def config_dict(config: ModelConfig) -> dict:
     ours = {f.name: getattr(config, f.name) for f in fields(config)}
     ours["torch_dtype"] = config.dtype
     # Implied by other keys, or by the family:
-    for name in ("raw", "dtype", "output_bias", "qk_norm", "joint_qk_norm", "post_norm"):
+    implied = ("raw", "dtype", "output_bias", "qk_norm", "joint_qk_norm", "post_norm")
+    for name in (*implied, "rotary_layers"):
         del ours[name]
+    if config.rotary_layers:
+        ours["no_rope_layers"] = [int(rotary) for rotary in config.rotary_layers]
     if config.model_type in ("qwen2", "mistral"):
         del ours["attention_bias"], ours["mlp_bias"]
     return defaults | kept | ours
@@ -245,6 +256,16 @@ def _read_rope(raw: dict, path: Path) -> tuple[float, dict | None]:
                 "model"
             )
     return float(theta), {"rope_type": kind, **scaling} if scaling else None
+
+
+def _rotary_layers(raw: dict, n_layers: int) -> tuple[bool, ...] | None:
+    """no_rope_layers of SmolLM3, where 1 means a rotary layer; by default every fourth is none."""
+    if raw["model_type"] != "smollm3":
+        return None
+    interval = raw.get("no_rope_layer_interval") or 4
+    default = [(i + 1) % interval != 0 for i in range(n_layers)]
+    layers = raw.get("no_rope_layers") or default
+    return tuple(bool(rotary) for rotary in layers[:n_layers])
 
 
 # ---- weights, read

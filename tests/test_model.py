@@ -42,6 +42,9 @@ CONFIGS = {
         tie_word_embeddings=False,
         rope_scaling={"rope_type": "linear", "factor": 4.0},
     ),
+    "smollm3": m.ModelConfig(
+        **BASE, model_type="smollm3", attention_bias=False, rotary_layers=(True, False)
+    ),
     "olmo2": m.ModelConfig(
         **BASE,
         model_type="olmo2",
@@ -116,12 +119,15 @@ def reference_hidden(model, ids, positions):
         if c.qk_norm and not c.joint_qk_norm:
             q = norm(q, a + "q_norm")
             k = norm(k, a + "k_norm")
+        turned = turn if not c.rotary_layers or c.rotary_layers[i] else lambda x, p: x
         out = torch.zeros_like(q)
         for t in range(len(ids)):
             for head in range(c.num_attention_heads):
-                query = turn(q[t, head], positions[t])
+                query = turned(q[t, head], positions[t])
                 scores = (
-                    torch.stack([turn(k[s, head // n], positions[s]) @ query for s in range(t + 1)])
+                    torch.stack(
+                        [turned(k[s, head // n], positions[s]) @ query for s in range(t + 1)]
+                    )
                     / K**0.5
                 )
                 out[t, head] = scores.softmax(0) @ v[: t + 1, head // n]
