@@ -159,18 +159,22 @@ class Decoder:
         self.layers = []
         for block in model.model.layers:
             a, mlp = block.self_attn, block.mlp
-            qk_norm = (
-                torch.cat((a.q_norm.weight.expand(H, K), a.k_norm.weight.expand(Hkv, K)))
-                if c.qk_norm
-                else None
-            )
+            norms = [block.post_attention_layernorm.weight]
+            if c.post_norm:
+                norms.append(block.post_feedforward_layernorm.weight)
+            else:
+                norms.insert(0, block.input_layernorm.weight)
+            qk_norm = None
+            if c.qk_norm:  # one head's weights for each of them, or all heads' own
+                weights = (a.q_norm.weight.view(-1, K), a.k_norm.weight.view(-1, K))
+                qk_norm = torch.cat((weights[0].expand(H, K), weights[1].expand(Hkv, K)))
             self.layers.append(
                 Layer(
-                    block.input_layernorm.weight,
+                    norms[0],
                     matrix(a.q_proj, a.k_proj, a.v_proj),
                     qk_norm,
                     matrix(a.o_proj),
-                    block.post_attention_layernorm.weight,
+                    norms[1],
                     matrix(mlp.gate_proj, mlp.up_proj),
                     matrix(mlp.down_proj),
                 )
@@ -235,24 +239,33 @@ class Decoder:
         N, (H, Hkv, K) = len(ids), self.shape
         x = self.embed(ids)
         cos, sin = self.angles(position, x.dtype)  # (N, 1, K)
+        post = self.config.post_norm
+        rotary = self.config.rotary_layers or [True] * len(self.layers)
         for i, layer in enumerate(self.layers):
-            heads = layer.qkv(self._norm(x, layer.norm)).view(N, H + 2 * Hkv, K)
+            heads = layer.qkv(x if post else self._norm(x, layer.norm)).view(N, H + 2 * Hkv, K)
             qk, v = heads[:, : H + Hkv], heads[:, H + Hkv :]
             if layer.qk_norm is not None:
                 qk = self._norm(qk, layer.qk_norm)
-            qk = rotate(qk, cos, sin)
-            x = x + layer.out(attend(i, qk[:, :H], qk[:, H:], v).reshape(N, H * K))
-            gate, up = layer.gate_up(self._norm(x, layer.mlp_norm)).chunk(2, -1)
-            x = x + layer.down(F.silu(gate).mul_(up))
+            if rotary[i]:
+                qk = rotate(qk, cos, sin)
+            y = layer.out(attend(i, qk[:, :H], qk[:, H:], v).reshape(N, H * K))
+            x = x + (self._norm(y, layer.norm) if post else y)
+            gate, up = layer.gate_up(x if post else self._norm(x, layer.mlp_norm)).chunk(2, -1)
+            y = layer.down(F.silu(gate).mul_(up))
+            x = x + (self._norm(y, layer.mlp_norm) if post else y)
         return self._norm(x, self.final_norm)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         eps = self.config.rms_norm_eps
         if weight.ndim == 1:
             return F.rms_norm(x, x.shape[-1:], weight, eps)
-        return (weight.float() * F.rms_norm(x.float(), x.shape[-1:], eps=eps)).to(
-            x.dtype
-        )  # rounded once, as there
+        wide = x.float()
+        if self.config.joint_qk_norm:  # over all heads of q, and over all of k
+            parts = [F.rms_norm(y, y.shape[1:], eps=eps) for y in wide.split(self.shape[:2], 1)]
+            normed = torch.cat(parts, 1)
+        else:
+            normed = F.rms_norm(wide, x.shape[-1:], eps=eps)
+        return (weight.float() * normed).to(x.dtype)  # rounded once, as there
 
 
 def _check(cache: Cache, rows: int, top: int) -> None:

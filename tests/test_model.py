@@ -593,6 +593,36 @@ PEERS = {  # name: (config class, what differs from SHAPE, old spelling of confi
         False,
         "1GB",
     ),
+    "olmo2": (
+        "Olmo2Config",
+        dict(rope_theta=5e5, tie_word_embeddings=False, num_key_value_heads=4),
+        True,
+        "60KB",
+    ),
+    "olmo2-bias-tied-yarn": (
+        "Olmo2Config",
+        dict(rope_scaling=YARN, tie_word_embeddings=True, attention_bias=True),
+        False,
+        "1GB",
+    ),
+    "smollm3": (
+        "SmolLM3Config",
+        dict(tie_word_embeddings=True, num_hidden_layers=5),
+        False,
+        "1GB",
+    ),
+    "smollm3-biases-untied": (
+        "SmolLM3Config",
+        dict(
+            no_rope_layers=[1, 0, 1],
+            tie_word_embeddings=False,
+            attention_bias=True,
+            mlp_bias=True,
+            rope_theta=5e4,
+        ),
+        True,
+        "60KB",
+    ),
     "mistral": (
         "MistralConfig",
         dict(rope_theta=1e6, sliding_window=None, head_dim=24, tie_word_embeddings=False),
