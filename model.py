@@ -1,7 +1,7 @@
 """The decoder: token ids to hidden states, and hidden states to log-probs of the response tokens.
 
-One pre-norm transformer covers Qwen2, Qwen2.5, Qwen3, Llama 2 and 3, SmolLM2 and Mistral. They
-differ by fields of ModelConfig; core/folder.py reads the folders and refuses other families.
+One transformer covers Qwen2, Qwen2.5, Qwen3, Llama 2 and 3, SmolLM2, SmolLM3, Mistral and OLMo 2.
+They differ by fields of ModelConfig; core/folder.py reads the folders and refuses other families.
 
     model = load_model("runs/sft/checkpoints/step_000400")      # or init_model(config, seed=0)
     hidden = model(ids)                                         # (B, T, D)
@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from core import ranks
 from core.folder import ModelConfig, read_config, read_weights, write_folder
-from core.rope import rope_frequencies
+from core.rope import dynamic_frequencies, rope_frequencies, rope_magnitude
 
 # Logits held at once: 128 MB in fp32, 220 tokens of Qwen's vocabulary of 152k. On CUDA 8 times as
 # many, because each chunk costs one more pass over the gradient of the head.
@@ -51,26 +51,38 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal self-attention in which groups of H / Hkv query heads share a key and a value head."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, rotary: bool):
         super().__init__()
         D = config.hidden_size
         K = config.head_dim
         q_width = config.num_attention_heads * K  # differs from D in Qwen3
         kv_width = config.num_key_value_heads * K
         self.head_dim = K
+        self.rotary = rotary
         self.q_proj = nn.Linear(D, q_width, bias=config.attention_bias)
         self.k_proj = nn.Linear(D, kv_width, bias=config.attention_bias)
         self.v_proj = nn.Linear(D, kv_width, bias=config.attention_bias)
         self.o_proj = nn.Linear(q_width, D, bias=config.output_bias)
-        self.q_norm = nn.RMSNorm(K, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(K, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        # Width of a norm over q, and over k: one head, or all of them
+        self.q_normed = q_width if config.joint_qk_norm else K
+        self.k_normed = kv_width if config.joint_qk_norm else K
+        self.q_norm = nn.Identity()
+        self.k_norm = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(self.q_normed, config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(self.k_normed, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         B, T, _ = x.shape
         heads = (B, T, -1, self.head_dim)
-        q = rotate(self.q_norm(self.q_proj(x).view(heads)), cos, sin).transpose(1, 2)
-        k = rotate(self.k_norm(self.k_proj(x).view(heads)), cos, sin).transpose(1, 2)
-        v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, Hkv, T, K)
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.q_normed)).view(heads)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.k_normed)).view(heads)
+        if self.rotary:
+            q = rotate(q, cos, sin)
+            k = rotate(k, cos, sin)
+        q = q.transpose(1, 2)  # (B, H, T, K)
+        k = k.transpose(1, 2)  # (B, Hkv, T, K)
+        v = self.v_proj(x).view(heads).transpose(1, 2)
         group = q.shape[1] // k.shape[1]
         if q.is_cuda and q.dtype == torch.float32:
             # In fp32 no fused kernel of CUDA shares key heads among query heads.
@@ -104,14 +116,18 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer. ranks.compute sets the two attributes, ranks.shard makes it a unit of FSDP2."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, i: int):
         super().__init__()
         D = config.hidden_size
         # differs: transformers rounds before it multiplies by the weight of a norm; in bf16 only
-        self.input_layernorm = nn.RMSNorm(D, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        if not config.post_norm:
+            self.input_layernorm = nn.RMSNorm(D, config.rms_norm_eps)
+        self.self_attn = Attention(config, not config.rotary_layers or config.rotary_layers[i])
         self.post_attention_layernorm = nn.RMSNorm(D, config.rms_norm_eps)
         self.mlp = MLP(config)
+        if config.post_norm:
+            self.post_feedforward_layernorm = nn.RMSNorm(D, config.rms_norm_eps)
+        self.post_norm = config.post_norm
         self.recompute = False  # keep only x for the backward, which runs the block once more
         self.compiled = None  # torch.compile of _run, where it is used
 
@@ -122,6 +138,9 @@ class Block(nn.Module):
         return run(x, cos, sin)
 
     def _run(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if self.post_norm:
+            x = x + self.post_attention_layernorm(self.self_attn(x, cos, sin))
+            return x + self.post_feedforward_layernorm(self.mlp(x))
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -134,12 +153,13 @@ class Model(nn.Module):
         self.config = config
         self.model = nn.Module()  # a level that the names of Hugging Face have
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.model.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.model.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # No buffer: it is not saved or sharded, and is real while the parameters are on meta.
         self.inv_freq = rope_frequencies(config)
+        self.magnitude = rope_magnitude(config)
 
     @property
     def head(self) -> Tensor:
@@ -166,9 +186,12 @@ class Model(nn.Module):
         """positions (B or 1, T) -> cos and sin (B or 1, T, 1, K) for rotate()."""
         if self.inv_freq.device != positions.device:
             self.inv_freq = self.inv_freq.to(positions.device)
-        angles = positions[..., None, None].float() * self.inv_freq  # (B or 1, T, 1, K/2)
-        cos = angles.cos().to(dtype)
-        sin = angles.sin().to(dtype)
+        inv_freq = self.inv_freq
+        if self.config.rope_scaling and self.config.rope_scaling["rope_type"] == "dynamic":
+            inv_freq = dynamic_frequencies(self.config, positions)
+        angles = positions[..., None, None].float() * inv_freq  # (B or 1, T, 1, K/2)
+        cos = (angles.cos() * self.magnitude).to(dtype)
+        sin = (angles.sin() * self.magnitude).to(dtype)
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 

@@ -172,17 +172,21 @@ class Decoder:
         for block in model.model.layers:
             attention = block.self_attn
             mlp = block.mlp
+            norm = block.post_attention_layernorm if config.post_norm else block.input_layernorm
+            mlp_norm = block.post_attention_layernorm
+            if config.post_norm:
+                mlp_norm = block.post_feedforward_layernorm
             qk_norm = None
-            if config.qk_norm:
-                q_norm = attention.q_norm.weight.expand(H, K)
-                k_norm = attention.k_norm.weight.expand(Hkv, K)
+            if config.qk_norm:  # one head's weights for each of them, or all heads' own
+                q_norm = attention.q_norm.weight.view(-1, K).expand(H, K)
+                k_norm = attention.k_norm.weight.view(-1, K).expand(Hkv, K)
                 qk_norm = torch.cat((q_norm, k_norm)).float()
             layer = Layer(
-                block.input_layernorm.weight,
+                norm.weight,
                 Matrix([attention.q_proj, attention.k_proj, attention.v_proj]),
                 qk_norm,
                 Matrix([attention.o_proj]),
-                block.post_attention_layernorm.weight,
+                mlp_norm.weight,
                 Matrix([mlp.gate_proj, mlp.up_proj]),
                 Matrix([mlp.down_proj]),
             )
@@ -234,13 +238,17 @@ class Decoder:
         rows = torch.arange(B, device=ids.device)[:, None]
         x = self.embed(ids.flatten())  # (B T, D)
         D = x.shape[1:]
+        post = self.config.post_norm  # norms behind attention and MLP instead of before them
+        rotary = self.config.rotary_layers or [True] * len(self.layers)
         cos, sin = self.angles(position.flatten(), x.dtype)  # (B T, 1, K)
         for i, layer in enumerate(self.layers):
-            heads = layer.qkv(F.rms_norm(x, D, layer.norm, eps)).view(B * T, H + 2 * Hkv, K)
+            normed = x if post else F.rms_norm(x, D, layer.norm, eps)
+            heads = layer.qkv(normed).view(B * T, H + 2 * Hkv, K)
             qk = heads[:, : H + Hkv]
             if layer.qk_norm is not None:  # in fp32, rounded once, as in model.py
-                qk = (layer.qk_norm * F.rms_norm(qk.float(), (K,), eps=eps)).to(x.dtype)
-            qk = rotate(qk, cos, sin)
+                qk = (layer.qk_norm * self._normed_heads(qk.float())).to(x.dtype)
+            if rotary[i]:
+                qk = rotate(qk, cos, sin)
             q = qk[:, :H].view(B, T, H, K)
             k = qk[:, H:].view(B, T, Hkv, K)
             v = heads[:, H + Hkv :].view(B, T, Hkv, K)
@@ -262,10 +270,22 @@ class Decoder:
                 k = cache.k[i][:B, :, :top]
                 v = cache.v[i][:B, :, :top]
                 y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-            x = x + layer.out(y.reshape(B * T, H * K))
-            gate, up = layer.gate_up(F.rms_norm(x, D, layer.mlp_norm, eps)).chunk(2, -1)
-            x = x + layer.down(F.silu(gate).mul_(up))
+            y = layer.out(y.reshape(B * T, H * K))
+            x = x + (F.rms_norm(y, D, layer.norm, eps) if post else y)
+            normed = x if post else F.rms_norm(x, D, layer.mlp_norm, eps)
+            gate, up = layer.gate_up(normed).chunk(2, -1)
+            y = layer.down(F.silu(gate).mul_(up))
+            x = x + (F.rms_norm(y, D, layer.mlp_norm, eps) if post else y)
         return F.rms_norm(x, D, self.final_norm, eps)
+
+    def _normed_heads(self, qk: Tensor) -> Tensor:
+        """qk (N, H + Hkv, K), normed per head or, in OLMo 2, over all heads of q and all of k."""
+        eps = self.config.rms_norm_eps
+        if not self.config.joint_qk_norm:
+            return F.rms_norm(qk, qk.shape[2:], eps=eps)
+        H, Hkv, _ = self.shape
+        parts = [F.rms_norm(part, part.shape[1:], eps=eps) for part in qk.split((H, Hkv), 1)]
+        return torch.cat(parts, 1)
 
 
 @contextmanager

@@ -25,13 +25,31 @@ from torch import Tensor
 
 from core.errors import UserError
 
-FAMILIES = ("qwen2", "qwen3", "llama", "mistral")  # values of model_type
-# rope_type: the numbers that it needs
+# model_type: (the class in transformers, keys of config.json whose default is the family's own)
+FAMILIES = {
+    "qwen2": ("Qwen2ForCausalLM", {}),
+    "qwen3": ("Qwen3ForCausalLM", {}),
+    "llama": ("LlamaForCausalLM", {}),
+    "mistral": ("MistralForCausalLM", {"sliding_window": 4096}),
+    "olmo2": ("Olmo2ForCausalLM", {"rms_norm_eps": 1e-5}),
+    "smollm3": ("SmolLM3ForCausalLM", {"rope_theta": 2e6, "tie_word_embeddings": True}),
+}
+# rope_type: the numbers that it needs; core/rope.py computes with them
 ROPE_NUMBERS = {
     "default": (),
     "linear": ("factor",),
+    "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
 }
+YARN_OPTIONS = (
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+)
 # Sizes in config.json and their defaults in transformers; ... = the file must give it. None = it
 # follows from other sizes; if that were wrong, the shapes of the weights would not fit.
 SIZES = {
@@ -61,13 +79,16 @@ class ModelConfig:
     head_dim: int | None = None  # K; None = D / H
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0  # base of the rotary wavelengths
-    rope_scaling: dict | None = None  # None or {"rope_type": "linear" | "llama3", "factor": ...}
+    rope_scaling: dict | None = None  # None or {"rope_type": ..., and its numbers}: core/rope.py
     max_position_embeddings: int = 32768  # of the pretraining; nothing here stops at it
     tie_word_embeddings: bool = True  # the head is the embedding matrix
     attention_bias: bool = True  # on q, k and v
     output_bias: bool = False  # on the output of the attention
     mlp_bias: bool = False
-    qk_norm: bool = False  # RMSNorm over each head of q and k (Qwen3)
+    qk_norm: bool = False  # RMSNorm over each head of q and k (Qwen3, OLMo 2)
+    joint_qk_norm: bool = False  # it is over all heads of a token together (OLMo 2)
+    rotary_layers: tuple[bool, ...] | None = None  # which layers rotate q and k; None = all
+    post_norm: bool = False  # norms behind attention and MLP, not before them (OLMo 2)
     dtype: str = "float32"  # of the stored weights
     raw: dict = field(default_factory=dict, repr=False, compare=False)  # config.json as read
 
@@ -76,6 +97,11 @@ class ModelConfig:
         # object.__setattr__, because the class is frozen
         object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or H)
         object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // H)
+        if self.rotary_layers and len(self.rotary_layers) != self.num_hidden_layers:
+            raise UserError(
+                f"no_rope_layers has {len(self.rotary_layers)} entries for num_hidden_layers "
+                f"{self.num_hidden_layers}; give one for each layer"
+            )
         if H % self.num_key_value_heads or self.head_dim % 2:
             raise UserError(
                 f"num_attention_heads {H}, num_key_value_heads {self.num_key_value_heads}, "
@@ -93,12 +119,14 @@ def read_config(folder) -> ModelConfig:
     """
     path = Path(folder) / "config.json"
     raw = _read_json(path)
+    family = raw.get("model_type")
+    if family in FAMILIES:
+        raw = FAMILIES[family][1] | raw
     _refuse(raw, path)
     sizes = _read_sizes(raw, path)
     theta, scaling = _read_rope(raw, path)
-    family = raw["model_type"]
     # Qwen2 and Mistral ignore the key: the first always has these biases, the second never.
-    bias = family in ("qwen3", "llama") and bool(raw.get("attention_bias"))
+    bias = family not in ("qwen2", "mistral") and bool(raw.get("attention_bias"))
     dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
     try:
         return ModelConfig(
@@ -109,8 +137,11 @@ def read_config(folder) -> ModelConfig:
             tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
             attention_bias=bias or family == "qwen2",
             output_bias=bias,
-            mlp_bias=family == "llama" and bool(raw.get("mlp_bias")),
-            qk_norm=family == "qwen3",
+            mlp_bias=family in ("llama", "smollm3") and bool(raw.get("mlp_bias")),
+            qk_norm=family in ("qwen3", "olmo2"),
+            joint_qk_norm=family == "olmo2",
+            rotary_layers=_rotary_layers(raw, sizes["num_hidden_layers"]),
+            post_norm=family == "olmo2",
             dtype=str(dtype).removeprefix("torch."),
             raw=raw,
         )
@@ -124,18 +155,21 @@ def config_dict(config: ModelConfig) -> dict:
     Rotary settings and dtype are spelled as in version 4, which version 5 still reads.
     """
     defaults = {
-        "architectures": [f"{config.model_type.title()}ForCausalLM"],
+        "architectures": [FAMILIES[config.model_type][0]],
         "hidden_act": "silu",
         "sliding_window": None,
     }
     kept = {k: v for k, v in config.raw.items() if k not in ("rope_parameters", "dtype")}
     ours = {f.name: getattr(config, f.name) for f in fields(config)}
     ours["torch_dtype"] = config.dtype
-    implied = ["raw", "dtype", "output_bias", "qk_norm"]  # by other keys, or by the family
-    if config.model_type not in ("qwen3", "llama"):
-        implied += ["attention_bias", "mlp_bias"]
-    for name in implied:
+    # Implied by other keys, or by the family:
+    implied = ("raw", "dtype", "output_bias", "qk_norm", "joint_qk_norm", "post_norm")
+    for name in (*implied, "rotary_layers"):
         del ours[name]
+    if config.rotary_layers:
+        ours["no_rope_layers"] = [int(rotary) for rotary in config.rotary_layers]
+    if config.model_type in ("qwen2", "mistral"):
+        del ours["attention_bias"], ours["mlp_bias"]
     return defaults | kept | ours
 
 
@@ -156,9 +190,8 @@ def _refuse(raw: dict, path: Path) -> None:
     """Raise UserError for what would change the computation and is not implemented."""
     family = raw.get("model_type")
     experts = any(raw.get(k) for k in ("num_experts", "num_local_experts", "n_routed_experts"))
-    # The window of Qwen is off unless switched on. That of Mistral is on unless it is null, and
-    # 4096 where the key is missing.
-    window = raw.get("sliding_window", 4096)
+    # The window of Mistral is on unless it is null, that of others is off unless switched on.
+    window = raw.get("sliding_window")
     windowed = window if family == "mistral" else raw.get("use_sliding_window")
     kinds = set(raw.get("layer_types") or ())
     refused = {
@@ -214,6 +247,8 @@ def _read_rope(raw: dict, path: Path) -> tuple[float, dict | None]:
         )
     theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
     scaling = {key: rope.get(key) for key in ROPE_NUMBERS[kind]}
+    if kind == "yarn":
+        scaling |= {key: rope[key] for key in YARN_OPTIONS if rope.get(key) is not None}
     for key, value in {"rope_theta": theta, **scaling}.items():
         if not isinstance(value, (int, float)):
             raise UserError(
@@ -221,6 +256,16 @@ def _read_rope(raw: dict, path: Path) -> tuple[float, dict | None]:
                 "model"
             )
     return float(theta), {"rope_type": kind, **scaling} if scaling else None
+
+
+def _rotary_layers(raw: dict, n_layers: int) -> tuple[bool, ...] | None:
+    """no_rope_layers of SmolLM3, where 1 means a rotary layer; by default every fourth is none."""
+    if raw["model_type"] != "smollm3":
+        return None
+    interval = raw.get("no_rope_layer_interval") or 4
+    default = [(i + 1) % interval != 0 for i in range(n_layers)]
+    layers = raw.get("no_rope_layers") or default
+    return tuple(bool(rotary) for rotary in layers[:n_layers])
 
 
 # ---- weights, read

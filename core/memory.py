@@ -159,7 +159,8 @@ def weights_of(config: ModelConfig) -> tuple[int, int, int]:
     matrices = 2 * D * q + 2 * D * kv + 3 * D * inner
     biases = config.attention_bias * (q + 2 * kv)
     biases += config.output_bias * D + config.mlp_bias * (2 * inner + D)
-    norms = 2 * D + config.qk_norm * 2 * config.head_dim
+    qk_norms = q + kv if config.joint_qk_norm else 2 * config.head_dim
+    norms = 2 * D + config.qk_norm * qk_norms
     embeddings = config.vocab_size * D * (1 if config.tie_word_embeddings else 2)
     return matrices + biases + norms, matrices, embeddings + D
 
@@ -175,7 +176,8 @@ def block_bytes(config: ModelConfig, size: int, fused_norm: bool = True) -> int:
     q = H * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
     normed = 2 * D + config.qk_norm * (q + kv)
-    n_norms = 2 + config.qk_norm * (H + config.num_key_value_heads)
+    n_qk_norms = 2 if config.joint_qk_norm else H + config.num_key_value_heads
+    n_norms = 2 + config.qk_norm * n_qk_norms
     norm = normed * (size if fused_norm else 8) + 4 * n_norms  # their inputs, and 1 / rms
     attention = size * (D + q + 2 * kv + q) + 4 * H  # input, q, k, v, output, log-sum-exp
     mlp = size * (D + 2 * config.intermediate_size)  # input, gate, up

@@ -45,6 +45,7 @@ SHAPES = {
         mlp_bias=True,
     ),
 }
+SHAPES["olmo2"] = replace(SHAPES["qwen3"], model_type="olmo2", joint_qk_norm=True, post_norm=True)
 QWEN_7B = m.ModelConfig(
     vocab_size=152064,
     hidden_size=3584,

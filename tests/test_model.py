@@ -42,6 +42,17 @@ CONFIGS = {
         tie_word_embeddings=False,
         rope_scaling={"rope_type": "linear", "factor": 4.0},
     ),
+    "smollm3": m.ModelConfig(
+        **BASE, model_type="smollm3", attention_bias=False, rotary_layers=(True, False)
+    ),
+    "olmo2": m.ModelConfig(
+        **BASE,
+        model_type="olmo2",
+        attention_bias=False,
+        qk_norm=True,
+        joint_qk_norm=True,
+        post_norm=True,
+    ),
 }
 
 
@@ -99,28 +110,35 @@ def reference_hidden(model, ids, positions):
     x = w["model.embed_tokens.weight"][ids]
     for i in range(c.num_hidden_layers):
         a = f"model.layers.{i}.self_attn."
-        h = norm(x, f"model.layers.{i}.input_layernorm")
-        q, k, v = (
-            linear(h, a + s).unflatten(-1, (-1, K)) for s in ("q_proj", "k_proj", "v_proj")
-        )  # (T, heads, K)
-        if c.qk_norm:
-            q, k = norm(q, a + "q_norm"), norm(k, a + "k_norm")
+        h = x if c.post_norm else norm(x, f"model.layers.{i}.input_layernorm")
+        q, k, v = (linear(h, a + s) for s in ("q_proj", "k_proj", "v_proj"))  # (T, heads x K)
+        if c.qk_norm and c.joint_qk_norm:
+            q = norm(q, a + "q_norm")
+            k = norm(k, a + "k_norm")
+        q, k, v = (y.unflatten(-1, (-1, K)) for y in (q, k, v))  # (T, heads, K)
+        if c.qk_norm and not c.joint_qk_norm:
+            q = norm(q, a + "q_norm")
+            k = norm(k, a + "k_norm")
+        turned = turn if not c.rotary_layers or c.rotary_layers[i] else lambda x, p: x
         out = torch.zeros_like(q)
         for t in range(len(ids)):
             for head in range(c.num_attention_heads):
-                query = turn(q[t, head], positions[t])
+                query = turned(q[t, head], positions[t])
                 scores = (
-                    torch.stack([turn(k[s, head // n], positions[s]) @ query for s in range(t + 1)])
+                    torch.stack(
+                        [turned(k[s, head // n], positions[s]) @ query for s in range(t + 1)]
+                    )
                     / K**0.5
                 )
                 out[t, head] = scores.softmax(0) @ v[: t + 1, head // n]
-        x = x + linear(out.flatten(1), a + "o_proj")
-        h = norm(x, f"model.layers.{i}.post_attention_layernorm")
+        y = linear(out.flatten(1), a + "o_proj")
+        middle = f"model.layers.{i}.post_attention_layernorm"
+        x = x + (norm(y, middle) if c.post_norm else y)
+        h = x if c.post_norm else norm(x, middle)
         gate = linear(h, f"model.layers.{i}.mlp.gate_proj")
-        x = x + linear(
-            gate * gate.sigmoid() * linear(h, f"model.layers.{i}.mlp.up_proj"),
-            f"model.layers.{i}.mlp.down_proj",
-        )
+        up = linear(h, f"model.layers.{i}.mlp.up_proj")
+        y = linear(gate * gate.sigmoid() * up, f"model.layers.{i}.mlp.down_proj")
+        x = x + (norm(y, f"model.layers.{i}.post_feedforward_layernorm") if c.post_norm else y)
     return norm(x, "model.norm")
 
 
@@ -147,6 +165,16 @@ def test_rotary_frequencies_follow_their_published_formulas(scaling):
     config = m.ModelConfig(**BASE, head_dim=64, rope_theta=5e5, rope_scaling=scaling)
     expected = torch.tensor([reference_frequency(config, i) for i in range(32)])
     torch.testing.assert_close(rope.rope_frequencies(config), expected, atol=0, rtol=1e-5)
+
+
+def test_dynamic_frequencies_change_only_beyond_the_positions_of_the_pretraining():
+    scaling = {"rope_type": "dynamic", "factor": 4.0}
+    config = m.ModelConfig(**BASE, max_position_embeddings=16, rope_scaling=scaling)
+    plain = m.init_model(replace(config, rope_scaling=None), 0)
+    dynamic = m.init_model(config, 0)
+    ids = random_ids(2, 17)
+    assert torch.equal(dynamic(ids[:, :16]), plain(ids[:, :16]))
+    assert not torch.equal(dynamic(ids), plain(ids))
 
 
 def test_parameters_have_hugging_face_names_and_a_tied_head_is_the_embedding():
@@ -473,6 +501,14 @@ SHAPE = dict(
     pad_token_id=0,
 )
 SCALED = {**LLAMA3, "factor": 32.0, "original_max_position_embeddings": 64}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+YARN_OPTIONS = {
+    "beta_fast": 16.0,
+    "beta_slow": 2.0,
+    "mscale": 1.5,
+    "mscale_all_dim": 0.5,
+    "truncate": False,
+}
 PEERS = {  # name: (config class, what differs from SHAPE, old spelling of config.json, shard size)
     "qwen2.5": ("Qwen2Config", dict(rope_theta=1e6, tie_word_embeddings=True), True, "1GB"),
     "qwen2.5-untied-sharded": (
@@ -528,6 +564,64 @@ PEERS = {  # name: (config class, what differs from SHAPE, old spelling of confi
         ),
         True,
         "1GB",
+    ),
+    "qwen2.5-yarn": (
+        "Qwen2Config",
+        dict(rope_theta=1e6, rope_scaling=YARN, max_position_embeddings=256),
+        True,
+        "1GB",
+    ),
+    "qwen3-yarn": (
+        "Qwen3Config",
+        dict(head_dim=32, rope_theta=1e4, rope_scaling={**YARN, **YARN_OPTIONS}),
+        False,
+        "1GB",
+    ),
+    "llama-dynamic": (
+        "LlamaConfig",
+        dict(rope_scaling={"rope_type": "dynamic", "factor": 4.0}, rope_theta=1e4, head_dim=24),
+        True,
+        "1GB",
+    ),
+    "mistral-dynamic": (
+        "MistralConfig",
+        dict(
+            rope_scaling={"rope_type": "dynamic", "factor": 2.0},
+            sliding_window=None,
+            max_position_embeddings=20,  # the greedy tokens pass it
+        ),
+        False,
+        "1GB",
+    ),
+    "olmo2": (
+        "Olmo2Config",
+        dict(rope_theta=5e5, tie_word_embeddings=False, num_key_value_heads=4),
+        True,
+        "60KB",
+    ),
+    "olmo2-bias-tied-yarn": (
+        "Olmo2Config",
+        dict(rope_scaling=YARN, tie_word_embeddings=True, attention_bias=True),
+        False,
+        "1GB",
+    ),
+    "smollm3": (
+        "SmolLM3Config",
+        dict(tie_word_embeddings=True, num_hidden_layers=5),
+        False,
+        "1GB",
+    ),
+    "smollm3-biases-untied": (
+        "SmolLM3Config",
+        dict(
+            no_rope_layers=[1, 0, 1],
+            tie_word_embeddings=False,
+            attention_bias=True,
+            mlp_bias=True,
+            rope_theta=5e4,
+        ),
+        True,
+        "60KB",
     ),
     "mistral": (
         "MistralConfig",
