@@ -94,14 +94,23 @@ def prompt_text(row: dict) -> str | None:
 
 
 def golds_of(row: dict) -> list[str]:
-    """The right answers of a row, any of which counts; [] where there is none.
+    """The right answers of a row, of which any counts. Raises UserError where there is none.
 
     Of a worked solution: its last box, or what follows ####.
     """
+    found = _golds(row)
+    if not found:
+        raise UserError(f"no gold answer (found: {sorted(row)}); add a column answer")
+    return found
+
+
+def _golds(row: dict) -> list[str]:
+    """golds_of(), [] where there is none."""
     column, texts = rows.golds(row)
     found = []
     for text in texts:
-        gold = verify.boxed(text) or text.split("####")[-1].strip()
+        boxed = verify.boxed(text)
+        gold = text.split("####")[-1].strip() if boxed is None else boxed
         worked = column == "solution" and gold == text.strip() and len(text.split()) > LONG_TEXT
         if gold and not worked:
             found.append(gold)
@@ -275,7 +284,7 @@ def _problem_texts(row, tokenizer, notes: Notes, needs_gold: bool) -> list[tuple
     if _no_question(reading):
         notes.drop("an empty prompt")
         return []
-    if needs_gold and not golds_of(row):
+    if needs_gold and not _golds(row):
         notes.drop("no answer in their gold column (empty, null, proof)")
         return []
     if _no_answer(reading):
@@ -308,7 +317,7 @@ def problems(
         elif not ids:
             notes.drop("no tokens in their prompt")
         else:
-            gold = " | ".join(golds_of(row)) if needs_gold else ""
+            gold = " | ".join(_golds(row)) if needs_gold else ""
             demonstration = [*expert[0], tokenizer.eos] if expert else None
             question = prompt_text(row) or ""
             found.append(Problem(question, ids, gold, row, demonstration, _opened(text)))
