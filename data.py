@@ -170,18 +170,6 @@ def _texts(reading: Reading, tokenizer: Tokenizer, notes: Notes) -> list[tuple[s
     return [(prompt, start), (_response(reading, prompt, tokenizer, notes), False)]
 
 
-def _no_question(reading: Reading) -> bool:
-    """Is there nothing that the user asks?"""
-    asked = [turn for turn in reading.turns if turn["role"] == "user"] or reading.turns
-    return not asked or not asked[-1].get("content", "").strip()
-
-
-def _no_answer(reading: Reading) -> bool:
-    """Is the assistant's turn empty?"""
-    answer = reading.answer or {}
-    return not answer.get("content", "").strip() and "tool_calls" not in answer
-
-
 def _tokenized(
     path: str, tokenizer: Tokenizer, texts_of: Callable
 ) -> Iterator[tuple[dict, list, list[list[int]]]]:
@@ -221,10 +209,10 @@ def _example_texts(row: dict, tokenizer: Tokenizer, notes: Notes) -> list[tuple[
                 f"(found: {sorted(row)})"
             )
     notes.of(row, reading)
-    if _no_question(reading):
+    if reading.asks_nothing:
         notes.drop("an empty prompt")
         return []
-    if _no_answer(reading):
+    if reading.answers_nothing:
         notes.drop("an empty response")
         return []
     return _texts(reading, tokenizer, notes)
@@ -281,13 +269,13 @@ def _problem_texts(row, tokenizer, notes: Notes, needs_gold: bool) -> list[tuple
         missing = "prompt" if reading is None else "answer"
         raise UserError(f'no "{missing}"; a problem needs prompt and answer (found: {sorted(row)})')
     notes.of(row, reading)
-    if _no_question(reading):
+    if reading.asks_nothing:
         notes.drop("an empty prompt")
         return []
     if needs_gold and not _golds(row):
         notes.drop("no answer in their gold column (empty, null, proof)")
         return []
-    if _no_answer(reading):
+    if reading.answers_nothing:
         return [_prompt(reading, tokenizer)]
     return _texts(reading, tokenizer, notes)
 

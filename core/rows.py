@@ -66,6 +66,18 @@ class Reading(NamedTuple):
         """The text of the last turn."""
         return self.turns[-1].get("content", "") if self.turns else ""
 
+    @property
+    def asks_nothing(self) -> bool:
+        """Is the last user turn empty?"""
+        asked = [turn for turn in self.turns if turn["role"] == "user"] or self.turns
+        return not asked or not asked[-1].get("content", "").strip()
+
+    @property
+    def answers_nothing(self) -> bool:
+        """Is there no answer, or one without text and calls?"""
+        answer = self.answer or {}
+        return not answer.get("content", "").strip() and "tool_calls" not in answer
+
 
 # ------------------------------------------------------------------------------------------ files
 def read_rows(path: str | Path) -> list[dict]:

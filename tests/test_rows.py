@@ -2,13 +2,14 @@
 
 import json
 
+import published
 import pytest
 import tokenizers
 from chat_folders import FAMILIES, byte_level, write_family, write_folder
 
 import data
 from core.errors import UserError
-from tasks import math, text
+from tasks import countdown, math, text
 
 ASK = data.INSTRUCTION
 
@@ -631,3 +632,53 @@ def test_the_number_of_distinct_prompts_is_said(read, capsys):
     row = {"prompt": "Q", "answer": "3"}
     read("none").problems(row, row, {"prompt": "R", "answer": "3"})
     assert "3 problems, 2 distinct prompts" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------- published data sets
+@pytest.mark.parametrize("name", published.ROWS)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_rows_of_published_data_sets_are_read_as_documented(models, tmp_path, capsys, name, kind):
+    row, prompt, response, gold, unused = published.ROWS[name]
+    path = write(tmp_path / "a.jsonl", row)
+    if kind == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        path = str(tmp_path / "a.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    tokenizer = models["none"]
+    if response is None:
+        with pytest.raises(UserError, match="no prompt and response"):
+            data.sft_examples(path, tokenizer, 999)
+    else:
+        (example,), _ = data.sft_examples(path, tokenizer, 999)
+        assert tokenizer.decode(example.prompt) == prompt
+        assert tokenizer.decode(example.response) == response
+        told = capsys.readouterr().out
+        assert unused in told if unused else "not used" not in told
+    if gold is None:
+        with pytest.raises(UserError, match='no "answer"|no problem left'):
+            data.problems(path, tokenizer, 999)
+        return
+    (problem,), _ = data.problems(path, tokenizer, 999)
+    assert tokenizer.decode(problem.prompt) == prompt and problem.gold == gold
+    assert math.reward("so \\boxed{3}", problem.row).correct
+    assert not math.reward("so \\boxed{98}", problem.row).correct
+    if problem.expert is not None:
+        assert tokenizer.decode(problem.expert) == response
+    else:
+        assert response in (None, row.get("answer"), row.get("solution"))
+
+
+def test_countdown_as_tinyzero_publishes_it_is_scored_by_its_own_reward(read):
+    row = published.COUNTDOWN
+    (problem,) = read("none").problems(row, needs_gold=False, reads=countdown.COLUMNS)
+    assert problem.row == row and problem.expert is None
+    assert countdown.reward("\\boxed{44 + 19 + 35}", problem.row).correct
+    assert not countdown.reward("\\boxed{98}", problem.row).correct
+    with pytest.raises(UserError, match="rows.jsonl:1: the gold answer in reward_model is a dict"):
+        read("none").problems(row)
+
+
+def test_a_row_of_nums_and_target_alone_is_refused_with_its_columns(read):
+    with pytest.raises(UserError, match=r"no \"prompt\".*nums.*target"):
+        read("none").problems({"nums": [44, 19, 35], "target": 98})
