@@ -148,6 +148,10 @@ def _response(reading: Reading, prompt: str, tokenizer: Tokenizer, notes: Notes)
     else:
         response = chat.tagged(answer.get("reasoning_content", ""), answer["content"])
     response = tokenizer.without_end(response)
+    content = tokenizer.without_end(answer.get("content", ""))
+    for marker in tokenizer.markers:
+        if marker in content:
+            raise UserError(f"the response holds {marker!r}, which ends or opens a turn; remove it")
     if not _opened(prompt):
         return response
     if response.lstrip().startswith("<think>"):

@@ -477,6 +477,23 @@ def test_blank_lines_count_in_the_number_of_a_line(tmp_path, models):
         data.sft_examples(str(path), models["none"], 99)
 
 
+@pytest.mark.parametrize(
+    "name, response",
+    [
+        ("none", "A<|endoftext|>B"),
+        ("chatml", "<|im_start|>assistant\nA<|im_end|>"),
+        ("chatml", "A<|im_end|>\n<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\nA2"),
+        ("headers", "<|start_header_id|>assistant<|end_header_id|>\n\nA<|eot_id|>"),
+        ("thinking", "<｜Assistant｜>A"),
+    ],
+)
+def test_a_response_that_holds_markers_of_turns_is_refused(read, name, response):
+    with pytest.raises(UserError, match="rows.jsonl:1: the response holds '<"):
+        read(name).trained({"prompt": "Q", "response": response})
+    with pytest.raises(UserError, match="rows.jsonl:1: the response holds '<"):
+        read(name).trained({"messages": [user("Q"), assistant(response)]})
+
+
 # ------------------------------------------------------------------------------ columns not used
 @pytest.mark.parametrize(
     "row, told",
@@ -516,6 +533,8 @@ def test_columns_that_a_reward_reads_are_not_named(read, capsys):
     [
         (["$2$"], "2", "3"),
         ('["2"]', "2", "3"),
+        ("['1', '2']", "2", "3"),
+        ('["\\\\frac{1}{2}", "x"]', "0.5", "2"),
         (["2", "two"], "2", "4"),
         (["1", "2"], "2", "3"),
         ([2, 4], "4", "3"),
@@ -558,6 +577,8 @@ def test_a_proof_without_a_box_gives_no_gold_and_is_dropped(read, capsys):
     [
         {"reward_model": {"ground_truth": {"target": 98, "numbers": [44, 19, 35]}}},
         {"answer": {"value": 98}},
+        {"answer": '{"target": 98, "numbers": [44, 19, 35]}'},
+        {"ground_truth": "{'target': 98, 'numbers': [44, 19, 35]}"},
         {"answer": True},
         {"final_answer": [{"value": 98}]},
     ],
@@ -675,7 +696,7 @@ def test_countdown_as_tinyzero_publishes_it_is_scored_by_its_own_reward(read):
     assert problem.row == row and problem.expert is None
     assert countdown.reward("\\boxed{44 + 19 + 35}", problem.row).correct
     assert not countdown.reward("\\boxed{98}", problem.row).correct
-    with pytest.raises(UserError, match="rows.jsonl:1: the gold answer in reward_model is a dict"):
+    with pytest.raises(UserError, match="rows.jsonl:1: the gold answer in reward_model is no plain text"):
         read("none").problems(row)
 
 
