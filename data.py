@@ -95,14 +95,23 @@ def prompt_text(row: dict) -> str | None:
 
 
 def golds_of(row: dict) -> list[str]:
-    """The right answers of a row, any of which counts; [] where there is none.
+    """The right answers of a row, of which any counts. Raises UserError where there is none.
 
     Of a worked solution: its last box, or what follows ####.
     """
+    found = _golds(row)
+    if not found:
+        raise UserError(f"no gold answer (found: {sorted(row)}); add a column answer")
+    return found
+
+
+def _golds(row: dict) -> list[str]:
+    """golds_of(), [] where there is none."""
     column, texts = rows.golds(row)
     found = []
     for text in texts:
-        gold = verify.boxed(text) or text.split("####")[-1].strip()
+        boxed = verify.boxed(text)
+        gold = text.split("####")[-1].strip() if boxed is None else boxed
         worked = column == "solution" and gold == text.strip() and len(text.split()) > LONG_TEXT
         if gold and not worked:
             found.append(gold)
@@ -140,6 +149,10 @@ def _response(reading: Reading, prompt: str, tokenizer: Tokenizer, notes: Notes)
     else:
         response = chat.tagged(answer.get("reasoning_content", ""), answer["content"])
     response = tokenizer.without_end(response)
+    content = tokenizer.without_end(answer.get("content", ""))
+    for marker in tokenizer.markers:
+        if marker in content:
+            raise UserError(f"the response holds {marker!r}, which ends or opens a turn; remove it")
     if not _opened(prompt):
         return response
     if response.lstrip().startswith("<think>"):
@@ -160,18 +173,6 @@ def _texts(reading: Reading, tokenizer: Tokenizer, notes: Notes) -> list[tuple[s
     """Prompt and response as the model reads them, each as (text, start) for encode."""
     prompt, start = _prompt(reading, tokenizer)
     return [(prompt, start), (_response(reading, prompt, tokenizer, notes), False)]
-
-
-def _no_question(reading: Reading) -> bool:
-    """Is there nothing that the user asks?"""
-    asked = [turn for turn in reading.turns if turn["role"] == "user"] or reading.turns
-    return not asked or not asked[-1].get("content", "").strip()
-
-
-def _no_answer(reading: Reading) -> bool:
-    """Is the assistant's turn empty?"""
-    answer = reading.answer or {}
-    return not answer.get("content", "").strip() and "tool_calls" not in answer
 
 
 def _tokenized(
@@ -213,10 +214,10 @@ def _example_texts(row: dict, tokenizer: Tokenizer, notes: Notes) -> list[tuple[
                 f"(found: {sorted(row)})"
             )
     notes.of(row, reading)
-    if _no_question(reading):
+    if reading.asks_nothing:
         notes.drop("an empty prompt")
         return []
-    if _no_answer(reading):
+    if reading.answers_nothing:
         notes.drop("an empty response")
         return []
     return _texts(reading, tokenizer, notes)
@@ -273,13 +274,13 @@ def _problem_texts(row, tokenizer, notes: Notes, needs_gold: bool) -> list[tuple
         missing = "prompt" if reading is None else "answer"
         raise UserError(f'no "{missing}"; a problem needs prompt and answer (found: {sorted(row)})')
     notes.of(row, reading)
-    if _no_question(reading):
+    if reading.asks_nothing:
         notes.drop("an empty prompt")
         return []
-    if needs_gold and not golds_of(row):
+    if needs_gold and not _golds(row):
         notes.drop("no answer in their gold column (empty, null, proof)")
         return []
-    if _no_answer(reading):
+    if reading.answers_nothing:
         return [_prompt(reading, tokenizer)]
     return _texts(reading, tokenizer, notes)
 
@@ -309,7 +310,7 @@ def problems(
         elif not ids:
             notes.drop("no tokens in their prompt")
         else:
-            gold = " | ".join(golds_of(row)) if needs_gold else ""
+            gold = " | ".join(_golds(row)) if needs_gold else ""
             demonstration = [*expert[0], tokenizer.eos] if expert else None
             question = prompt_text(row) or ""
             found.append(Problem(question, ids, gold, row, demonstration, _opened(text)))

@@ -174,15 +174,30 @@ class Template:
 
         Raises UserError where the template fails, leaves out a tool or a call.
         """
-        import jinja2
-
         name = "tool_use" if tools and "tool_use" in self.sources else "default"
         if name not in self.sources:
             name = next(iter(self.sources))
+        text = self._write(name, messages, tools, opened)
+        if tools and text == self._write(name, messages, None, opened):
+            raise UserError(
+                "the chat template does not write the tools; take a model whose template knows "
+                "tools, or rows without them"
+            )
+        for function in call_names(messages):
+            if function not in text:
+                raise UserError(
+                    f"the chat template does not write the call of {function!r}; take a model "
+                    "whose template knows tools, or rows without them"
+                )
+        return text
+
+    def _write(self, name: str, messages: list[dict], tools: list[dict] | None, opened) -> str:
+        import jinja2
+
         if name not in self._compiled:
             self._compiled[name] = compile_template(self.sources[name])
         try:
-            text = self._compiled[name].render(
+            return self._compiled[name].render(
                 messages=messages,
                 tools=tools,
                 documents=None,
@@ -194,14 +209,6 @@ class Template:
                 f"chat template failed: {str(error)[:200]}; check tokenizer_config.json's "
                 "chat_template and the messages' roles"
             ) from None
-        expected = [tool.get("function", tool).get("name", "") for tool in tools or ()]
-        for name in expected + call_names(messages):
-            if name not in text:
-                raise UserError(
-                    f"the chat template does not write the tool {name!r}; "
-                    "take a model whose template knows tools, or rows without them"
-                )
-        return text
 
     def answer(self, messages: list[dict], answer: dict, tools: list[dict] | None = None) -> str:
         """The assistant's turn as the template writes it behind the opened prompt, without its end.
@@ -248,8 +255,9 @@ class Template:
         before, behind = (text.strip() for text in self.around)
         bos = self.specials.get("bos_token", "")
         start = before.removeprefix(bos).strip()
-        if start and behind and prompt.removeprefix(bos).strip().startswith(start):
-            return behind in prompt
+        begins = start and prompt.removeprefix(bos).strip().startswith(start)
+        if begins and behind and behind in prompt:
+            return True
         for token in special_tokens:
             if token not in before + behind or token not in prompt:
                 continue

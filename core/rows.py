@@ -7,8 +7,10 @@ A row is understood whole or refused: what would change its meaning is read or r
 caller says which other columns were not used. Null columns are absent columns.
 """
 
+import ast
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -65,6 +67,18 @@ class Reading(NamedTuple):
     def question(self) -> str:
         """The text of the last turn."""
         return self.turns[-1].get("content", "") if self.turns else ""
+
+    @property
+    def asks_nothing(self) -> bool:
+        """Is the last user turn empty?"""
+        asked = [turn for turn in self.turns if turn["role"] == "user"] or self.turns
+        return not asked or not asked[-1].get("content", "").strip()
+
+    @property
+    def answers_nothing(self) -> bool:
+        """Is there no answer, or one without text and calls?"""
+        answer = self.answer or {}
+        return not answer.get("content", "").strip() and "tool_calls" not in answer
 
 
 # ------------------------------------------------------------------------------------------ files
@@ -276,7 +290,19 @@ def not_used(row: dict, reading: Reading) -> set[str]:
 
 
 # ------------------------------------------------------------------------------------------- gold
+LISTED = re.compile(r"\s*\[\s*['\"]")  # Skywork: a list as text, ["2"]
+OBJECT = re.compile(r"\s*\{\s*['\"]\w+['\"]\s*:")  # an object as text, {"target": 98}
 NO_ANSWERS = {"", "proof", "none", "null", "nan", "n/a", "notfound", "not found"}
+
+
+def _listed(value: str):
+    """The list that a text writes, as JSON or as Python does; the text where it is none."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(value)
+        except (ValueError, SyntaxError):
+            continue
+    return value
 
 
 def golds(row: dict) -> tuple[str, list[str]]:
@@ -288,19 +314,17 @@ def golds(row: dict) -> tuple[str, list[str]]:
     if value is None:
         names = [name.split(".")[0] for name in GOLD]
         return next((name for name in names if name in row), ""), []
-    if isinstance(value, str) and value.strip().startswith('["'):  # Skywork: a list as JSON text
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            pass
+    if isinstance(value, str) and LISTED.match(value):
+        value = _listed(value)
     texts = []
     for item in value if isinstance(value, list) else [value]:
         if item is None or isinstance(item, float) and math.isnan(item):
             continue
-        if isinstance(item, bool) or not isinstance(item, (str, int, float)):
+        text_of_object = isinstance(item, str) and OBJECT.match(item)
+        if isinstance(item, bool) or not isinstance(item, (str, int, float)) or text_of_object:
             raise UserError(
-                f"the gold answer in {column} is a {type(item).__name__} ({str(item)[:60]}); "
-                "write it as text, or score it with a reward function of your own"
+                f"the gold answer in {column} is no plain text ({type(item).__name__}: "
+                f"{str(item)[:60]}); write it as text, or use a reward function of your own"
             )
         if str(item).strip().lower() not in NO_ANSWERS:
             texts.append(str(item))

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+from functools import cached_property
 from pathlib import Path
 
 from core import files
@@ -66,10 +67,9 @@ class Tokenizer:
         self._hidden = set()  # special tokens that decode leaves out
         self.special_tokens = []
         for id, token in self.backend.get_added_tokens_decoder().items():
-            if token.special:
+            if token.special and not TAGS.fullmatch(token.content):
                 self.special_tokens.append(token.content)
-                if not TAGS.fullmatch(token.content):
-                    self._hidden.add(id)
+                self._hidden.add(id)
         sources = template_sources(self.folder, settings)
         self.template = Template(sources, self.specials) if sources else None
 
@@ -175,6 +175,12 @@ class Tokenizer:
         while self.eos_text and text.rstrip().endswith(self.eos_text):
             text = text.rstrip().removesuffix(self.eos_text)
         return text
+
+    @cached_property
+    def markers(self) -> list[str]:
+        """Special tokens that a response must not hold: EOS, and what the template writes."""
+        written = self.eos_text + "".join(self.template.around if self.template else ())
+        return [token for token in self.special_tokens if token in written]
 
 
 def read_json(path: Path) -> dict:

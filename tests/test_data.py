@@ -1,7 +1,6 @@
 """Rows to ids, masks and batches: what is trained, what is dropped, in which order."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -342,71 +341,6 @@ def test_a_thinking_tag_that_the_template_opens_is_not_written_twice(small, tmp_
 def test_a_broken_or_hostile_template_is_one_clear_error(small, tmp_path, template, message):
     with pytest.raises(ValueError, match=message):
         prompt_of("Make 3", chat_folder(small, tmp_path, template))
-
-
-CHATML = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe helpful.<|im_end|>\n' }}"
-    "{% endif %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-HEADERS = (
-    "{{- bos_token }}\n{%- for message in messages %}\n    {%- if message.role not in ['user', 'assistant', 'system'] %}\n"
-    "        {{- raise_exception('unknown role') }}\n    {%- endif %}\n"
-    "    {{- '<|start|>' + message['role'] + '<|end|>\n\n' + message['content'] | trim + '<|im_end|>' }}\n{%- endfor %}\n"
-    "{%- if add_generation_prompt %}\n    {{- '<|start|>assistant<|end|>\n\n' }}\n{%- endif %}\n"
-)
-
-
-@pytest.mark.parametrize("template", [CHATML, HEADERS])
-def test_templates_and_ids_equal_those_of_transformers(small, tmp_path, template):
-    transformers = pytest.importorskip("transformers")
-    import tokenizers
-
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer, backend.decoder = (
-        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
-        tokenizers.decoders.ByteLevel(),
-    )
-    text = [path.read_text() for path in sorted(Path(data.__file__).parent.glob("*.py"))]
-    special = ["<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>", "<|bos|>"]
-    backend.train_from_iterator(
-        text,
-        tokenizers.trainers.BpeTrainer(
-            vocab_size=600,
-            special_tokens=special,
-            show_progress=False,
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        ),
-    )
-    theirs = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        bos_token="<|bos|>",
-        chat_template=template,
-    )
-    theirs.save_pretrained(tmp_path)
-    ours = data.Tokenizer(tmp_path)
-    for n in range(20):
-        messages = [
-            {
-                "role": "user",
-                "content": text[n % len(text)][n * 50 : n * 50 + 40 + 7 * n] + " é 漢字 🙂",
-            }
-        ]
-        if n % 3:
-            messages = [
-                {"role": "system", "content": f"Rule {n}"},
-                *messages,
-                {"role": "assistant", "content": " ok\n"},
-                *messages,
-            ]
-        rendered, start = prompt_of(messages, ours)
-        (ids,) = ours.encode([(rendered, start)])
-        assert rendered == theirs.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False
-        )
-        assert ids == theirs(rendered, add_special_tokens=False)["input_ids"]
-        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
 def test_parquet_rows_are_read_as_json_rows_are(small, tmp_path):
