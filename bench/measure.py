@@ -24,6 +24,7 @@ from core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / "bench" / "peers"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPES = {  # D, layers, query heads, key heads, inner width, V
     "tiny": (128, 3, 4, 2, 384, 160),

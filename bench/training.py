@@ -166,8 +166,7 @@ def run_peer(script: str, cfg: Training, flags: list[str], folder: Path) -> dict
 def add_mfu(cfg: Training, result: dict) -> None:
     """MFU in place of the FLOPs: their share of the best matrix product of the same type here."""
     torch.set_num_threads(cfg.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    peak = measure.matmul_peak(measure.DTYPES[cfg.dtype], device)
+    peak = measure.matmul_peak(measure.DTYPES[cfg.dtype], measure.DEVICE)
     result["mfu"] = result.pop("flops") / result["seconds"] / peak
     result["matmul_gflops"] = peak / 1e9
 

@@ -8,7 +8,7 @@ import pytest
 
 import data
 from bench import __main__ as bench
-from bench import measure, rl, rollout, sft, training
+from bench import gpu, measure, rl, rollout, sft, training
 
 
 def last_json(capsys) -> dict:
@@ -61,13 +61,14 @@ def test_each_side_counts_at_its_best_and_the_ratios_are_ours_over_theirs():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["sampler"], "error: sampler to measure; give one of: rollout, sft, rl"),
+        (["sampler"], "error: sampler to measure; give one of: rollout, sft, rl, gpu"),
         (["rollout", "--batches", "8,x"], "error: --batches 8,x: give numbers"),
         (["rollout", "--group", "0"], "error: --group is 0; it must be above 0"),
         (
             ["sft", "--model", "tiny", "--repeats", "1", "--flags=--nonsense"],
             "error: --nonsense: no such flag",
         ),
+        (["gpu", "--part", "x"], "error: --part x: give one of: checks, machine, sft"),
         (["rollout", "--model", "nowhere"], "error: --model nowhere: neither a shape"),
         (
             ["rollout", "--peer", "--model", "tiny", "--peer-python", "/nowhere/python"],
@@ -119,6 +120,35 @@ def test_a_step_of_rl_is_split_into_its_parts(capsys):
     assert found["tokens"] <= 24
     assert min(found["sample_s"], found["score_s"], found["update_s"]) > 0
     assert found["seconds"] >= sum(found[part] for part in rl.PARTS)
+
+
+@pytest.mark.parametrize("part", ["checks", "machine", "sft", "sampler", "rl"])
+def test_every_part_of_the_gpu_run_measures_on_a_cpu_too(part, capsys):
+    gpu.run_part(part)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["case"] for row in rows] == list(gpu.PARTS[part]())
+    for row in rows:
+        assert "error" not in row
+        assert row["part"] == part
+        assert row.get("ok", True)
+
+
+def test_a_part_that_takes_too_long_or_a_case_that_fails_is_a_row_and_the_rest_goes_on(
+    monkeypatch, capsys
+):
+    def fails():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setitem(gpu.PARTS, "machine", lambda: {"bad": fails, "good": lambda: {"x": 1.0}})
+    gpu.run_part("machine")
+    bad, good = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert bad["error"] == "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert good["x"] == 1.0
+    gpu.main(gpu.Config(minutes=0.02))
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["part"] for row in found["rows"]] == list(gpu.PARTS)
+    assert found["failed"] == len(found["rows"])
+    assert all(row["error"].startswith("stopped after") for row in found["rows"])
 
 
 @pytest.mark.parametrize("script", sorted(measure.PEERS.glob("*.py")), ids=lambda p: p.name)
