@@ -433,8 +433,14 @@ def evaluate_now(cfg: Config, run: Run, step: int, policy, problems: list) -> No
         flush=True,
     )
     run.prune({max(run.of_kind("eval"), key=lambda row: row["pass1"])["step"]})
-    enough = cfg.until_share and (fit.share_low or 0.0) >= cfg.until_share
-    if ranks.any_of(enough):
+
+
+def end_if_reached(cfg: Config, run: Run, step: int) -> None:
+    """--until-share: end the run where an evaluation says so, one made before a resume included."""
+    if not cfg.until_share or step % cfg.eval_every:
+        return
+    share = fit_so_far(run).share_low or 0.0
+    if ranks.any_of(share >= cfg.until_share):
         print(f"--until-share {cfg.until_share}: surely reached at step {step}")
         run.end()
 
@@ -524,6 +530,7 @@ def main(cfg: Config) -> None:
         run.checkpoint(step)
         if run.due(step, "eval"):
             evaluate_now(cfg, run, step, policy, val)
+        end_if_reached(cfg, run, step)
         if run.over(step):
             break
 
