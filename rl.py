@@ -319,18 +319,26 @@ def evaluate_now(cfg: Config, run: Run, step: int, policy, problems: list) -> No
     summary, records = evaluate.evaluate(policy, problems, cfg.eval_n, sampling)
     run.log(step, "eval", **summary)
     run.log_samples(step, [{**record, "kind": "eval"} for record in records[:8]])
-    points = run.of_kind("eval")
-    flops = [point["flops"] for point in points]
-    fit = ceiling.fit(flops, [p["pass1"] for p in points], n=[p["n"] for p in points])
+    fit = fit_so_far(run)
     print(
         f"step {step:4d}  pass@1 {summary['pass1']:.1f} (se {summary['pass1_se']:.1f})  "
         f"length {summary['length']:.0f}  cut {summary['truncated']:.1f}%  {fit.describe()}",
         flush=True,
     )
-    run.prune({max(points, key=lambda point: point["pass1"])["step"]})
-    if ranks.any_of(cfg.until_share and (fit.share_low or 0.0) >= cfg.until_share):
+    run.prune({evaluate.best_step(run.of_kind("eval"), run.saved())[0]})
+
+
+def end_if_reached(cfg: Config, run: Run, step: int) -> None:
+    """--until-share: end the run where its evaluations say so, also those made before a resume."""
+    if cfg.until_share and ranks.any_of((fit_so_far(run).share_low or 0.0) >= cfg.until_share):
         print(f"--until-share {cfg.until_share}: surely reached at step {step}")
         run.end()
+
+
+def fit_so_far(run: Run) -> ceiling.CeilingFit:
+    points = run.of_kind("eval")
+    flops = [point["flops"] for point in points]
+    return ceiling.fit(flops, [p["pass1"] for p in points], n=[p["n"] for p in points])
 
 
 # ---- the script ----------------------------------------------------------------------------------
@@ -406,6 +414,8 @@ def main(cfg: Config) -> None:
         run.checkpoint(step)
         if run.due(step, "eval"):
             evaluate_now(cfg, run, step, policy, val)
+        if step % cfg.eval_every == 0:
+            end_if_reached(cfg, run, step)
         if run.over(step):
             break
 
