@@ -29,6 +29,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the flags")
 
 
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """One line per flag."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=25, width=119)
+
+    def _format_action_invocation(self, action) -> str:
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return action.option_strings[0]  # --x; that --no-x exists is said once
+        return super()._format_action_invocation(action)
+
+
 def parse(Config, argv: list[str] | None = None, preset=None, options=None):
     """The Config of a command line.
 
@@ -45,13 +57,14 @@ def parse(Config, argv: list[str] | None = None, preset=None, options=None):
         usage=f"python {os.path.basename(sys.argv[0])} [--flag value ...]",
         description=inspect.getdoc(sys.modules[Config.__module__]),
         allow_abbrev=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 28, 110),
+        formatter_class=Formatter,
     )
     Options = None
     if options:
         flag, load = options
         Options = load(peek(argv, flag, saved.get(flag, getattr(Config, flag))))
-    add_flags(parser, Config, getattr(Options, "settings", {}))
+    flags = parser.add_argument_group("flags (default in brackets; --no-x switches x off)")
+    add_flags(flags, Config, getattr(Options, "settings", {}))
     if Options:
         add_flags(parser.add_argument_group("options of this --algo"), Options)
     known, unknown = parser.parse_known_args(argv)
@@ -138,7 +151,10 @@ def add_flags(parser, Config, defaults: dict | None = None) -> None:
         else:
             settings |= {"type": kind, "metavar": kind.__name__.upper()}
         default = (defaults or {}).get(field.name, field.default)
-        text = f"{comments.get(field.name, '')} ({'none' if default is None else default!r})"
+        text = comments.get(field.name, "")
+        if "choices" in settings:
+            text += f": {', '.join(choice or 'none' for choice in settings['choices'])}"
+        text += f" ({'none' if default is None else default!r})"
         flag = "--" + field.name.replace("_", "-")
         text = text.replace("%", "%%")
         parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **settings)
