@@ -79,6 +79,9 @@ class Notes:
     def drop(self, why: str) -> None:
         self.counts[f"rows with {why} dropped"] += 1
 
+    def dropped(self) -> str:
+        return ", ".join(f"{n} {text}" for text, n in self.counts.items() if "dropped" in text)
+
     def print(self) -> None:
         for text, n in self.counts.items():
             print(f"{self.path}: {n} {text}")
@@ -242,11 +245,10 @@ def sft_examples(
             notes.drop("no tokens in prompt or response")
         else:
             examples.append(example)
-    notes.print()
     if not examples:
-        raise UserError(
-            f"{path}: no example left, {n_long} are longer than {max_len} tokens; raise --max-len"
-        )
+        why = f"{n_long} longer than {max_len} tokens; raise --max-len"
+        raise UserError(f"{path}: no example left: {notes.dropped() or why}")
+    notes.print()
     return examples, n_long
 
 
@@ -313,12 +315,10 @@ def problems(
             demonstration = [*expert[0], tokenizer.eos] if expert else None
             question = prompt_text(row) or ""
             found.append(Problem(question, ids, gold, row, demonstration, _opened(text)))
-    notes.print()
     if not found:
-        raise UserError(
-            f"{path}: no problem left, {n_long} prompts are over {max_prompt} tokens; "
-            "raise --max-prompt (sft.py: --max-len)"
-        )
+        why = f"{n_long} prompts over {max_prompt} tokens; raise --max-prompt (sft.py: --max-len)"
+        raise UserError(f"{path}: no problem left: {notes.dropped() or why}")
+    notes.print()
     n_distinct = len({tuple(problem.prompt) for problem in found})
     if n_distinct < len(found):
         print(f"{path}: {len(found)} problems, {n_distinct} distinct prompts")

@@ -372,7 +372,7 @@ def main(cfg: Config) -> None:
     folder = find(cfg.init)
     tokenizer = open_tokenizer(folder)
     model = model_file.load_model(folder, torch.bfloat16 if cfg.bf16 else torch.float32, device)
-    problems, n_long = data.problems(cfg.data, tokenizer, cfg.max_prompt)
+    problems, n_long = data.problems(cfg.data, tokenizer, cfg.max_prompt, reads=("numbers",))
     problems = problems[: cfg.limit or None]
     print(
         f"{folder}: {len(problems)} problems of {cfg.data} x {cfg.n} samples at temperature {cfg.temperature}"

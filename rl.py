@@ -533,9 +533,9 @@ def describe(fit: ceiling.CeilingFit) -> str:
 
 def load_problems(cfg, objective, tokenizer) -> tuple[list, list]:
     """(problems to train on, problems to evaluate on)."""
-    pool, n_long = data.problems(cfg.data, tokenizer, cfg.max_prompt)
+    pool, n_long = data.problems(cfg.data, tokenizer, cfg.max_prompt, reads=("numbers",))
     if cfg.val:
-        val, _ = data.problems(cfg.val, tokenizer, cfg.max_prompt)
+        val, _ = data.problems(cfg.val, tokenizer, cfg.max_prompt, reads=("numbers",))
     else:
         n_val = min(200, max(1, len(pool) // 10))
         held_out = set(

@@ -178,9 +178,9 @@ def make_built_in(cfg: Config) -> Config:
 # ----------------------------------------------------------------------------------------------------------------- data
 def load_examples(cfg: Config, tokenizer) -> tuple[list, list, str]:
     """(training examples, validation examples, hash of the validation set)."""
-    train, n_long = data.sft_examples(cfg.data, tokenizer, cfg.max_len)
+    train, n_long = data.sft_examples(cfg.data, tokenizer, cfg.max_len, reads=("numbers",))
     if cfg.val:
-        val, n_long_val = data.sft_examples(cfg.val, tokenizer, cfg.max_len)
+        val, n_long_val = data.sft_examples(cfg.val, tokenizer, cfg.max_len, reads=("numbers",))
     else:
         n_val, n_long_val = min(199, max(1, len(train) // 10)), 0
         held_out = set(
@@ -304,7 +304,7 @@ def main(cfg: Config) -> bool:
     folder = evaluate.find(cfg.init, not cfg.dry_run)
     tokenizer = evaluate.open_tokenizer(folder)
     train, val, val_set = load_examples(cfg, tokenizer)
-    problems = data.problems(cfg.problems, tokenizer, cfg.max_len)[0] if cfg.problems else []
+    problems = data.problems(cfg.problems, tokenizer, cfg.max_len, reads=("numbers",))[0] if cfg.problems else []
     steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch))
     lengths = [len(r.prompt) + len(r.response) for r in train]
     print(
