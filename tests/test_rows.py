@@ -421,6 +421,15 @@ def test_a_response_that_is_not_text_is_refused(read, value):
         read("none").trained(good, f'{{"prompt": "Q", "response": {value}}}')
 
 
+def test_an_empty_text_is_dropped_and_one_that_is_none_refused(read, capsys):
+    texts = [{"text": "A B"}, {"text": ""}, {"text": None}, {"text": " \n"}]
+    assert read("none").trained(*texts) == [("A", " B<|endoftext|>")]
+    assert "3 rows with an empty text dropped" in capsys.readouterr().out
+    for value in (5.5, ["A"], {"a": "b"}):
+        with pytest.raises(UserError, match="rows.jsonl:2: text is a"):
+            read("none").trained({"text": "A B"}, {"text": value})
+
+
 @pytest.mark.parametrize("value", ["NaN", "5", "true", '{"text": "Q"}', '["Q"]', '[["Q", "A"]]'])
 def test_a_prompt_that_is_not_text_is_refused(read, value):
     with pytest.raises(UserError, match="rows.jsonl:2: .*neither text nor messages"):

@@ -199,6 +199,14 @@ def test_a_prompt_rendered_in_part_is_refused_with_its_marker(families, tmp_path
             read(path, families[family], 999)
 
 
+@pytest.mark.parametrize("more", [{"system": "S"}, {"history": [["Q", "A"]]}])
+def test_nothing_is_added_to_a_prompt_that_is_rendered_already(families, tmp_path, more):
+    rendered = families["chatml"].template.render([{"role": "user", "content": "1"}])
+    path = write(tmp_path / "a.jsonl", {"prompt": rendered, "response": "A", **more})
+    with pytest.raises(UserError, match="a.jsonl:1: .*cannot be added"):
+        data.sft_examples(path, families["chatml"], 99)
+
+
 def test_a_plain_question_that_mentions_the_assistant_is_a_question(families):
     for family in ("plain", "chatml", "instruct"):
         text = text_of(prompt_ids("Who is Assistant: 7?", families[family]), families[family])
