@@ -268,6 +268,20 @@ def test_eos_and_added_tokens_are_found_in_every_file_where_transformers_looks(t
         assert ours.decode([n]) == ""
 
 
+@pytest.mark.parametrize("name", ["additional_special_tokens", "extra_special_tokens"])
+def test_special_tokens_in_a_list_of_their_own_are_added(tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    backend = byte_level(special=("<|endoftext|>",), tags=())
+    folder = write_folder(tmp_path / "m", backend=backend, **{name: ["<|user|>", "<|end|>"]})
+    ours = data.Tokenizer(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(str(folder))
+    text = "<|user|>1 + 2<|end|>"
+    assert ours.encode([(text, False)])[0] == theirs(text, add_special_tokens=False).input_ids
+    assert (
+        ours.vocab_size == len(theirs) and ours.decode(ours.encode([(text, False)])[0]) == "1 + 2"
+    )
+
+
 @pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
 @pytest.mark.parametrize("stops", [2, [2, 1]])
 def test_eos_ids_come_from_both_configs(tmp_path, name, stops):
