@@ -218,12 +218,13 @@ def test_tools_are_rendered_by_the_template(read, tools):
     assert "<tools>" in read("with_tools").text(problem.prompt)
 
 
-@pytest.mark.parametrize("name", ["chatml", "headers", "plain", "none"])
+@pytest.mark.parametrize("name", ["chatml", "bars", "plain", "none"])
 @pytest.mark.parametrize(
     "row",
     [
         {"messages": [user("Q"), assistant("A")], "tools": [ADD]},
         {"prompt": "Q", "response": "A", "tools": [ADD]},
+        {"messages": [user("Q"), assistant("add", tool_calls=[CALL]), user("add"), assistant("A")]},
         {"messages": [user("Q"), assistant("", tool_calls=[CALL])]},
         {
             "messages": [
@@ -238,11 +239,16 @@ def test_tools_are_rendered_by_the_template(read, tools):
     ],
 )
 def test_tools_and_calls_that_the_template_does_not_write_are_refused(read, name, row):
-    if name == "headers" and row.get("messages", [{}])[-1].get("tool_calls"):
-        assert '"add"' in read(name).trained(row)[0][1], "it writes a single call"
-        return
     with pytest.raises(UserError, match="rows.jsonl:1: .*(tool|call)"):
         read(name).trained(row)
+
+
+def test_a_template_that_writes_one_call_of_two_is_refused(read):
+    one = {"messages": [user("Q"), assistant("", tool_calls=[CALL])]}
+    assert '"add"' in read("headers").trained(one)[0][1]
+    two = {"messages": [user("add"), assistant("", tool_calls=[CALL, CALL])]}
+    with pytest.raises(UserError, match="rows.jsonl:2: .*does not write the call of 'add'"):
+        read("headers").trained(one, two)
 
 
 @pytest.mark.parametrize(
@@ -461,6 +467,8 @@ def test_a_message_that_is_not_text_is_refused(read, message):
         {"system": 5},
         {"tools": "add(a, b)"},
         {"tools": {"add": 1}},
+        {"tools": ["add(a, b)"]},
+        {"tools": [5]},
         {"history": ["Q1", "A1"]},
         {"image": "x.png"},
         {"images": ["x.png"]},
