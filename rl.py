@@ -344,9 +344,9 @@ def fit_so_far(run: Run) -> ceiling.CeilingFit:
 # ---- the script ----------------------------------------------------------------------------------
 def load_problems(cfg: Config, method, tokenizer) -> tuple[list, list]:
     """(problems to train on, problems to evaluate on)."""
-    pool, n_long = data.problems(cfg.data, tokenizer, cfg.max_prompt)
+    pool, n_long = data.problems(cfg.data, tokenizer, cfg.max_prompt, reads=("numbers",))
     if cfg.val:
-        val, _ = data.problems(cfg.val, tokenizer, cfg.max_prompt)
+        val, _ = data.problems(cfg.val, tokenizer, cfg.max_prompt, reads=("numbers",))
     else:
         pool, val = data.hold_out(pool, 200)
         print(f"no --val: {len(val)} problems of {cfg.data} held out for evaluation")

@@ -140,7 +140,7 @@ CASES = {
         "sft",
         lambda m: lines(m, "a.jsonl", '{"messages": [{"role": "assistant", "content": null}]}\n'),
         "--data M/a.jsonl",
-        "a.jsonl:1: no prompt",
+        "a.jsonl: no example left: 1 rows with an empty prompt dropped",
     ),
     "no object": (
         "sft",
