@@ -112,7 +112,8 @@ def add_flags(parser, Config, defaults: dict | None = None) -> None:
         else:
             settings |= {"type": kind, "metavar": kind.__name__.upper()}
         default = (defaults or {}).get(field.name, field.default)
-        text = f"{comments.get(field.name, '')} ({'none' if default is None else default!r})"
+        shown = "none" if default is None else repr(default)
+        text = f"{comments.get(field.name, '')} ({shown})"
         flag = "--" + field.name.replace("_", "-")
         text = text.replace("%", "%%")
         parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **settings)
