@@ -11,37 +11,37 @@ depend on the prompt and the mask is a position. `joint_mismatch` counts what th
 is the classic silent fault.
 3) Examples over the limit are dropped and counted, never cut: a cut example teaches not to stop.
 4) One permutation of the data follows the other, so the last rows of an epoch are never dropped.
-5) A prompt that is a string gets INSTRUCTION appended where the model has a chat template and the
-prompt does not mention \\boxed; a prompt given as messages stays as it is.
+5) A prompt that is a string gets INSTRUCTION appended where the model has a chat template and
+nothing mentions \\boxed; a prompt given as messages stays as it is.
+6) Of a conversation the last assistant turn is trained; the turns before it are read.
+7) Columns that are not used are named at load, rows that teach nothing are dropped and counted.
 
-Columns (aliases in PROMPT, RESPONSE, GOLD; dots go into nested objects):
-    SFT       {"messages": [..., {"role": "assistant"}]}  or  {"prompt", "response"}
-              or {"prompt", "thinking", "final"} (R1 style)  or  {"text"} (trained from token 2 on)
-    problems  {"prompt", "answer"}, optional "response" (the expert's demonstration)
+docs/data.md has a table of the shapes that rows may have (core/rows.py reads them).
 Shapes: B rows, T tokens.
 """
 
+import hashlib
 import itertools
 import math
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 import verify
-from core import files, ranks
+from core import chat, ranks, rows
 from core.errors import UserError
+from core.rows import Reading, read_rows
 from core.tokenizer import Tokenizer
 
-PROMPT = ("prompt", "question", "problem", "query", "instruction", "extra_info.question")
-RESPONSE = ("response", "completion", "solution", "output", "target", "extra_info.answer")
-GOLD = ("answer", "reward_model.ground_truth", "ground_truth", "gold", "final_answer", "solution")
+__all__ = ["Tokenizer", "read_rows"]  # for the scripts, beside what is defined here
+
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-ROWS = 1000  # rows that are read and tokenized at once
+LONG_TEXT = 20  # words; a solution that is longer and boxes nothing gives no gold answer
 
 
 class Example(NamedTuple):
@@ -56,133 +56,112 @@ class Problem(NamedTuple):
 
     text: str  # the question, for the logs
     prompt: list[int]  # what the model reads
-    gold: str  # the right answer
+    gold: str  # the right answer, or several with " | " between them; "" if a reward needs none
     row: dict  # the data row as read, all of its columns: what a reward function gets
     expert: list[int] | None  # a demonstration; its last id is EOS
     opened: str  # start of the response that the prompt already holds ("<think>")
 
 
+class Notes:
+    """What is to be said of a file once it is read: rows dropped, columns not used."""
+
+    def __init__(self, path: str, reads: Collection[str] = ()):
+        self.path = path
+        self.ignore = {*reads, *(name.split(".")[0] for name in rows.GOLD)}
+        self.counts = Counter()
+        self.columns = set()
+
+    def of(self, row: dict, reading: Reading) -> None:
+        self.columns |= rows.not_used(row, reading) - self.ignore
+        earlier = any(turn["role"] == "assistant" for turn in reading.turns)
+        if earlier and reading.answer:
+            self.counts["rows with earlier assistant turns: read, the last one is trained"] += 1
+
+    def drop(self, why: str) -> None:
+        self.counts[f"rows with {why} dropped"] += 1
+
+    def print(self) -> None:
+        for text, n in self.counts.items():
+            print(f"{self.path}: {n} {text}")
+        if self.columns:
+            print(f"{self.path}: columns not used: {', '.join(sorted(self.columns))}")
+
+
 # ------------------------------------------------------------------------------------------- rows
-def read_rows(path: str | Path) -> list[dict]:
-    """Rows of a .jsonl or .parquet file (Parquet needs pyarrow). Errors name file and line."""
-    return [row for _, row in _each_row(path)]
-
-
-def _each_row(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """("file:line", row) of each row."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a .jsonl or .parquet file")
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else files.read_jsonl(path)
-    n = 0
-    for n, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise UserError(
-                f"{path}:{n}: a {type(row).__name__}, not an object; "
-                "each line must be one JSON object"
-            )
-        yield f"{path}:{n}", row
-    if n == 0:
-        raise UserError(f"{path}: no rows; each line must be one JSON object")
-
-
-def _parquet_rows(path: Path) -> Iterator[dict]:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(
-            f"{path}: reading Parquet needs pyarrow; "
-            "pip install pyarrow, or convert the file to JSONL"
-        ) from None
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(ROWS):
-        yield from batch.to_pylist()
-
-
-def _find(row: dict, names: tuple[str, ...]):
-    """The value of the first of these columns that the row has, or None."""
-    for name in names:
-        value = row
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is not None:
-            return value
-    return None
-
-
-def _messages(value) -> list[dict]:
-    """The messages of a conversation, if that is what it is."""
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise UserError(
-            f"{str(value)[:60]!r} is neither text nor messages; a prompt is one of them"
-        )
-    return value
-
-
-def _question(row: dict) -> str | list[dict] | None:
-    """What the model is asked: the conversation up to its last answer, or a prompt column."""
-    messages = _messages(row.get("messages") or [])
-    if messages and messages[-1].get("role") == "assistant":
-        messages = messages[:-1]
-        return messages or None
-    if messages:
-        return messages
-    prompt = _find(row, PROMPT)
-    if isinstance(prompt, str) and "instruction" in row and row.get("input"):
-        return f"{prompt}\n{row['input']}"  # Alpaca: what the instruction is about
-    return prompt
-
-
-def _pair(row: dict) -> tuple[str | list[dict], str] | None:
-    """(prompt, response) of an SFT row in any of the accepted spellings, or None."""
-    messages = _messages(row.get("messages") or [])
-    if messages and messages[-1].get("role") == "assistant":
-        content = messages[-1].get("content")
-        return (messages[:-1], content) if isinstance(content, str) else None
-    prompt = _question(row)
-    response = _find(row, RESPONSE)
-    if response is None and "thinking" in row and "final" in row:  # R1 style, in two columns
-        final = str(row["final"])
-        if "\\boxed" not in final:
-            final = f"\\boxed{{{final}}}"
-        response = f"<think>\n{row['thinking']}\n</think>\n\n{final}"
-    if response is None:
-        response = row.get("answer")
-    if isinstance(response, list):  # TRL: a list of messages
-        response = response[-1]["content"] if response else None
-    if prompt is None or response is None:
-        return None
-    return prompt, str(response)
-
-
 def prompt_text(row: dict) -> str | None:
     """The question of a row in any accepted spelling: the last message of a conversation."""
-    prompt = _question(row)
-    if isinstance(prompt, list) and prompt:
-        return prompt[-1]["content"]
-    return prompt or None
+    reading = rows.understand(row, answer_is_gold=True)
+    return reading.question or None if reading else None
 
 
-def gold_of(row: dict) -> str:
-    """The right answer of a row; of a worked solution its last box, or what follows ####."""
-    gold = str(_find(row, GOLD))
-    return verify.boxed(gold) or gold.split("####")[-1].strip()
+def golds_of(row: dict) -> list[str]:
+    """The right answers of a row, of which any counts. Raises UserError where there is none.
+
+    Of a worked solution: its last box, or what follows ####.
+    """
+    found = _golds(row)
+    if not found:
+        raise UserError(f"no gold answer (found: {sorted(row)}); add a column answer")
+    return found
 
 
-# ------------------------------------------------------------------------- examples and problems
-def _prompt(prompt: str | list[dict], tokenizer: Tokenizer) -> tuple[str, bool]:
+def _golds(row: dict) -> list[str]:
+    """golds_of(), [] where there is none."""
+    column, texts = rows.golds(row)
+    found = []
+    for text in texts:
+        boxed = verify.boxed(text)
+        gold = text.split("####")[-1].strip() if boxed is None else boxed
+        worked = column == "solution" and gold == text.strip() and len(text.split()) > LONG_TEXT
+        if gold and not worked:
+            found.append(gold)
+    return found
+
+
+def _prompt(reading: Reading, tokenizer: Tokenizer) -> tuple[str, bool]:
     """A prompt as (text, start) for encode: in the chat template, or as it stands without one."""
-    turns = [] if isinstance(prompt, str) else _messages(prompt)
-    if not all(isinstance(message.get("content"), str) for message in turns):
-        raise UserError("a message without text as its content; each needs {role, content}")
-    if tokenizer.template_source is None:
-        if isinstance(prompt, str):
-            return prompt, True
-        return "\n".join(message["content"] for message in prompt) + "\n", True
-    if isinstance(prompt, str):
-        if "\\boxed" not in prompt:
-            prompt = f"{prompt}\n{INSTRUCTION}"
-        prompt = [{"role": "user", "content": prompt}]
-    return tokenizer.render(prompt), False  # the template writes its own BOS
+    turns = reading.turns
+    template = tokenizer.template
+    if template is None:
+        if reading.tools or chat.call_names(turns):
+            raise UserError("tools need a chat template, and the model's folder has none")
+        if reading.plain and len(turns) == 1:
+            return reading.question, True
+        return "\n".join(turn.get("content", "") for turn in turns) + "\n", True
+    if reading.plain and template.is_rendered(reading.question, tokenizer.special_tokens):
+        return template.with_bos(reading.question), False
+    if reading.plain and not any("\\boxed" in turn.get("content", "") for turn in turns):
+        question = {"role": "user", "content": f"{reading.question}\n{INSTRUCTION}"}
+        turns = [*turns[:-1], question]
+    return template.render(turns, reading.tools), False  # the template writes its own BOS
+
+
+def _response(reading: Reading, prompt: str, tokenizer: Tokenizer, notes: Notes) -> str:
+    """The response behind a prompt: thinking and tool calls as the template writes them.
+
+    Where the prompt opens <think>, the response does not, and closes it in any case.
+    """
+    answer = reading.answer
+    if tokenizer.template:
+        response = tokenizer.template.answer(reading.turns, answer, reading.tools)
+    elif "tool_calls" in answer:
+        raise UserError("tool_calls need a chat template, and the model's folder has none")
+    else:
+        response = chat.tagged(answer.get("reasoning_content", ""), answer["content"])
+    response = tokenizer.without_end(response)
+    content = tokenizer.without_end(answer.get("content", ""))
+    for marker in tokenizer.markers:
+        if marker in content:
+            raise UserError(f"the response holds {marker!r}, which ends or opens a turn; remove it")
+    if not _opened(prompt):
+        return response
+    if response.lstrip().startswith("<think>"):
+        response = response.lstrip().removeprefix("<think>")
+        return response.lstrip("\n") if prompt.endswith("\n") else response
+    if "</think>" in response:
+        return response
+    notes.counts["responses without thinking, behind <think>: closed by an empty one"] += 1
+    return f"\n</think>\n\n{response}"
 
 
 def _opened(prompt: str) -> str:
@@ -190,26 +169,22 @@ def _opened(prompt: str) -> str:
     return "<think>" if prompt.rstrip().endswith("<think>") else ""
 
 
-def _texts(pair: tuple[str | list[dict], str], tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+def _texts(reading: Reading, tokenizer: Tokenizer, notes: Notes) -> list[tuple[str, bool]]:
     """Prompt and response as the model reads them, each as (text, start) for encode."""
-    prompt, response = pair
-    text, start = _prompt(prompt, tokenizer)
-    if _opened(text) and response.lstrip().startswith("<think>"):  # the prompt opened it already
-        response = response.lstrip().removeprefix("<think>")
-        if text.endswith("\n"):
-            response = response.lstrip("\n")
-    return [(text, start), (response, False)]
+    prompt, start = _prompt(reading, tokenizer)
+    return [(prompt, start), (_response(reading, prompt, tokenizer, notes), False)]
 
 
 def _tokenized(
     path: str, tokenizer: Tokenizer, texts_of: Callable
 ) -> Iterator[tuple[dict, list, list[list[int]]]]:
-    """(row, its texts, their ids) of each row, tokenized ROWS rows at a time.
+    """(row, its texts, their ids) of each row, tokenized many rows at a time.
 
-    texts_of(row) -> [(text, start), ...]; what it refuses is raised with file and line.
+    texts_of(row) -> [(text, start), ...], [] to drop the row; what it refuses is raised with file
+    and line.
     """
-    rows = _each_row(path)
-    while batch := list(itertools.islice(rows, ROWS)):
+    source = rows.each_row(path)
+    while batch := list(itertools.islice(source, rows.AT_ONCE)):
         texts = []
         for place, row in batch:
             try:
@@ -218,90 +193,158 @@ def _tokenized(
                 raise UserError(f"{place}: {error}") from None
         ids = iter(tokenizer.encode(list(itertools.chain(*texts))))
         for (_, row), own in zip(batch, texts):
-            yield row, own, [next(ids) for _ in own]
+            if own:
+                yield row, own, [next(ids) for _ in own]
 
 
-def sft_examples(path: str, tokenizer: Tokenizer, max_len: int) -> tuple[list[Example], int]:
-    """(examples, number dropped as longer than max_len tokens) of an SFT file."""
-
-    def texts_of(row):
-        pair = _pair(row)
-        if pair:
-            return _texts(pair, tokenizer)
+# ------------------------------------------------------------------------- examples and problems
+def _example_texts(row: dict, tokenizer: Tokenizer, notes: Notes) -> list[tuple[str, bool]]:
+    """The texts of an SFT row: prompt and response, or one plain text; [] where it is dropped."""
+    reading = rows.understand(row)
+    if reading is None or reading.answer is None:
         if isinstance(row.get("text"), str):
-            return [(row["text"], True)]
-        raise UserError(
-            "no prompt and response; a row needs messages, prompt and response, or text "
-            f"(found: {sorted(row)})"
-        )
+            notes.of(row, Reading([], False, None, None, {"text"}))
+            text = tokenizer.without_end(row["text"])
+            if not text.strip():
+                notes.drop("an empty text")
+            return [(text, True)] if text.strip() else []
+        if reading is None or reading.turns:
+            raise UserError(
+                "no prompt and response; a row needs messages, prompt and response, or text "
+                f"(found: {sorted(row)})"
+            )
+    notes.of(row, reading)
+    if reading.asks_nothing:
+        notes.drop("an empty prompt")
+        return []
+    if reading.answers_nothing:
+        notes.drop("an empty response")
+        return []
+    return _texts(reading, tokenizer, notes)
 
+
+def sft_examples(
+    path: str, tokenizer: Tokenizer, max_len: int, reads: Collection[str] = ()
+) -> tuple[list[Example], int]:
+    """(examples, number dropped as longer than max_len tokens) of an SFT file.
+
+    reads: columns that a reward reads, so that they are not named as not used.
+    """
+    notes = Notes(path, reads)
     examples = []
     n_long = 0
-    for _, _, ids in _tokenized(path, tokenizer, texts_of):
+    for _, _, ids in _tokenized(path, tokenizer, lambda row: _example_texts(row, tokenizer, notes)):
         prompt, response = ids if len(ids) == 2 else (ids[0][:1], ids[0][1:])
         # An array takes a ninth of a list's memory.
         example = Example(array("i", prompt), array("i", [*response, tokenizer.eos]))
         if len(example.prompt) + len(example.response) > max_len:
             n_long += 1
+        elif not prompt or not response:
+            notes.drop("no tokens in prompt or response")
         else:
             examples.append(example)
+    notes.print()
     if not examples:
         raise UserError(
-            f"{path}: all {n_long} examples are longer than {max_len} tokens; raise --max-len"
+            f"{path}: no example left, {n_long} are longer than {max_len} tokens; raise --max-len"
         )
     return examples, n_long
 
 
 def joint_mismatch(path: str, tokenizer: Tokenizer, limit: int = 500) -> float:
     """% of the first rows whose ids would differ if prompt and response were tokenized as one."""
+    notes = Notes(path)
     n_rows = 0
     n_differ = 0
-    for _, row in itertools.islice(_each_row(path), limit):
-        pair = _pair(row)
-        if pair is None:
+    for _, row in itertools.islice(rows.each_row(path), limit):
+        texts = _example_texts(row, tokenizer, notes)
+        if len(texts) != 2:
             continue
-        (prompt, start), (response, _) = texts = _texts(pair, tokenizer)
+        (prompt, start), (response, _) = texts
         joint, first, second = tokenizer.encode([(prompt + response, start), *texts])
         n_differ += joint != first + second
         n_rows += 1
     return 100 * n_differ / max(1, n_rows)
 
 
-def problems(path: str, tokenizer: Tokenizer, max_prompt: int) -> tuple[list[Problem], int]:
-    """(problems, number dropped as longer than max_prompt tokens) of an RL or evaluation file."""
+def _problem_texts(row, tokenizer, notes: Notes, needs_gold: bool) -> list[tuple[str, bool]]:
+    """The texts of a problem: its prompt, and its demonstration where there is one; [] drops it."""
+    reading = rows.understand(row, answer_is_gold=True)
+    if reading is None or needs_gold and not rows.golds(row)[0]:
+        missing = "prompt" if reading is None else "answer"
+        raise UserError(f'no "{missing}"; a problem needs prompt and answer (found: {sorted(row)})')
+    notes.of(row, reading)
+    if reading.asks_nothing:
+        notes.drop("an empty prompt")
+        return []
+    if needs_gold and not _golds(row):
+        notes.drop("no answer in their gold column (empty, null, proof)")
+        return []
+    if reading.answers_nothing:
+        return [_prompt(reading, tokenizer)]
+    return _texts(reading, tokenizer, notes)
 
-    def texts_of(row):
-        prompt = _question(row)
-        if prompt is None or _find(row, GOLD) is None:
-            missing = "prompt" if prompt is None else "answer"
-            raise UserError(
-                f'no "{missing}"; a problem needs prompt and answer (found: {sorted(row)})'
-            )
-        # The column "answer" is the gold here, never the demonstration.
-        pair = _pair({name: value for name, value in row.items() if name != "answer"})
-        return _texts(pair, tokenizer) if pair else [_prompt(prompt, tokenizer)]
 
+def problems(
+    path: str,
+    tokenizer: Tokenizer,
+    max_prompt: int,
+    needs_gold: bool = True,
+    reads: Collection[str] = (),
+) -> tuple[list[Problem], int]:
+    """(problems, number dropped as longer than max_prompt tokens) of an RL or evaluation file.
+
+    needs_gold: rows need a gold answer that is text, as verify.py does; a reward of one's own may
+    not. reads: columns that the reward reads, so that they are not named as not used.
+    """
+    notes = Notes(path, reads)
     found = []
     n_long = 0
-    n_empty = 0
+
+    def texts_of(row):
+        return _problem_texts(row, tokenizer, notes, needs_gold)
+
     for row, ((text, _), *_), (ids, *expert) in _tokenized(path, tokenizer, texts_of):
-        gold = gold_of(row)
-        if not gold:
-            n_empty += 1  # an empty box would earn the reward
-        elif len(ids) > max_prompt:
+        if len(ids) > max_prompt:
             n_long += 1
+        elif not ids:
+            notes.drop("no tokens in their prompt")
         else:
+            gold = " | ".join(_golds(row)) if needs_gold else ""
             demonstration = [*expert[0], tokenizer.eos] if expert else None
             question = prompt_text(row) or ""
             found.append(Problem(question, ids, gold, row, demonstration, _opened(text)))
-    if n_empty:
-        print(f"{path}: {n_empty} rows with an empty answer dropped")
+    notes.print()
     if not found:
         raise UserError(
             f"{path}: no problem left, {n_long} prompts are over {max_prompt} tokens; "
             "raise --max-prompt (sft.py: --max-len)"
         )
+    n_distinct = len({tuple(problem.prompt) for problem in found})
+    if n_distinct < len(found):
+        print(f"{path}: {len(found)} problems, {n_distinct} distinct prompts")
     return found, n_long
+
+
+def hold_out(found: list, most: int) -> tuple[list, list]:
+    """(rows to train on, rows held out) of examples or problems, split by prompt.
+
+    `most` prompts, or a tenth of the distinct ones if that is less, are held out: the first row of
+    each is for validation, and its other rows are trained nowhere. The same prompts whatever the
+    seed of the run is.
+    """
+    by_prompt = {}
+    for row in found:
+        text = isinstance(row, Example) and len(row.prompt) == 1  # plain text has no prompt
+        key = (*row.prompt, *row.response) if text else tuple(row.prompt)
+        by_prompt.setdefault(key, []).append(row)
+    groups = list(by_prompt.values())
+    n_held = min(most, max(1, len(groups) // 10))
+    picked = set(plan(len(groups), ranks.seed_of("held out"), 0, n_held))
+    held = [groups[i][0] for i in sorted(picked)]
+    chosen = {id(row) for i in picked for row in groups[i]}
+    kept = [row for row in found if id(row) not in chosen]
+    return kept or found, held
 
 
 # ---------------------------------------------------------------------------------------- batches
@@ -401,3 +444,33 @@ def collate(rows: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
         ids[b, :n] = torch.tensor([*row.prompt, *row.response])
         mask[b, n_prompt:n] = True
     return ids, mask
+
+
+def micro_batches(rows: list[Example], budget: int, rank: int, world: int) -> Iterator[tuple]:
+    """(indices of rows, ids (b, T), mask (b, T)) of each micro-batch of this rank. Every rank gets
+    as many; one that is short of rows takes part with no index and a row that trains nothing."""
+    lengths = [len(row.prompt) + len(row.response) for row in rows]
+    for part in deal(lengths, budget, rank, world):
+        ids, mask = collate([rows[i] for i in part])
+        yield part, ids, mask
+
+
+def drop_long_experts(problems: list[Problem], most: int) -> tuple[list[Problem], int]:
+    """The problems, without demonstrations of more than `most` tokens; and how many those were."""
+    kept = []
+    n_dropped = 0
+    for problem in problems:
+        if problem.expert and len(problem.expert) > most:
+            problem = problem._replace(expert=None)
+            n_dropped += 1
+        kept.append(problem)
+    return kept, n_dropped
+
+
+def digest(rows: list) -> str:
+    """A short hash of the ids of examples or problems: the same rows, the same hash."""
+    ids = []
+    for row in rows:
+        response = row.response if isinstance(row, Example) else row.gold
+        ids.append((tuple(row.prompt), tuple(response)))
+    return hashlib.sha256(repr(ids).encode()).hexdigest()[:16]

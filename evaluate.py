@@ -1,26 +1,29 @@
-"""Evaluate a checkpoint on a problem file: pass@1 with its standard error, unbiased pass@k, samples.
+"""Evaluate a checkpoint on problems: pass@1 with its standard error, unbiased pass@k, samples.
 
     python evaluate.py --init runs/rl                              the built-in test problems
     python evaluate.py --init DIR --data test.jsonl --n 4 --temperature 0.7 --out eval.jsonl
     torchrun --nproc_per_node=8 -- evaluate.py --init DIR --n 4    several GPUs; mind the --
 
 Choices: 1) pass@1 = the mean over problems of the share of right answers among n samples; its
-standard error is over problems. 2) pass@k is Chen et al.'s unbiased estimate, 1 - C(n-c, k) / C(n, k)
-for c right of n. 3) The strict verdict counts; the lenient one is printed beside it. 4) An answer
-that ran into --max-new without EOS counts as verified, as a user would read it; `truncated` says how
-many there were. Training asks for EOS too. 5) Ctrl-C: the responses that have ended are judged and
-written to --out. They are no fair sample: short ones end first.
+standard error is over problems. 2) pass@k is the unbiased estimate 1 - C(n-c, k) / C(n, k) for c
+right of n (Chen et al. 2021). 3) The strict verdict counts; the lenient one is printed beside it.
+4) An answer that ran into --max-new without EOS counts as verified, as a user would read it;
+`truncated` says how many there were. Training asks for EOS too. 5) Ctrl-C: the responses that have
+ended are judged and written to --out. They are no fair sample: short ones end first.
 """
 
 import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+import ceiling
 import data
 import model as model_file
 import phases
@@ -29,7 +32,8 @@ import tasks
 from core import checkpoint, cli, launch, optim, ranks
 from core.errors import UserError
 from core.files import read_jsonl
-from core.run import Run
+from core.run import Run, recorded
+from verify import Verdict
 
 
 @dataclass
@@ -66,12 +70,15 @@ def preset(given: dict) -> dict:
 
 # ---- which model ---------------------------------------------------------------------------------
 def find(init: str, weights: bool = True) -> Path:
-    """The model folder that --init means: itself, a run directory's checkpoint, or the local copy
-    of a hub model (without its weights, where only shape and tokenizer are needed)."""
+    """The model folder that --init means: itself, a checkpoint of a run (RUN, RUN@best, RUN@last,
+    RUN@400), or the local copy of a hub model (without its weights, where only shape and tokenizer
+    are needed)."""
+    name, _, which = init.partition("@")
     folder = Path(init)
-    if (folder / "metrics.jsonl").exists():
-        name, why = ranks.from_first(lambda: pick_checkpoint(folder))  # it may still be written to
-        folder = Path(name)
+    if (Path(name) / "metrics.jsonl").exists():
+        # rank 0 picks: the run may still be written to
+        picked, why = ranks.from_first(lambda: pick_checkpoint(Path(name), which))
+        folder = Path(picked)
         print(f"{init} is a run: taking {folder.name}, {why}")
     elif not folder.exists():
         if folder.parts[:1] == ("runs",):
@@ -83,21 +90,59 @@ def find(init: str, weights: bool = True) -> Path:
     return folder
 
 
-def pick_checkpoint(run_dir: Path) -> tuple[str, str]:
-    """(checkpoint, why) of a run: an SFT run's recommended one (phases.py), another's newest."""
+def find_start(cfg) -> Path:
+    """The model folder that a training run begins from: what --init means or, when it goes on with
+    --resume, what it meant when the run began."""
+    before = recorded(cfg.out).get("start") if cfg.resume else None
+    return Path(before) if before else find(cfg.init, weights=not cfg.dry_run)
+
+
+def pick_checkpoint(run_dir: Path, which: str) -> tuple[str, str]:
+    """(checkpoint, why) of a run. which: "" = an SFT run's recommended one (phases.py), an RL run's
+    best one; or "best", "last", or a step."""
     steps = {}
     for step, folder in checkpoint.steps_in(run_dir / "checkpoints").items():
         if not checkpoint.damaged(folder):
             steps[step] = folder
     if not steps:
         raise UserError(f"{run_dir}: no whole checkpoint in it yet; let the run reach its first")
+    last = max(steps)
+    if which == "last":
+        return str(steps[last]), "its newest checkpoint"
+    if which.isdigit():
+        if int(which) not in steps:
+            there = ", ".join(str(step) for step in steps)
+            raise UserError(f"{run_dir}@{which}: no checkpoint of that step; there are {there}")
+        return str(steps[int(which)]), "as asked"
+    if which not in ("", "best"):
+        raise UserError(f"{run_dir}@{which}: write @best, @last or @ and a step")
     metrics = list(read_jsonl(run_dir / "metrics.jsonl", broken_tail=True))
     if any(row["kind"] == "val" for row in metrics):
         curve = phases.read_run(run_dir)
         found = phases.diagnose(curve.steps, curve.losses, curve.flops, steps)
         if found.recommended_step is not None:
             return str(steps[found.recommended_step]), found.reason
-    return str(steps[max(steps)]), "its newest checkpoint"
+    best, why = best_step([row for row in metrics if row["kind"] == "eval"], steps)
+    if best is None:
+        return str(steps[last]), "its newest checkpoint"
+    return str(steps[best]), why
+
+
+def best_step(points: list[dict], steps) -> tuple[int | None, str]:
+    """(step, why) of the best evaluated checkpoint among `steps`: the highest point of the curve
+    that ceiling.py fits, which is less of a lucky draw than the highest pass@1."""
+    points = [point for point in points if point["step"] in steps]
+    if not points:
+        return None, ""
+    values = [point["pass1"] for point in points]
+    flops = [point["flops"] for point in points]
+    fit = ceiling.fit(flops, values, n=[point["n"] for point in points], forecast_at=flops)
+    fitted = [point["mean"] for point in fit.forecast[: len(points)]]
+    if None in fitted:  # too few points for a curve
+        fitted = values
+    best = max(range(len(points)), key=lambda i: (fitted[i], points[i]["step"]))
+    where = "the best of its evaluations" if fitted is values else "the best point of its curve"
+    return points[best]["step"], f"{where}, pass@1 {values[best]:.1f}"
 
 
 def open_tokenizer(folder: Path) -> data.Tokenizer:
@@ -138,7 +183,91 @@ def open_training(cfg, folder: Path, tokenizer, device, run: Run) -> tuple:
     return model, net, optimizers
 
 
+def open_frozen(cfg, folder: Path, device):
+    """The folder's model for forwards only, in the type that it computes in."""
+    place, shard = launch.placement(cfg, model_file.read_config(folder), device)
+    dtype = torch.bfloat16 if cfg.bf16 and not shard else torch.float32
+    return model_file.load_model(folder, dtype, place, shard).requires_grad_(False)
+
+
 # ---- evaluation ----------------------------------------------------------------------------------
+class Request(NamedTuple):
+    """Responses that are asked for to one prompt."""
+
+    problem: data.Problem
+    prefix: list[int]  # first tokens of each response
+    count: int
+    number: int = 0  # of the prompt in RL's endless stream of prompts
+
+
+@dataclass
+class Policy:
+    """A model that answers prompts, and the reward that scores what it says."""
+
+    net: torch.nn.Module
+    tokenizer: data.Tokenizer
+    reward: Callable  # reward(response, row) -> float | Verdict, see tasks/__init__.py
+    max_new: int  # tokens per response, at most
+    rows: int = 512  # responses in flight at once
+    score_s: float = 0.0  # seconds spent on judging so far
+
+    def sampling(self, temperature: float, seed: int, **more) -> rollout.Sampling:
+        return rollout.Sampling(
+            max_new=self.max_new,
+            temperature=temperature,
+            eos_ids=self.tokenizer.eos_ids,
+            seed=seed,
+            rows=self.rows,
+            **more,
+        )
+
+    def respond(self, requests: list, sampling, hooks=None) -> list:
+        """[(request, response, record)] of all responses to these requests, in their order.
+
+        A request has problem, prefix (first tokens of the response) and count.
+        """
+        prompts = [request.problem.prompt + request.prefix for request in requests]
+        counts = [request.count for request in requests]
+        groups = rollout.generate(self.net, prompts, counts, sampling, hooks)
+        began = time.monotonic()
+        answers = []
+        for request, group in zip(requests, groups):
+            given = len(request.prefix)
+            for response in group:
+                ids = request.prefix + response.ids
+                whole = response._replace(ids=ids, logp=[0.0] * given + response.logp)
+                answers.append((request, whole, self.judge(request.problem, whole)))
+        self.score_s += time.monotonic() - began
+        return answers
+
+    def judge(self, problem: data.Problem, response: rollout.Response) -> dict:
+        """Decode and score one response: a record as samples.jsonl keeps it.
+
+        reward: the number that the function returned; a Verdict counts 1 or 0. correct: the
+        Verdict's word, or a number above one half.
+        """
+        text = self.tokenizer.decode(response.ids)
+        verdict = self.reward(problem.opened + text, problem.row)
+        if isinstance(verdict, Verdict):
+            value = float(verdict.correct)
+        else:
+            value = float(verdict)
+            verdict = Verdict(value > 0.5, value > 0.5, None, "scored")
+        return {
+            "problem": problem.text,
+            "response": text,
+            "gold": problem.gold,
+            "answer": verdict.extracted,
+            "reason": verdict.reason,
+            "reward": value,
+            "correct": verdict.correct,
+            "lenient": verdict.lenient,
+            "finished": response.finished,
+            "truncated": not response.finished,
+            "length": len(response.ids),
+        }
+
+
 def pass_at_k(n: int, right: int, k: int) -> float:
     """Chance that any of k samples is right, without bias from `right` of n (Chen 2021, eq. 1)."""
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
@@ -171,30 +300,38 @@ def summarise(records: list[dict], n: int) -> dict:
     return summary
 
 
+def check_demonstrations(problems: list, tokenizer, reward, limit: int = 1000) -> str:
+    """How many of the first demonstrations the reward calls right, in words: a wrong gold column
+    shows here before a night is lost."""
+    policy = Policy(None, tokenizer, reward, 0)
+    verdicts = []
+    wrong = None
+    for problem in [problem for problem in problems if problem.expert][:limit]:
+        response = rollout.Response(problem.expert, [0.0] * len(problem.expert), [], True)
+        record = policy.judge(problem, response)
+        verdicts.append(record["correct"])
+        if not record["correct"] and wrong is None:
+            wrong = record
+    if not verdicts:
+        return "no demonstrations with a gold answer to score by the reward"
+    share = 100 * sum(verdicts) / len(verdicts)
+    text = f"{share:.0f}% of the first {len(verdicts)} demonstrations are right by the reward"
+    if wrong:
+        text += (
+            f"; the first that is not: answer {wrong['answer']!r}, gold {wrong['gold']!r} "
+            f"({wrong['reason']})"
+        )
+    return text
+
+
 def evaluate(policy, problems: list, n: int, sampling, hooks=None) -> tuple[dict, list[dict]]:
     """Sample, judge, summarise: (summary, one record per response).
 
     policy: a Policy. sampling, hooks: see rollout.generate().
     """
-    prompts = [problem.prompt for problem in problems]
-    groups = rollout.generate(policy.net, prompts, n, sampling, hooks)
-    records = []
-    for problem, group in zip(problems, groups):
-        for response in group:
-            records.append(policy.judge(problem, response))
+    requests = [Request(problem, [], n) for problem in problems]
+    records = [record for _, _, record in policy.respond(requests, sampling, hooks)]
     return summarise(records, n), records
-
-
-@dataclass
-class Policy:
-    """A model that answers, and the reward that judges what it says."""
-
-    net: torch.nn.Module
-    tokenizer: data.Tokenizer
-    reward: object  # reward(response, row), see tasks/__init__.py
-
-    def judge(self, problem, response) -> dict:
-        return tasks.judge(self.reward, problem, response, self.tokenizer)
 
 
 # ---- the script ----------------------------------------------------------------------------------
@@ -231,7 +368,7 @@ def main(cfg: Config) -> None:
     tokenizer = open_tokenizer(folder)
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
     net = model_file.load_model(folder, dtype, device)
-    policy = Policy(net, tokenizer, tasks.load_reward(cfg.reward))
+    policy = Policy(net, tokenizer, tasks.load_reward(cfg.reward), cfg.max_new, cfg.rows)
     problems, n_long = data.problems(cfg.data, tokenizer, cfg.max_prompt)
     problems = problems[: cfg.limit or None]
     left_out = f"; {n_long} prompts over {cfg.max_prompt} tokens left out" if n_long else ""
@@ -241,15 +378,8 @@ def main(cfg: Config) -> None:
         flush=True,
     )
     started = time.monotonic()
-    sampling = rollout.Sampling(
-        max_new=cfg.max_new,
-        temperature=cfg.temperature,
-        eos_ids=tokenizer.eos_ids,
-        seed=ranks.seed_of(cfg.seed, "evaluate"),
-        rows=cfg.rows,
-        top_p=cfg.top_p,
-        top_k=cfg.top_k,
-    )
+    seed = ranks.seed_of(cfg.seed, "evaluate")
+    sampling = policy.sampling(cfg.temperature, seed, top_p=cfg.top_p, top_k=cfg.top_k)
     ended = []  # (number of the problem, response) of those that are through
     hooks = rollout.Hooks(
         progress=show_progress("sampling"),

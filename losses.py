@@ -1,11 +1,11 @@
-"""The objective: advantages, a loss per token, and one aggregator. GRPO in full; other methods differ from it.
+"""The objective: advantages, a loss per token, one aggregator. GRPO here; other methods differ.
 
-    loss = sum over rows b and tokens t of  w[b] (ell[b,t] + kl_coef kl[b,t]) - entropy_coef H[b,t] / N
+    loss = sum over rows b, tokens t of  w[b] (ell[b,t] + kl_coef kl[b,t]) - entropy_coef H[b,t] / N
 
 One optimizer step, in the order of rl.py:
-    batch = make_batch(rows, device)                        tensors of all rows of the step
-    batch = weigh(method, batch)                            advantages, and the weight w of each row
-    update_loss(method, logp, H, take(batch, part)).backward()      per micro-batch; the parts add up
+    batch = make_batch(rows, device)          tensors of all rows of the step
+    batch = weigh(method, batch)              advantages, and the weight w of each row
+    update_loss(method, logp, H, take(batch, part)).backward()     per micro-batch; parts add up
 The weights are made from ALL rows of the step before its first backward, so the gradient does not
 depend on how the rows are cut into micro-batches or dealt to ranks. Nothing here takes a mean.
 
@@ -16,11 +16,11 @@ overrides the answers that differ. Its dataclass fields are flags of rl.py, thei
 Choices where papers and official code differ; [n] is equation n of arXiv 2512.11470:
 1) w = 1/N, N = trained tokens of the step (token-mean). Official code: 1/8192, or per micro-batch.
 2) Groups whose rewards agree, and groups of one, have an advantage of exactly 0.
-3) old_logp is the trainer's forward at the start of the round. In the round's first update it is the
-   forward itself: the ratio is 1 and no clip acts.
+3) old_logp is the trainer's forward at the start of the round. In the round's first update it is
+   the forward itself: the ratio is 1 and no clip acts.
 
-Shapes: B rows, R response tokens. Log-probs in nats, of logits over the temperature. Where a mask is
-False a value may be NaN: it reaches neither loss nor gradient.
+Shapes: B rows, R response tokens. Log-probs in nats, of logits over the temperature. Where a mask
+is False a value may be NaN: it reaches neither loss nor gradient.
 """
 
 import math
@@ -238,7 +238,7 @@ class GRPO:
     tis_high: float | None = 2.0  # such a weight is at most this (icepop: 0 above it)
     kl_coef: float = 0.0  # penalty against the frozen --init
     kl_type: Literal["k1", "k2", "k3"] = "k3"  # estimator of that KL, see losses.kl_penalty
-    entropy_coef: float = 0.001  # entropy bonus, a mean over tokens whatever --agg is
+    entropy_coef: float = 0.0  # entropy bonus, a token mean whatever --agg is; the paper's: 0.001
 
     # Defaults of rl.py's own flags: the paper's comparison of methods (section 6.1)
     settings: ClassVar[dict] = dict(prompts=128, update_prompts=64, lr=1e-6, temperature=1.0)
@@ -267,8 +267,8 @@ class GRPO:
         """The group to train on, given its rollouts and, if there is one, the expert's row."""
         return rollouts
 
-    def carries_signal(self, rewards: list[float]) -> bool:
-        """Dynamic sampling keeps the group: the rewards differ (DAPO, equation 11)."""
+    def carries_signal(self, rewards: list[float], expert: list[int] | None) -> bool:
+        """Dynamic sampling keeps the group: the rewards of its rollouts differ (DAPO, eq. 11)."""
         return max(rewards) > min(rewards)
 
     # ---- learning --------------------------------------------------------------------------------
@@ -297,11 +297,10 @@ class GRPO:
         high = math.inf if self.clip_high is None else 1 + self.clip_high
         return low, high
 
-    def idle(self, batch: Batch) -> Tensor:
-        """(B,) bool: rows without a gradient, which rl.py need not compute."""
-        if self.entropy_coef or self.kl_coef:
-            return torch.zeros_like(batch.is_expert)
-        return (batch.advantages == 0).all(1)
+    def teaches(self, batch: Batch) -> Tensor:
+        """(B,) bool: rows that the reward has something to say about. Without one there is no
+        update: an entropy bonus alone would be all of the gradient, and Adam would scale it up."""
+        return (batch.advantages != 0).any(1)
 
 
 # ---- a step, as rl.py calls it -------------------------------------------------------------------
@@ -354,3 +353,63 @@ def update_loss(method: GRPO, logp: Tensor, entropy: Tensor | None, batch: Batch
     if method.entropy_coef:
         loss = loss - method.entropy_coef * aggregate(entropy, mask, batch.mean_weights)
     return loss
+
+
+# ---- numbers for the log -------------------------------------------------------------------------
+SUMS = ("loss", "tokens", "entropy", "clipped", "kl", "gap")  # of a step, see token_sums
+
+
+@torch.no_grad()
+def token_sums(method: GRPO, logp: Tensor, entropy: Tensor, batch: Batch) -> list[Tensor]:
+    """Sums over the tokens that the policy sampled: their number, entropy, clipped ratios, KL to
+    the old policy (k3), distance of the trainer's log-prob from the sampler's."""
+    own = batch.is_sampled
+    d = log_ratio(logp, batch.old_logp, own, method.surrogate == "sequence")
+    ratio = d.exp()
+    low, high = method.clip_range
+    clipped = (ratio > high) | (ratio < low)
+    gap = (logp - batch.rollout_logp).abs()
+    return [(x * own).sum().double() for x in (own, entropy, clipped, ratio - 1 - d, gap)]
+
+
+def describe_updates(done: list[dict], norms: list[float]) -> dict:
+    """Numbers of a round's optimizer steps, from their SUMS and gradient norms. None = not
+    measured, as where every trained row is a demonstration."""
+    if not done:
+        return {"updates": 0}
+    n_tokens = sum(sums["tokens"] for sums in done)
+    means = {}
+    for name in ("entropy", "clipped", "kl"):
+        total = sum(sums[name] for sums in done)
+        means[name] = total / n_tokens if n_tokens else None
+    if n_tokens:
+        means["clipped"] *= 100
+    first = done[0]  # later the weights have moved away from the sampler's
+    return {
+        "loss": sum(sums["loss"] for sums in done) / len(done),
+        "grad_norm": sum(norms) / len(norms),
+        "updates": len(done),
+        **means,
+        "gap": first["gap"] / first["tokens"] if first["tokens"] else None,
+    }
+
+
+def describe_groups(groups: list[list[Row]]) -> dict:
+    """Numbers of all sampled rows; shares in 0..100, lengths in tokens. Rows that begin with part
+    of a demonstration are no measure of the policy: they count in `hybrid_reward` only."""
+    hybrids = [row for group in groups for row in group if row.n_prefix]
+    groups = [[row for row in group if not row.n_prefix] for group in groups]
+    rows = [row for group in groups for row in group]
+    n = len(rows) / 100
+    agree = sum(len({row.correct for row in group}) == 1 for group in groups)
+    extra = {}
+    if hybrids:
+        extra["hybrid_reward"] = 100 * sum(row.correct for row in hybrids) / len(hybrids)
+    return {
+        "reward": sum(row.correct for row in rows) / n,
+        "right": sum(row.correct > 0.5 for row in rows) / n,
+        "signal": 100 * (1 - agree / len(groups)),
+        "length": sum(len(row.response) for row in rows) / len(rows),
+        "truncated": sum(not row.finished for row in rows) / n,
+        **extra,
+    }

@@ -4,8 +4,8 @@
     torchrun rl.py --init runs/sft/checkpoints/step_000400 --algo grpo --out runs/grpo
 
 One step, as main() below reads:
-    collect       sample G responses per prompt and score them with the reward; with dynamic sampling
-                  (DAPO) until enough prompts got both right and wrong answers
+    collect       sample G responses per prompt and score them with the reward; with dynamic
+                  sampling (DAPO) until enough prompts got both right and wrong answers
     make_batches  advantage = reward - mean of its group; the weight of each token in the mean
     update        one optimizer step per --update-prompts groups: ratio, clip, loss, backward
 The equations are losses.py's. --algo NAME is methods/NAME.py, --algo my/idea.py anybody's file.
@@ -13,15 +13,15 @@ The equations are losses.py's. --algo NAME is methods/NAME.py, --algo my/idea.py
 Choices: 1) No critic, no KL and no reward model unless asked for. 2) old_logp is the trainer's
 forward at the start of the round, never the sampler's number; in the round's first update it is the
 forward itself, so the ratio is 1 and no clip acts. 3) Surplus and uninformative groups are
-discarded: every trained row is from the current policy. 4) After each evaluation ceiling.py fits the
-curve so far. Why is the loss near 0, or negative? It is a surrogate: with advantages of mean 0 its
-value says nothing. Watch reward, signal, entropy and length instead.
+discarded: every trained row is from the current policy. 4) After each evaluation ceiling.py fits
+the curve so far. Why is the loss near 0, or negative? It is a surrogate: with advantages of mean 0
+its value says nothing. Watch reward, signal, entropy and length instead.
 
 Shapes: B rows, T tokens, R response tokens, G responses per prompt. Log-probs in nats.
 """
 
-import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +37,7 @@ import methods
 import model as model_file
 import rollout
 import tasks
-from core import cli, launch, optim, ranks
+from core import cli, console, launch, optim, ranks
 from core.errors import UserError
 from core.run import Run
 from losses import Batch, Row
@@ -133,21 +133,12 @@ def preset(given: dict) -> dict:
 
 
 # ---- sample and score ----------------------------------------------------------------------------
-class Group(NamedTuple):
-    """The responses to one prompt, with a record for samples.jsonl per response."""
-
-    number: int  # of the prompt in the endless stream
-    problem: data.Problem
-    rows: list[Row]
-    records: list[dict]
-
-
 class Round(NamedTuple):
     """What one step trains on, and the numbers of all that it sampled."""
 
     groups: list[list[Row]]
-    records: list[dict]
-    generated: list[int]  # tokens of each sampled row
+    sampled: list[list[Row]]
+    records: list[dict]  # of all sampled responses, for samples.jsonl
     stats: dict
 
 
@@ -156,122 +147,79 @@ def collect(cfg: Config, method, policy, pool: list, run: Run) -> Round:
     dynamic = method.dynamic_sampling
     n_prompts = cfg.gen_prompts if dynamic else cfg.prompts
     began = time.monotonic()
-    score_s = 0.0
+    scored = policy.score_s
     sampled = []
+    records = []
     chosen = []
     n_rounds = 0
     while len(chosen) < cfg.prompts and n_rounds < cfg.max_rounds:
-        numbers = range(run.position, run.position + n_prompts)
         problems = [pool[i] for i in data.plan(len(pool), cfg.seed, run.position, n_prompts)]
+        groups = {}  # rows by number of the prompt
+        for request, response, record in sample(cfg, method, policy, problems, run):
+            row = score(cfg, request, response, record)
+            groups.setdefault(row.group, []).append(row)
+            records.append({**record, "reward": row.reward})
+        for problem, rows in zip(problems, groups.values()):
+            sampled.append(rows)
+            # The reward before penalties: partial credit counts, a long right answer is right
+            rewards = [row.correct for row in rows]
+            if not dynamic or method.carries_signal(rewards, problem.expert):
+                chosen.append((problem, rows))
         run.position += n_prompts
         n_rounds += 1
-        drawn = sample(cfg, method, policy, problems, numbers, run)
-        scoring = time.monotonic()
-        for number, problem, responses in drawn:
-            group = score(cfg, policy, problem, number, responses)
-            sampled.append(group)
-            # The reward before penalties: partial credit counts, a long right answer is right
-            if not dynamic or method.carries_signal([row.correct for row in group.rows]):
-                chosen.append(group)
-        score_s += time.monotonic() - scoring
     discarded = len(sampled) - min(len(chosen), cfg.prompts)
 
-    groups = []
-    for group in chosen[: cfg.prompts]:
+    complete = []
+    for problem, rows in chosen[: cfg.prompts]:
         expert = None
-        if method.demonstrations == "rows" and group.problem.expert:
-            expert = expert_row(policy, group)
-        groups.append(method.complete(group.rows, expert))
-    stats = describe_round(sampled) | {"rounds": n_rounds, "discarded": discarded}
-    stats["score_s"] = round(score_s, 4)
-    stats["sample_s"] = round(time.monotonic() - began - score_s, 4)
-    records = [record for group in sampled for record in group.records]
-    generated = [row.length for group in sampled for row in group.rows]
-    return Round(groups, records, generated, stats)
+        if method.demonstrations == "rows" and problem.expert:
+            expert = expert_row(cfg, policy, problem, rows[0].group)
+        complete.append(method.complete(rows, expert))
+    stats = losses.describe_groups(sampled) | {"rounds": n_rounds, "discarded": discarded}
+    unparsed = sum(record["answer"] is None for record in records)
+    stats["unparsed"] = unparsed / (len(records) / 100)
+    stats["score_s"] = round(policy.score_s - scored, 4)
+    stats["sample_s"] = round(time.monotonic() - began - stats["score_s"], 4)
+    return Round(complete, sampled, records, stats)
 
 
-def sample(cfg: Config, method, policy, problems: list, numbers: range, run: Run) -> list:
-    """[(number, problem, responses)]: the responses that the method asks for to each problem."""
+def sample(cfg: Config, method, policy, problems: list, run: Run) -> list:
+    """[(request, response, record)] of the responses that the method asks for to each problem."""
     done = run.done_share(cfg.max_flops)
-    prompts = []
-    counts = []
-    owners = []  # (index of the problem, first tokens that were given)
-    for i, (number, problem) in enumerate(zip(numbers, problems)):
+    requests = []
+    for number, problem in enumerate(problems, run.position):
         u = torch.rand((), generator=ranks.generator(cfg.seed, "prefix", number)).item()
         for prefix, count in method.requests(problem.expert, cfg.group, done, u):
-            prompts.append(problem.prompt + prefix)
-            counts.append(count)
-            owners.append((i, prefix))
-    sampling = rollout.Sampling(
-        max_new=cfg.max_new,
-        temperature=cfg.temperature,
-        eos_ids=policy.tokenizer.eos_ids,
-        seed=ranks.seed_of(cfg.seed, "rollout", run.step, numbers[0]),
-        rows=cfg.rows,
+            requests.append(evaluate.Request(problem, prefix, count, number))
+    seed = ranks.seed_of(cfg.seed, "rollout", run.step, run.position)
+    return policy.respond(requests, policy.sampling(cfg.temperature, seed))
+
+
+def score(cfg: Config, request: evaluate.Request, response, record: dict) -> Row:
+    """A row from a response and its judged record. A cut response earns nothing."""
+    correct = record["reward"] if response.finished else min(record["reward"], 0.0)
+    reward = correct
+    if cfg.overlong:
+        reward += losses.overlong_penalty(len(response.ids), cfg.max_new, cfg.overlong)
+    return Row(
+        prompt=request.problem.prompt,
+        response=response.ids,
+        logp=response.logp,
+        correct=correct,
+        reward=reward,
+        group=request.number,
+        n_prefix=len(request.prefix),
+        finished=response.finished,
     )
-    responses = [[] for _ in problems]  # per problem, (response, tokens given) each
-    for (i, prefix), group in zip(owners, rollout.generate(policy.net, prompts, counts, sampling)):
-        for response in group:
-            ids = prefix + response.ids
-            logp = [0.0] * len(prefix) + response.logp
-            responses[i].append((response._replace(ids=ids, logp=logp), len(prefix)))
-    return list(zip(numbers, problems, responses))
 
 
-def score(cfg: Config, policy, problem, number: int, responses: list) -> Group:
-    """The responses to one prompt, judged by the reward. A cut response earns nothing."""
-    rows = []
-    records = []
-    for response, n_prefix in responses:
-        record = policy.judge(problem, response)
-        correct = record["reward"]
-        if not response.finished:
-            correct = min(correct, 0.0)
-        reward = correct
-        if cfg.overlong:
-            reward += losses.overlong_penalty(len(response.ids), cfg.max_new, cfg.overlong)
-        rows.append(
-            Row(
-                prompt=problem.prompt,
-                response=response.ids,
-                logp=response.logp,
-                correct=correct,
-                reward=reward,
-                group=number,
-                n_prefix=n_prefix,
-                finished=response.finished,
-            )
-        )
-        records.append({**record, "reward": reward})
-    return Group(number, problem, rows, records)
-
-
-def expert_row(policy, group: Group) -> Row:
+def expert_row(cfg: Config, policy, problem, number: int) -> Row:
     """The demonstration as a row of the group; the same reward judges it, and may give it 0."""
-    ids = group.problem.expert
-    unsampled = [0.0] * len(ids)
-    judged = policy.judge(group.problem, rollout.Response(ids, unsampled, [], True))
-    value = judged["reward"]
-    prompt = group.problem.prompt
-    return Row(prompt, ids, unsampled, value, value, group.number, is_expert=True)
-
-
-def describe_round(groups: list[Group]) -> dict:
-    """Numbers of all sampled responses for the log; shares in 0..100, lengths in tokens."""
-    rows = [row for group in groups for row in group.rows]
-    records = [record for group in groups for record in group.records]
-    n = len(rows) / 100
-    agree = 0
-    for group in groups:
-        agree += len({row.correct for row in group.rows}) == 1
-    return {
-        "reward": sum(row.correct for row in rows) / n,
-        "right": sum(row.correct > 0.5 for row in rows) / n,
-        "signal": 100 * (1 - agree / len(groups)),
-        "length": sum(len(row.response) for row in rows) / len(rows),
-        "truncated": sum(not row.finished for row in rows) / n,
-        "unparsed": sum(record["answer"] is None for record in records) / n,
-    }
+    ids = problem.expert
+    demonstration = rollout.Response(ids, [0.0] * len(ids), [], True)
+    record = policy.judge(problem, demonstration)
+    row = score(cfg, evaluate.Request(problem, [], 1, number), demonstration, record)
+    return row._replace(reward=row.correct, is_expert=True)
 
 
 # ---- batches -------------------------------------------------------------------------------------
@@ -280,7 +228,6 @@ class Update(NamedTuple):
 
     rows: list[Row]
     batch: Batch
-    looked: list[int]  # tokens of each row of forwards that were made for it
 
 
 def make_batches(cfg: Config, method, net, reference, groups: list) -> list[Update]:
@@ -288,40 +235,34 @@ def make_batches(cfg: Config, method, net, reference, groups: list) -> list[Upda
     updates = []
     for first in range(0, len(groups), cfg.update_prompts):
         rows = [row for group in groups[first : first + cfg.update_prompts] for row in group]
-        lengths = [row.length for row in rows]
-        looked = []
         batch = losses.make_batch(rows, net.head.device, method.mask_truncated)
-        old_logp = None
         if method.needs_entropy:
             old_logp, entropy = look(cfg, net, rows, entropy=True)
-            batch = batch._replace(entropy=entropy)
-            looked += lengths
-        if first > 0 and old_logp is None:  # in the first update it is the forward itself
-            old_logp, _ = look(cfg, net, rows)
-            looked += lengths
-        if first > 0:
-            batch = batch._replace(old_logp=old_logp)
-        if reference is not None:
-            ref_logp, _ = look(cfg, reference, rows)
-            batch = batch._replace(ref_logp=ref_logp)
-            looked += lengths
+            batch = batch._replace(old_logp=old_logp, entropy=entropy)
         batch = losses.weigh(method, batch)
-        moving = ~method.idle(batch)
-        if moving.any():  # where all are idle they stay: momentum moves on without a gradient
-            index = moving.nonzero()[:, 0]
+
+        teaching = method.teaches(batch)
+        if not teaching.any():
+            continue
+        if not (method.entropy_coef or method.kl_coef):  # the other rows have no gradient
+            index = teaching.nonzero()[:, 0]
             batch = losses.take(batch, index)
             rows = [rows[i] for i in index.tolist()]
-        updates.append(Update(rows, batch, looked))
+
+        if first == 0:
+            batch = batch._replace(old_logp=None)  # it is the update's own forward
+        elif batch.old_logp is None:
+            batch = batch._replace(old_logp=look(cfg, net, rows)[0])
+        if reference is not None:
+            batch = batch._replace(ref_logp=look(cfg, reference, rows)[0])
+        updates.append(Update(rows, batch))
     return updates
 
 
-def micro_batches(cfg: Config, rows: list[Row]):
-    """(indices of rows, ids (b, T), mask (b, T)) of each micro-batch of this rank. Every rank gets
-    as many; one that is short of rows takes part with no index and a row that trains nothing."""
-    lengths = [row.length for row in rows]
-    for part in data.deal(lengths, cfg.micro_tokens, ranks.rank(), ranks.world()):
-        examples = [data.Example(rows[i].prompt, rows[i].response) for i in part]
-        yield part, *data.collate(examples)
+def micro_batches(cfg: Config, rows: list[Row]) -> Iterator:
+    """(indices of rows, ids (b, T), mask (b, T)) of each micro-batch of this rank."""
+    examples = [data.Example(row.prompt, row.response) for row in rows]
+    return data.micro_batches(examples, cfg.micro_tokens, ranks.rank(), ranks.world())
 
 
 def forward(cfg: Config, net, ids, mask, width: int, entropy: bool = True) -> tuple:
@@ -347,17 +288,14 @@ def look(cfg: Config, net, rows: list[Row], entropy: bool = False) -> tuple:
 
 
 # ---- update --------------------------------------------------------------------------------------
-SUMS = ("loss", "tokens", "entropy", "clipped", "kl", "gap")
-
-
 def train_on(cfg: Config, method, net, update: Update) -> dict:
     """Forward and backward of one optimizer step; the gradient stays in the model.
 
-    Returns sums over its sampled tokens, named SUMS.
+    Returns sums over its sampled tokens, named losses.SUMS.
     """
-    rows, batch, _ = update
+    rows, batch = update
     R = batch.mask.shape[1]
-    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=batch.mask.device)
+    sums = torch.zeros(len(losses.SUMS), dtype=torch.float64, device=batch.mask.device)
     parts = list(micro_batches(cfg, rows))
     for n, (part, ids, mask) in enumerate(parts, 1):
         ranks.reduce_now(net, n == len(parts))
@@ -368,85 +306,39 @@ def train_on(cfg: Config, method, net, update: Update) -> dict:
         mine = losses.take(batch, part)
         loss = losses.update_loss(method, logp, entropy, mine)
         loss.backward()
-        sums += torch.stack([loss.detach().double(), *token_sums(method, logp, entropy, mine)])
-    return dict(zip(SUMS, ranks.add_up(sums).tolist()))
-
-
-@torch.no_grad()
-def token_sums(method, logp, entropy, batch: Batch) -> list:
-    """Sums over the tokens that the policy sampled: their number, entropy, clipped ratios, KL to
-    the old policy (k3), distance of the trainer's log-prob from the sampler's."""
-    own = batch.is_sampled
-    log_ratio = losses.log_ratio(logp, batch.old_logp, own, method.surrogate == "sequence")
-    ratio = log_ratio.exp()
-    low, high = method.clip_range
-    clipped = (ratio > high) | (ratio < low)
-    gap = (logp - batch.rollout_logp).abs()
-    values = (own, entropy, clipped, ratio - 1 - log_ratio, gap)
-    return [(value * own).sum().double() for value in values]
-
-
-def describe_updates(done: list[dict], norms: list[float]) -> dict:
-    """Numbers of a round's optimizer steps for the log; None where no token was sampled."""
-    if not done:
-        return {"updates": 0}
-    n = sum(sums["tokens"] for sums in done)
-
-    def mean(name):
-        return sum(sums[name] for sums in done) / n if n else None
-
-    n_first = done[0]["tokens"]
-    return {
-        "loss": sum(sums["loss"] for sums in done) / len(done),
-        "grad_norm": sum(norms) / len(norms),
-        "updates": len(done),
-        "entropy": mean("entropy"),
-        "kl": mean("kl"),
-        "clipped": 100 * mean("clipped") if n else None,
-        "gap": done[0]["gap"] / n_first if n_first else None,  # later the weights have moved
-    }
+        sums += torch.stack(
+            [loss.detach().double(), *losses.token_sums(method, logp, entropy, mine)]
+        )
+    return dict(zip(losses.SUMS, ranks.add_up(sums).tolist()))
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
-def fit_so_far(run: Run) -> ceiling.CeilingFit:
-    points = run.of_kind("eval")
-    flops = [point["flops"] for point in points]
-    return ceiling.fit(flops, [p["pass1"] for p in points], n=[p["n"] for p in points])
-
-
 def evaluate_now(cfg: Config, run: Run, step: int, policy, problems: list) -> None:
     """pass@1 on the validation problems, and the ceiling as it looks now."""
-    sampling = rollout.Sampling(
-        max_new=cfg.max_new,
-        temperature=cfg.eval_temperature,
-        eos_ids=policy.tokenizer.eos_ids,
-        seed=ranks.seed_of(cfg.seed, "eval"),
-        rows=cfg.rows,
-    )
+    sampling = policy.sampling(cfg.eval_temperature, ranks.seed_of(cfg.seed, "eval"))
     summary, records = evaluate.evaluate(policy, problems, cfg.eval_n, sampling)
     run.log(step, "eval", **summary)
     run.log_samples(step, [{**record, "kind": "eval"} for record in records[:8]])
     fit = fit_so_far(run)
     print(
         f"step {step:4d}  pass@1 {summary['pass1']:.1f} (se {summary['pass1_se']:.1f})  "
-        f"length {summary['length']:.0f}  cut {summary['truncated']:.1f}%  {describe_fit(fit)}",
+        f"length {summary['length']:.0f}  cut {summary['truncated']:.1f}%  {fit.describe()}",
         flush=True,
     )
-    run.prune({max(run.of_kind("eval"), key=lambda row: row["pass1"])["step"]})
-    enough = cfg.until_share and (fit.share_low or 0.0) >= cfg.until_share
-    if ranks.any_of(enough):
+    run.prune({evaluate.best_step(run.of_kind("eval"), run.saved())[0]})
+
+
+def end_if_reached(cfg: Config, run: Run, step: int) -> None:
+    """--until-share: end the run where its evaluations say so, also those made before a resume."""
+    if cfg.until_share and ranks.any_of((fit_so_far(run).share_low or 0.0) >= cfg.until_share):
         print(f"--until-share {cfg.until_share}: surely reached at step {step}")
         run.end()
 
 
-def describe_fit(fit: ceiling.CeilingFit) -> str:
-    """The run so far against its ceiling in a few words; brackets are 90% intervals."""
-    if fit.status == "too few points":
-        return "ceiling: too few points yet"
-    if fit.status != "ok":
-        return f"{fit.status}: ceiling {fit.a_post:.1f}, the best before it"
-    ceiling_text = fit.text("a_post", ".1f")
-    return f"reached {fit.reached:.1f} / ceiling {ceiling_text} / share {fit.text('share', '.0%')}"
+def fit_so_far(run: Run) -> ceiling.CeilingFit:
+    points = run.of_kind("eval")
+    flops = [point["flops"] for point in points]
+    return ceiling.fit(flops, [p["pass1"] for p in points], n=[p["n"] for p in points])
 
 
 # ---- the script ----------------------------------------------------------------------------------
@@ -456,12 +348,11 @@ def load_problems(cfg: Config, method, tokenizer) -> tuple[list, list]:
     if cfg.val:
         val, _ = data.problems(cfg.val, tokenizer, cfg.max_prompt)
     else:
-        n_val = min(200, max(1, len(pool) // 10))
-        seed = ranks.seed_of("held out")  # the same problems whatever --seed is
-        held_out = set(data.plan(len(pool), seed, 0, n_val))
-        val = [pool[i] for i in sorted(held_out)]
-        pool = [problem for i, problem in enumerate(pool) if i not in held_out] or pool
-        print(f"no --val: {n_val} problems of {cfg.data} held out for evaluation")
+        pool, val = data.hold_out(pool, 200)
+        print(f"no --val: {len(val)} problems of {cfg.data} held out for evaluation")
+    pool, n_cut = data.drop_long_experts(pool, cfg.max_new)
+    if n_cut and method.demonstrations:
+        print(f"{n_cut} demonstrations over --max-new {cfg.max_new} tokens dropped")
     experts = sum(problem.expert is not None for problem in pool)
     print(
         f"{len(pool)} problems ({experts} with a demonstration; {n_long} prompts over "
@@ -490,33 +381,32 @@ def show_plan(cfg: Config, method, pool: list, tokenizer, folder: Path, device) 
         flush=True,
     )
     longest = max(len(problem.prompt) for problem in pool) + cfg.max_new
-    plan = {"optimizer": "adamw", "slots": longest, "reference": bool(method.kl_coef)}
-    launch.show_memory(cfg, config, device, plan)
+    if longest > config.max_position_embeddings:
+        print(
+            f"hint: a prompt and --max-new {cfg.max_new} take up to {longest} positions, and the "
+            f"model was trained for {config.max_position_embeddings}: lower --max-new"
+        )
+    launch.show_memory(cfg, config, device, slots=longest, reference=bool(method.kl_coef))
     launch.show_disk(cfg, config, cfg.steps, "adamw")
     if cfg.dry_run:
         print(f"first prompt: {tokenizer.decode(pool[0].prompt)}\nits answer: {pool[0].gold}")
-
-
-def open_reference(cfg: Config, folder: Path, device):
-    """The frozen --init for the KL term, in the type that it computes in."""
-    place, shard = launch.placement(cfg, model_file.read_config(folder), device)
-    dtype = torch.bfloat16 if cfg.bf16 and not shard else torch.float32
-    return model_file.load_model(folder, dtype, place, shard).requires_grad_(False)
+        print(evaluate.check_demonstrations(pool, tokenizer, tasks.load_reward(cfg.reward)))
 
 
 def main(cfg: Config) -> None:
     device = ranks.start()
     method = methods.load(cfg.algo)(**cfg.options)
-    folder = evaluate.find(cfg.init, not cfg.dry_run)
+    folder = evaluate.find_start(cfg)
     tokenizer = evaluate.open_tokenizer(folder)
     pool, val = load_problems(cfg, method, tokenizer)
     show_plan(cfg, method, pool, tokenizer, folder, device)
     if cfg.dry_run:
         return
-    run = Run(cfg, cfg.steps, start=str(folder))
+    run = Run(cfg, cfg.steps, folder, validation_set=data.digest(val))
     model, net, optimizers = evaluate.open_training(cfg, folder, tokenizer, device, run)
-    reference = open_reference(cfg, folder, device) if method.kl_coef else None
-    policy = evaluate.Policy(net, tokenizer, tasks.load_reward(cfg.reward))
+    reference = evaluate.open_frozen(cfg, folder, device) if method.kl_coef else None
+    reward = tasks.load_reward(cfg.reward)
+    policy = evaluate.Policy(net, tokenizer, reward, cfg.max_new, cfg.rows)
 
     for step in run.steps():
         if 0 < cfg.max_flops <= run.totals["flops"]:
@@ -524,12 +414,14 @@ def main(cfg: Config) -> None:
         run.checkpoint(step)
         if run.due(step, "eval"):
             evaluate_now(cfg, run, step, policy, val)
+        if step % cfg.eval_every == 0:
+            end_if_reached(cfg, run, step)
         if run.over(step):
             break
 
         collected = collect(cfg, method, policy, pool, run)
         if step == run.first and collected.groups:
-            show_first(collected.groups[0][0], tokenizer)
+            console.show_rollout(collected.groups[0][0], tokenizer)
         began = time.monotonic()
         updates = make_batches(cfg, method, net, reference, collected.groups)
         planned = time.monotonic()
@@ -542,68 +434,51 @@ def main(cfg: Config) -> None:
             ranks.refresh(net, model)
             run.watch(norms[-1], step + 1)
 
-        numbers = {**collected.stats, **describe_updates(done, norms), "lr": lr}
+        numbers = {**collected.stats, **losses.describe_updates(done, norms), "lr": lr}
         numbers["logp_s"] = round(planned - began, 4)
         numbers["update_s"] = round(time.monotonic() - planned, 4)
         log_step(cfg, method, run, collected, updates, numbers)
     finish(cfg, run)
 
 
-def log_step(cfg: Config, method, run: Run, collected: Round, updates: list, numbers: dict) -> None:
-    """Compute spent, the step's line in metrics.jsonl, samples, and the printed line."""
-    config = run.model.config
+def compute_of(cfg: Config, method, config, collected: Round, updates: list) -> tuple:
+    """(tokens, FLOPs as the paper counts them, FLOPs of the machine) of one round.
+
+    The paper's (24)-(29): a forward per sampled row, three per trained one, and (26) for some
+    methods one more per expert row. The machine reads a prompt once per group.
+    """
+    sampled = [row.length for group in collected.sampled for row in group]
+    drawn = 0
+    cached = []
+    for group in collected.sampled:
+        for i, row in enumerate(group):
+            drawn += len(row.response) - row.n_prefix
+            cached.append(len(row.prompt) if i else 0)
+    work = model_file.flops(config, sampled, drawn, cached)
     rows = [row for group in collected.groups for row in group]
     trained = [row.length for row in rows]
     experts = [row.length for row in rows if row.is_expert and method.expert_forward]
-    forwards = list(collected.generated)
-    for update in updates:
-        passes = 4 if cfg.recompute else 3  # a backward is two forwards
-        forwards += update.looked + passes * [row.length for row in update.rows]
-    count = model_file.forward_flops
-    run.count(
-        tokens=sum(collected.generated),
-        # The paper's (24)-(29): a forward per generated row, three per trained one
-        flops=count(config, collected.generated)
-        + 3 * count(config, trained)
-        + count(config, experts),
-        flops_hw=model_file.hardware_flops(config, forwards),
-    )
+    paper = work.paper + 3 * model_file.flops(config, trained).paper
+    paper += model_file.flops(config, experts).paper
+    machine = work.blocks + work.head
+    for n, update in enumerate(updates):
+        lengths = [row.length for row in update.rows]
+        work = model_file.flops(config, lengths, sum(len(row.response) for row in update.rows))
+        passes = 3  # a backward is two forwards
+        passes += method.needs_entropy or n > 0  # old_logp
+        passes += bool(method.kl_coef)  # ref_logp
+        machine += passes * (work.blocks + work.head) + cfg.recompute * work.blocks
+    return sum(sampled), paper, machine
+
+
+def log_step(cfg: Config, method, run: Run, collected: Round, updates: list, numbers: dict) -> None:
+    """Compute spent, samples, the step's line in metrics.jsonl, and the printed line."""
+    run.count(*compute_of(cfg, method, run.model.config, collected, updates))
     step = run.step + 1
     run.log_samples(step, [{**record, "kind": "train"} for record in collected.records[:8]])
     run.log(step, "train", **numbers)
-    print_step(cfg, run, step, numbers)
-
-
-def show_first(row: Row, tokenizer) -> None:
-    """The first rollout as text, the trained part between >> and <<."""
-    end = "<eos>" if row.finished else " [cut]"
-    print(
-        "first rollout, the trained part between >> and <<:\n"
-        f"  {tokenizer.decode(row.prompt)}>>{tokenizer.decode(row.response)}{end}<<  "
-        f"reward {row.reward:g}\n",
-        flush=True,
-    )
-
-
-def print_step(cfg: Config, run: Run, step: int, row: dict) -> None:
-    """One line per step; a dash where a number was not measured."""
-    last = cfg.steps
-    if cfg.max_flops:
-        last = min(last, math.ceil(step * cfg.max_flops / run.totals["flops"]))
-    last = max(last, step)
-    head = f"step {step:4d}/{last}  reward {row['reward']:5.1f}  signal {row['signal']:3.0f}%  "
-    if not row["updates"]:
-        reason = f"no prompt had both right and wrong answers in {row['rounds']} rounds"
-        print(f"{head}{reason}: no update", flush=True)
-        return
-    entropy = "-" if row["entropy"] is None else f"{row['entropy']:.3f}"
-    seconds = f"{row['sample_s']:.1f}+{row['logp_s'] + row['update_s']:.1f} s"
-    print(
-        f"{head}rounds {row['rounds']}  length {row['length']:4.0f}  cut {row['truncated']:4.1f}%  "
-        f"unparsed {row['unparsed']:4.1f}%  entropy {entropy}  grad {row['grad_norm']:.2f}  "
-        f"{seconds}  {run.eta(step, last)}",
-        flush=True,
-    )
+    console.print_rl_step(cfg, run, step, numbers)
+    console.print_hints(cfg, run, numbers)
 
 
 def finish(cfg: Config, run: Run) -> None:
@@ -612,14 +487,13 @@ def finish(cfg: Config, run: Run) -> None:
         print(f"stopped and saved. Go on with: {cli.again()}")
         return
     points = run.of_kind("eval")
-    best = max(points, key=lambda row: row["pass1"])
+    best, why = evaluate.best_step(points, run.saved())
     print(
-        f"done: pass@1 {points[0]['pass1']:.1f} -> {points[-1]['pass1']:.1f}, "
-        f"best {best['pass1']:.1f} at step {best['step']}; "
-        f"checkpoint {run.folder(points[-1]['step'])}\n"
-        f"next: python evaluate.py --init {cfg.out}"
+        f"done: pass@1 {points[0]['pass1']:.1f} -> {points[-1]['pass1']:.1f}; "
+        f"best checkpoint {run.folder(best)}, {why}\n"
+        f"next: python evaluate.py --init {cfg.out}@{best}{tasks.flags_for(cfg, val='--data')}"
     )
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, preset, lambda argv: methods.load(cli.peek(argv, "algo", Config.algo)))
+    cli.run(main, Config, preset, options=("algo", methods.load))

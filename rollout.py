@@ -31,10 +31,13 @@ Shapes: n running rows, V vocabulary, P prompts read at once, T tokens. Log-prob
 nats.
 """
 
-import pickle
+import json
+import os
+import re
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -42,7 +45,7 @@ import torch
 import torch.nn.functional as F
 
 from core import ranks
-from core.decode import Cache, Decoder, Graphs, decoder_of
+from core.decode import GRAPH_BYTES, MAX_GRAPHS, Cache, Decoder, Graphs, decoder_of
 from core.errors import UserError
 
 BLOCK = 64  # slots by which the cache grows
@@ -62,7 +65,8 @@ class Sampling:
     rows: int = 512  # responses that run at once, at most
     top_p: float = 1.0  # draw among the fewest tokens that reach this probability
     top_k: int = 0  # draw among the likeliest top_k tokens; 0 = all
-    cache_bytes: int | None = None  # memory for keys and values; None: most of what is free on CUDA
+    cache_bytes: int | None = None  # for keys and values; None: of the free memory 90% on CUDA, or
+    # half on the CPU, shared by all processes
     bucketed: bool | None = None  # round sizes up, as CUDA graphs need it; None: on CUDA only
 
 
@@ -93,7 +97,7 @@ class Request:
     limit: int  # tokens, EOS included
     tokens: list[int]  # the prompt, and what was drawn before the request returned to the queue
     n_prompt: int
-    drawn: list[list] = field(default_factory=lambda: [[], [], []])  # ids, logp, entropy of those
+    drawn: tuple = ((), (), ())  # ids, logp, entropy of those
     source: tuple = ()  # equal where the tokens are: a group's requests, until they have drawn
     began: int = 0  # steps before its first token, as if all were drawn in its present row
 
@@ -173,23 +177,25 @@ def generate(
 
 
 def _pack(numbered: list[tuple[int, Response]]) -> bytes:
-    """Numbered responses for the other processes, 12 bytes per token (JSON takes 50)."""
-    arrays = []
-    for number, r in numbered:
-        ids = np.array(r.ids, np.int32)
-        logp = np.array(r.logp, np.float32)
-        entropy = np.array(r.entropy, np.float32)
-        arrays.append((number, ids, logp, entropy, r.finished))
-    return pickle.dumps(arrays)
+    """Numbered responses for the other ranks, 12 bytes per token (JSON takes 50): a line of JSON,
+    then for each response its ids, log-probs and entropies."""
+    head = [(number, len(r.ids), r.finished) for number, r in numbered]
+    parts = [json.dumps(head).encode(), b"\n"]
+    for _, r in numbered:
+        parts.append(np.array(r.ids, np.int32).tobytes())
+        parts.append(np.array([r.logp, r.entropy], np.float32).tobytes())
+    return b"".join(parts)
 
 
-def _unpack(packed: bytes) -> list[tuple[int, Response]]:
+def _unpack(packed: bytes) -> Iterator[tuple[int, Response]]:
     """The reverse of _pack()."""
-    numbered = []
-    for number, ids, logp, entropy, finished in pickle.loads(packed):
-        response = Response(ids.tolist(), logp.tolist(), entropy.tolist(), finished)
-        numbered.append((number, response))
-    return numbered
+    head, _, body = packed.partition(b"\n")
+    at = 0
+    for number, n, finished in json.loads(head):
+        ids = np.frombuffer(body, np.int32, n, at).tolist()
+        logp, entropy = np.frombuffer(body, np.float32, 2 * n, at + 4 * n).reshape(2, n).tolist()
+        yield number, Response(ids, logp, entropy, finished)
+        at += 12 * n
 
 
 class ContinuousBatch:
@@ -215,7 +221,7 @@ class ContinuousBatch:
         per_layer = 2 * c.num_key_value_heads * c.head_dim * decoder.dtype.itemsize
         self.slot_bytes = per_layer * c.num_hidden_layers
         self.budget = cache_budget(decoder, self.rows, sampling)
-        if self.budget is not None and self.slots * self.slot_bytes > self.budget:
+        if self.slots * self.slot_bytes > self.budget:
             worst = max(requests, key=lambda r: len(r.tokens) + r.limit)
             raise UserError(
                 f"prompt {worst.prompt}: {len(worst.tokens)} tokens and max_new {worst.limit} "
@@ -227,7 +233,7 @@ class ContinuousBatch:
         self.prompt_row: dict[tuple, int] = {}  # row of prompt_cache in which a source was read
         bucketed = sampling.bucketed
         self.bucketed = device.type == "cuda" if bucketed is None else bucketed
-        self.graphs = Graphs(device)
+        self.graphs: Graphs | None = None  # of steps on the present cache, where sizes are bucketed
 
         width = max((r.limit for r in requests), default=0)
         per_row = (self.rows,)
@@ -262,8 +268,12 @@ class ContinuousBatch:
         starved = self.waiting and self.cache.rows < rows
         if slots <= self.cache.slots and not (starved and slots <= self.cache.slots // 2):
             return
-        if self.budget is not None:
-            rows = min(rows, self.budget // (slots * self.slot_bytes))
+        # Growing by a half keeps copies and new sizes few, where the memory holds it for all rows.
+        half_more = -(-self.cache.slots * 3 // 2 // BLOCK) * BLOCK
+        roomy = min(max(slots, half_more), self.slots)
+        if slots > self.cache.slots and rows * roomy * self.slot_bytes <= self.budget:
+            slots = roomy
+        rows = min(rows, self.budget // (slots * self.slot_bytes))
         if len(self.running) > rows:
             for request, drawn in self.remove(list(range(rows, len(self.running)))):
                 request.drawn = drawn
@@ -273,7 +283,8 @@ class ContinuousBatch:
             self.waiting = deque(sorted(self.waiting, key=lambda r: (-len(r.tokens), r.number)))
         self.cache.used = min(self.cache.used, self.top())
         self.cache.resize(rows, slots)
-        self.graphs = Graphs(self.device)
+        if self.bucketed:
+            self.graphs = Graphs(self.device)
 
     def admit(self) -> None:
         """Begin waiting requests in free rows."""
@@ -336,7 +347,8 @@ class ContinuousBatch:
         rows = n
         top = self.top()
         if self.bucketed:  # few sizes, so that few graphs serve; free rows decode at position 0
-            rows = min(1 << (n - 1).bit_length(), self.cache.rows)
+            rows = 1 << (n - 1).bit_length() if n <= 64 else -(-n // 32) * 32
+            rows = min(rows, self.cache.rows)
             top = min(-(-top // BLOCK) * BLOCK, self.cache.slots)
         self.on_forward("step", rows, self.cache)
         if self.bucketed:
@@ -371,10 +383,10 @@ class ContinuousBatch:
         is_eos = (token[:, None] == self.eos_ids).any(1)
         torch.logical_or(drawn == self.limit[:n], is_eos, out=self.ended[:n])
 
-    def remove(self, rows: list[int]) -> list[tuple[Request, list[list]]]:
+    def remove(self, rows: list[int]) -> list[tuple[Request, tuple[list, list, list]]]:
         """Take these rows (ascending) out of the batch; the last rows move into their places.
 
-        Returns the request of each one with [ids, logp, entropy] of all tokens that it has drawn.
+        Returns the request of each one with (ids, logp, entropy) of all tokens that it has drawn.
         """
         index = torch.tensor(rows, device=self.device)
         stores = [x.index_select(0, index).cpu() for x in (self.ids, self.logp, self.entropy)]
@@ -382,7 +394,8 @@ class ContinuousBatch:
         for i, row in enumerate(rows):
             request = self.running[row]
             n_drawn = self.steps - request.began
-            removed.append((request, [store[i, :n_drawn].tolist() for store in stores]))
+            drawn = tuple(store[i, :n_drawn].tolist() for store in stores)
+            removed.append((request, drawn))
         n = len(self.running) - len(rows)
         holes = [row for row in rows if row < n]
         movers = sorted(set(range(n, len(self.running))) - set(rows))
@@ -401,15 +414,25 @@ class ContinuousBatch:
         return removed
 
 
-def cache_budget(decoder: Decoder, rows: int, sampling: Sampling) -> int | None:
-    """Bytes for keys and values of the running rows; None: no bound."""
-    if sampling.cache_bytes is not None or decoder.device.type != "cuda":
+def cache_budget(decoder: Decoder, rows: int, sampling: Sampling) -> int:
+    """Bytes for keys and values of the running rows."""
+    if sampling.cache_bytes is not None:
         return sampling.cache_bytes
-    torch.cuda.empty_cache()  # what training has left in PyTorch's own store counts as free
-    free, _ = torch.cuda.mem_get_info(decoder.device)
-    # Logits and what draw() makes of them, in the memory of the graphs and outside.
-    per_logit = 96 if sampling.top_p < 1 or sampling.top_k else 36  # bytes
-    return int(0.9 * free) - per_logit * rows * decoder.config.vocab_size
+    if decoder.device.type == "cuda":
+        torch.cuda.empty_cache()  # what training has left in PyTorch's own store counts as free
+        free, _ = torch.cuda.mem_get_info(decoder.device)
+        # Logits and what draw() makes of them, in the memory of the graphs and outside.
+        per_logit = 96 if sampling.top_p < 1 or sampling.top_k else 36  # bytes
+        scratch = per_logit * rows * decoder.config.vocab_size
+        graphs = MAX_GRAPHS * GRAPH_BYTES * decoder.config.num_hidden_layers
+        return int(0.9 * free) - scratch - graphs
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        available = re.search(r"MemAvailable: *(\d+) kB", meminfo.read_text())
+        free = 1024 * int(available[1])
+    else:  # macOS: half of the memory counts as available
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return free // (2 * ranks.world())
 
 
 def draw(

@@ -17,7 +17,6 @@ by this same file on plain text (runs/base).
 Shapes: B rows, T tokens, D model width. Losses in nats per token; compute in FLOPs.
 """
 
-import hashlib
 import json
 import time
 from dataclasses import dataclass, replace
@@ -30,9 +29,8 @@ import data
 import evaluate
 import model as model_file
 import phases
-import rollout
 import tasks
-from core import cli, launch, optim, ranks
+from core import cli, console, launch, optim, ranks
 from core.errors import UserError
 from core.files import write_json
 from core.run import Run
@@ -128,26 +126,21 @@ def make_built_in(cfg: Config) -> Config:
 
 
 # ---- data ----------------------------------------------------------------------------------------
-def load_examples(cfg: Config, tokenizer) -> tuple[list, list, str]:
-    """(training examples, validation examples, hash of the validation set)."""
+def load_examples(cfg: Config, tokenizer) -> tuple[list, list]:
+    """(training examples, validation examples)."""
     train, n_long = data.sft_examples(cfg.data, tokenizer, cfg.max_len)
     if cfg.val:
         val, n_long_val = data.sft_examples(cfg.val, tokenizer, cfg.max_len)
     else:
-        n_val = min(199, max(1, len(train) // 10))
+        train, val = data.hold_out(train, 199)
         n_long_val = 0
-        seed = ranks.seed_of("held out")  # the same rows whatever --seed is
-        held_out = set(data.plan(len(train), seed, 0, n_val))
-        val = [train[i] for i in sorted(held_out)]
-        train = [row for i, row in enumerate(train) if i not in held_out] or val
-        print(f"no --val: {n_val} rows of {cfg.data} held out for validation")
+        print(f"no --val: {len(val)} rows of {cfg.data} held out for validation")
     print(
         f"{len(train)} training and {len(val)} validation examples; "
         f"{n_long + n_long_val} over {cfg.max_len} tokens dropped",
         flush=True,
     )
-    ids = repr([tuple(map(tuple, row)) for row in val])
-    return train, val, hashlib.sha256(ids.encode()).hexdigest()[:16]
+    return train, val
 
 
 class Batch(NamedTuple):
@@ -160,11 +153,10 @@ class Batch(NamedTuple):
 
 def make_batch(rows: list, micro_tokens: int, pin: bool = False) -> Batch:
     """Micro-batches of like length; every rank gets as many. pin: for asynchronous copies."""
-    lengths = [len(row.prompt) + len(row.response) for row in rows]
     parts = []
-    for indices in data.deal(lengths, micro_tokens, ranks.rank(), ranks.world()):
-        ids, mask = data.collate([rows[i] for i in indices])
+    for _, ids, mask in data.micro_batches(rows, micro_tokens, ranks.rank(), ranks.world()):
         parts.append((ids.pin_memory() if pin else ids, mask))
+    lengths = [len(row.prompt) + len(row.response) for row in rows]
     return Batch(parts, lengths, sum(len(row.response) for row in rows))
 
 
@@ -184,7 +176,7 @@ def show_plan(cfg: Config, train: list, tokenizer, folder: Path, device, steps: 
         f"  {tokenizer.decode(prompt)}>>{tokenizer.decode(response)}{end}<<\n",
         flush=True,
     )
-    launch.show_memory(cfg, config, device, {"optimizer": cfg.optimizer})
+    launch.show_memory(cfg, config, device)
     launch.show_disk(cfg, config, steps, cfg.optimizer)
     if cfg.dry_run:
         world = cfg.gpus or ranks.world()
@@ -196,6 +188,8 @@ def show_plan(cfg: Config, train: list, tokenizer, folder: Path, device, steps: 
             "tokenizing prompt and response as one text would change the ids of "
             f"{data.joint_mismatch(cfg.data, tokenizer):.1f}% of the rows"
         )
+        with_gold, _ = data.problems(cfg.data, tokenizer, cfg.max_len, needs_gold=False)
+        print(evaluate.check_demonstrations(with_gold, tokenizer, tasks.load_reward(cfg.reward)))
 
 
 # ---- loss ----------------------------------------------------------------------------------------
@@ -225,12 +219,7 @@ def validate(cfg: Config, run: Run, step: int, policy, val: list, problems: list
     lines = {"val": {"val_loss": loss}}
     shown = ""
     if problems:
-        sampling = rollout.Sampling(
-            max_new=cfg.max_new,
-            temperature=0.7,
-            eos_ids=policy.tokenizer.eos_ids,
-            seed=ranks.seed_of(cfg.seed, "eval"),
-        )
+        sampling = policy.sampling(0.7, ranks.seed_of(cfg.seed, "eval"))
         lines["eval"], records = evaluate.evaluate(policy, problems, 1, sampling)
         shown = f"  pass@1 {lines['eval']['pass1']:.1f} (se {lines['eval']['pass1_se']:.1f})"
         run.log_samples(step, records[:20])
@@ -257,9 +246,9 @@ def main(cfg: Config) -> bool:
     device = ranks.start()
     if not cfg.init:
         cfg = make_built_in(cfg)
-    folder = evaluate.find(cfg.init, not cfg.dry_run)
+    folder = evaluate.find_start(cfg)
     tokenizer = evaluate.open_tokenizer(folder)
-    train, val, val_set = load_examples(cfg, tokenizer)
+    train, val = load_examples(cfg, tokenizer)
     problems = []
     if cfg.problems:
         problems, _ = data.problems(cfg.problems, tokenizer, cfg.max_len)
@@ -268,9 +257,10 @@ def main(cfg: Config) -> bool:
     show_plan(cfg, train, tokenizer, folder, device, steps)
     if cfg.dry_run:
         return False
-    run = Run(cfg, steps, val_set=val_set, base=cfg.init)
+    run = Run(cfg, steps, folder, validation_set=data.digest(val))
     model, net, optimizers = evaluate.open_training(cfg, folder, tokenizer, device, run)
-    policy = evaluate.Policy(net, tokenizer, tasks.load_reward(cfg.reward))
+    reward = tasks.load_reward(cfg.reward)
+    policy = evaluate.Policy(net, tokenizer, reward, cfg.max_new)
 
     def prepare(position: int) -> Batch:
         rows = [train[i] for i in data.plan(len(train), cfg.seed, position, cfg.batch)]
@@ -309,35 +299,28 @@ def main(cfg: Config) -> bool:
 
         run.position += cfg.batch
         numbers = {"loss": loss, "grad_norm": norm, "lr": lr, "epoch": run.position / len(train)}
-        log_step(cfg, run, step + 1, numbers, batch.lengths, clock)
+        log_step(cfg, run, step + 1, numbers, batch, clock)
     finish(cfg, run)
     return not run.interrupted
 
 
-def log_step(cfg: Config, run: Run, step: int, numbers: dict, lengths: list, clock: list) -> None:
+def log_step(cfg: Config, run: Run, step: int, numbers: dict, batch: Batch, clock: list) -> None:
     """The step's line in metrics.jsonl and, every --log-every steps, on the terminal.
 
     clock: when data, forward and backward, update began, and when the update ended.
     """
-    config = run.model.config
-    passes = 4 if cfg.recompute else 3  # a backward is two forwards
+    work = model_file.flops(run.model.config, batch.lengths, batch.n_trained)
     run.count(
-        tokens=sum(lengths),
-        flops=3 * model_file.forward_flops(config, lengths),
-        flops_hw=passes * model_file.hardware_flops(config, lengths),
+        tokens=sum(batch.lengths),
+        flops=3 * work.paper,  # a backward is two forwards
+        flops_hw=3 * (work.blocks + work.head) + cfg.recompute * work.blocks,
     )
     spent = {}
     for name, began, ended in zip(("data_s", "train_s", "update_s"), clock, clock[1:]):
         spent[name] = round(ended - began, 4)
     run.log(step, "train", **numbers, **spent)
     if step % cfg.log_every == 0:
-        rate = run.totals["tokens"] / max(1e-9, run.seconds)
-        print(
-            f"step {step:5d}/{run.last}  loss {numbers['loss']:.4f}  "
-            f"grad {numbers['grad_norm']:.2f}  lr {numbers['lr']:.1e}  "
-            f"epoch {numbers['epoch']:.2f}  {rate:,.0f} tok/s  {run.eta(step)}",
-            flush=True,
-        )
+        console.print_sft_step(run, step, numbers)
 
 
 def finish(cfg: Config, run: Run) -> None:
@@ -353,7 +336,7 @@ def finish(cfg: Config, run: Run) -> None:
     if end.recommended_step is not None:
         print(
             f"start RL from {run.folder(end.recommended_step)}: {end.reason}\n"
-            f"next: torchrun rl.py --init {cfg.out}"
+            f"next: torchrun rl.py --init {cfg.out}{tasks.flags_for(cfg, data='--data')}"
         )
 
 

@@ -6,14 +6,15 @@
         trainer.json                                         step, counters, the size of every file
 
 It is written as step_000400.tmp, flushed to disk and renamed: a folder without .tmp is whole.
-The trainer state is one safetensors file per rank whose header says which rows it holds, so that any
-number of ranks can load it. # differs from torch.distributed.checkpoint, whose metadata is a pickle
+The trainer state is one safetensors file per rank whose header says which rows it holds, so any
+number of ranks can load it. # differs: the metadata of torch.distributed.checkpoint is a pickle
 """
 
 import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def steps_in(checkpoints: Path) -> dict[int, Path]:
 
 
 def damaged(folder: Path) -> str:
-    """What is wrong with a checkpoint ("" = nothing): its files differ from what trainer.json says."""
+    """What is wrong with a checkpoint ("" = nothing): files that differ from trainer.json."""
     about = folder / "trainer.json"
     if not about.exists():
         return "no trainer.json"
@@ -97,7 +98,8 @@ def _prepare(final: Path, aside: Path, n_bytes: float) -> bool:
     if final.exists() and not damaged(final):
         return False
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.rmtree(final, ignore_errors=True)  # only ever a damaged one, passed over on --resume
+    if final.exists():  # damaged or edited, passed over on --resume: it is kept beside
+        final.rename(final.with_name(f"{final.name}.damaged-{time.time_ns()}"))
     free = shutil.disk_usage(final.parent).free
     if free < n_bytes:
         raise OSError(

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import json
 import os
 import re
 import shlex
@@ -15,6 +16,7 @@ import sys
 import time
 import types
 import typing
+from pathlib import Path
 
 from core import ranks
 from core.errors import UserError
@@ -27,40 +29,77 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the flags")
 
 
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """One line per flag."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=25, width=119)
+
+    def _format_action_invocation(self, action) -> str:
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return action.option_strings[0]  # --x; that --no-x exists is said once
+        return super()._format_action_invocation(action)
+
+
 def parse(Config, argv: list[str] | None = None, preset=None, options=None):
     """The Config of a command line.
 
     preset(given): {name: value} that replace defaults, never what the user typed.
-    options(argv): a second dataclass whose fields are flags too; those that were typed go into
-        Config.options. Its `settings` are defaults of Config's own flags.
+    options: (flag, load): load(value of that flag) is a second dataclass whose fields are flags
+        too; those that were typed go into Config.options. Its `settings` are defaults of Config's
+        own flags.
     Config.refused: {"--flag": why it does not exist}, for flags of other trainers.
+    With --resume the defaults are the settings that the run was begun with.
     """
     argv = sys.argv[1:] if argv is None else argv
+    saved = saved_settings(argv, Config)
     parser = Parser(
         usage=f"python {os.path.basename(sys.argv[0])} [--flag value ...]",
         description=inspect.getdoc(sys.modules[Config.__module__]),
         allow_abbrev=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 28, 110),
+        formatter_class=Formatter,
     )
-    Options = options(argv) if options else None
-    add_flags(parser, Config, getattr(Options, "settings", {}))
+    Options = None
+    if options:
+        flag, load = options
+        Options = load(peek(argv, flag, saved.get(flag, getattr(Config, flag))))
+    flags = parser.add_argument_group("flags (default in brackets; --no-x switches x off)")
+    add_flags(flags, Config, getattr(Options, "settings", {}))
     if Options:
         add_flags(parser.add_argument_group("options of this --algo"), Options)
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         refuse(unknown[0].split("=")[0], parser, getattr(Config, "refused", {}))
     given = vars(known)
-    chosen = {}
+    chosen = saved.pop("options", {})
     if Options:
         for field in dataclasses.fields(Options):
             if field.name in given:
                 chosen[field.name] = given.pop(field.name)
-    values = preset(given) if preset else {}  # it may take a flag that it understood out of `given`
-    values = {name: value for name, value in values.items() if name not in given}
-    if "data" in values and not int(os.environ.get("RANK", 0)):
-        print(f"the built-in task, with {as_flags(values)}", flush=True)
-    values |= given
+    values = saved
+    if preset and not saved:  # it may take a flag that it understood out of `given`
+        values = preset(given)
+        values = {name: value for name, value in values.items() if name not in given}
+        if "data" in values and not int(os.environ.get("RANK", 0)):
+            print(f"the built-in task, with {as_flags(values)}", flush=True)
+    values = values | given
     return Config(**values, options=chosen) if Options else Config(**values)
+
+
+def saved_settings(argv: list[str], Config) -> dict:
+    """The settings in run.json of the run that --resume goes on with; {} where there is none."""
+    if "--resume" not in argv or "--no-resume" in argv:
+        return {}
+    path = Path(peek(argv, "out", getattr(Config, "out", ""))) / "run.json"
+    if not path.exists():
+        return {}
+    try:
+        config = json.loads(path.read_text())["config"]
+    except (ValueError, KeyError):
+        raise UserError(f"{path}: not the settings of a run; restore it") from None
+    fields = {field.name for field in dataclasses.fields(Config)}
+    dropped = ("resume", "overwrite", "dry_run", "out")
+    return {name: v for name, v in config.items() if name in fields and name not in dropped}
 
 
 def peek(argv: list[str], name: str, default: str) -> str:
@@ -112,7 +151,10 @@ def add_flags(parser, Config, defaults: dict | None = None) -> None:
         else:
             settings |= {"type": kind, "metavar": kind.__name__.upper()}
         default = (defaults or {}).get(field.name, field.default)
-        text = f"{comments.get(field.name, '')} ({'none' if default is None else default!r})"
+        text = comments.get(field.name, "")
+        if "choices" in settings:
+            text += f": {', '.join(choice or 'none' for choice in settings['choices'])}"
+        text += f" ({'none' if default is None else default!r})"
         flag = "--" + field.name.replace("_", "-")
         text = text.replace("%", "%%")
         parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **settings)
@@ -169,6 +211,8 @@ def run(main, Config, preset=None, options=None) -> None:
     A UserError or an OSError is one line and exit code 2. Every other exception is a bug and keeps
     its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 is no reason to die
+        stream.reconfigure(errors="backslashreplace")
     try:
         main(parse(Config, preset=preset, options=options))
     except KeyboardInterrupt:

@@ -31,6 +31,8 @@ from torch import Tensor, nn
 
 from model import ModelConfig, head_logits, rotate
 
+MAX_GRAPHS = 64  # recorded at once
+GRAPH_BYTES = 2**16  # allowed per layer of a recorded step, apart from the shared scratch
 PANEL = 256  # columns; 192 to 320 take equally long, 512 lose half of the gain at 8 rows
 
 
@@ -170,17 +172,21 @@ class Decoder:
         for block in model.model.layers:
             attention = block.self_attn
             mlp = block.mlp
+            norm = block.post_attention_layernorm if config.post_norm else block.input_layernorm
+            mlp_norm = block.post_attention_layernorm
+            if config.post_norm:
+                mlp_norm = block.post_feedforward_layernorm
             qk_norm = None
-            if config.qk_norm:
-                q_norm = attention.q_norm.weight.expand(H, K)
-                k_norm = attention.k_norm.weight.expand(Hkv, K)
+            if config.qk_norm:  # one head's weights for each of them, or all heads' own
+                q_norm = attention.q_norm.weight.view(-1, K).expand(H, K)
+                k_norm = attention.k_norm.weight.view(-1, K).expand(Hkv, K)
                 qk_norm = torch.cat((q_norm, k_norm)).float()
             layer = Layer(
-                block.input_layernorm.weight,
+                norm.weight,
                 Matrix([attention.q_proj, attention.k_proj, attention.v_proj]),
                 qk_norm,
                 Matrix([attention.o_proj]),
-                block.post_attention_layernorm.weight,
+                mlp_norm.weight,
                 Matrix([mlp.gate_proj, mlp.up_proj]),
                 Matrix([mlp.down_proj]),
             )
@@ -232,19 +238,28 @@ class Decoder:
         rows = torch.arange(B, device=ids.device)[:, None]
         x = self.embed(ids.flatten())  # (B T, D)
         D = x.shape[1:]
+        post = self.config.post_norm  # norms behind attention and MLP instead of before them
+        rotary = self.config.rotary_layers or [True] * len(self.layers)
         cos, sin = self.angles(position.flatten(), x.dtype)  # (B T, 1, K)
         for i, layer in enumerate(self.layers):
-            heads = layer.qkv(F.rms_norm(x, D, layer.norm, eps)).view(B * T, H + 2 * Hkv, K)
+            normed = x if post else F.rms_norm(x, D, layer.norm, eps)
+            heads = layer.qkv(normed).view(B * T, H + 2 * Hkv, K)
             qk = heads[:, : H + Hkv]
             if layer.qk_norm is not None:  # in fp32, rounded once, as in model.py
-                qk = (layer.qk_norm * F.rms_norm(qk.float(), (K,), eps=eps)).to(x.dtype)
-            qk = rotate(qk, cos, sin)
+                qk = (layer.qk_norm * self._normed_heads(qk.float())).to(x.dtype)
+            if rotary[i]:
+                qk = rotate(qk, cos, sin)
             q = qk[:, :H].view(B, T, H, K)
             k = qk[:, H:].view(B, T, Hkv, K)
             v = heads[:, H + Hkv :].view(B, T, Hkv, K)
             cache.k[i][rows, :, position] = k
             cache.v[i][rows, :, position] = v
             if mask is None:
+                if k.is_cuda and k.dtype == torch.float32:
+                    # No fused kernel of CUDA shares key heads in fp32; without one, all scores
+                    # (B, H, T, T) would be held.
+                    k = k.repeat_interleave(H // Hkv, 2)
+                    v = v.repeat_interleave(H // Hkv, 2)
                 q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
                 y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
                 y = y.transpose(1, 2)  # (B, T, H, K)
@@ -255,10 +270,22 @@ class Decoder:
                 k = cache.k[i][:B, :, :top]
                 v = cache.v[i][:B, :, :top]
                 y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-            x = x + layer.out(y.reshape(B * T, H * K))
-            gate, up = layer.gate_up(F.rms_norm(x, D, layer.mlp_norm, eps)).chunk(2, -1)
-            x = x + layer.down(F.silu(gate).mul_(up))
+            y = layer.out(y.reshape(B * T, H * K))
+            x = x + (F.rms_norm(y, D, layer.norm, eps) if post else y)
+            normed = x if post else F.rms_norm(x, D, layer.mlp_norm, eps)
+            gate, up = layer.gate_up(normed).chunk(2, -1)
+            y = layer.down(F.silu(gate).mul_(up))
+            x = x + (F.rms_norm(y, D, layer.mlp_norm, eps) if post else y)
         return F.rms_norm(x, D, self.final_norm, eps)
+
+    def _normed_heads(self, qk: Tensor) -> Tensor:
+        """qk (N, H + Hkv, K), normed per head or, in OLMo 2, over all heads of q and all of k."""
+        eps = self.config.rms_norm_eps
+        if not self.config.joint_qk_norm:
+            return F.rms_norm(qk, qk.shape[2:], eps=eps)
+        H, Hkv, _ = self.shape
+        parts = [F.rms_norm(part, part.shape[1:], eps=eps) for part in qk.split((H, Hkv), 1)]
+        return torch.cat(parts, 1)
 
 
 @contextmanager
@@ -290,7 +317,7 @@ def decoder_of(model):
 
 
 class Graphs:
-    """Functions recorded as CUDA graphs, by key.
+    """Functions recorded as CUDA graphs, by key; at most MAX_GRAPHS of them, the latest used ones.
 
     A function runs as it is the first time, so that libraries allocate what they need; it is
     recorded the second time and replayed from then on. It must return nothing, write its results in
@@ -300,18 +327,22 @@ class Graphs:
 
     def __init__(self, device: torch.device):
         self.on_cuda = device.type == "cuda"
-        self.recorded: dict = {}
+        self.recorded: dict = {}  # from the one used longest ago to the latest; None: ran once
         self.pool = torch.cuda.graph_pool_handle() if self.on_cuda else None  # shared scratch
 
     def run(self, key, function) -> None:
-        if not self.on_cuda or key not in self.recorded:
-            self.recorded[key] = None
+        is_first = key not in self.recorded
+        graph = self.recorded.pop(key, None)
+        self.recorded[key] = graph
+        if len(self.recorded) > MAX_GRAPHS:
+            del self.recorded[next(iter(self.recorded))]
+        if is_first or not self.on_cuda:
             function()
             return
-        if self.recorded[key] is None:
+        if graph is None:
             graph = torch.cuda.CUDAGraph()
             # Recording executes nothing. Other threads may use the device meanwhile.
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 function()
             self.recorded[key] = graph
-        self.recorded[key].replay()
+        graph.replay()

@@ -66,42 +66,36 @@ def capacity(device) -> float:
     return machine / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def show_memory(cfg, config: ModelConfig, device, plan: dict) -> None:
+def show_memory(cfg, config: ModelConfig, device, **plan) -> None:
     """What a process will need: one line at the start of a run, a table under --dry-run, there for
-    --gpus devices of 80 GB if given. plan: more arguments of memory.table().
-
-    RL (plan has "slots"): the sampler takes fewer rows at once where memory is short.
-    """
-    world = cfg.gpus or ranks.world()
+    --gpus devices of 80 GB if given. plan: more fields of memory.Plan; for RL with `slots`."""
     there = 80e9 if cfg.gpus else capacity(device)
-
-    def table(rows):
-        return memory.table(
-            config,
-            world,
-            cfg.micro_tokens,
-            cfg.bf16,
-            cfg.recompute,
-            offload=cfg.offload,
-            summed=memory.sums_first(config, there),
-            rows=rows,
-            cuda=bool(cfg.gpus) or device.type == "cuda",
-            **plan,
-        )
-
-    rows = 0
-    if "slots" in plan:
-        wanted = min(cfg.rows, -(-cfg.gen_prompts // world) * cfg.group)
-        *rest, cache = [part.bytes for part in table(1) if part.phase != "update"]
-        rows = max(1, min(wanted, int(0.8 * (there - sum(rest)) / cache)))
-    parts = table(rows)
+    slots = plan.pop("slots", 0)
+    table = memory.Plan(
+        config=config,
+        world=cfg.gpus or ranks.world(),
+        micro_tokens=cfg.micro_tokens,
+        bf16=cfg.bf16,
+        recompute=cfg.recompute,
+        optimizer=cfg.optimizer,
+        offload=cfg.offload,
+        summed=memory.sums_first(config, there),
+        cuda=bool(cfg.gpus) or device.type == "cuda",
+        **plan,
+    )
+    if slots:  # the sampler takes fewer rows at once where memory is short
+        rows = min(cfg.rows, -(-cfg.gen_prompts // table.world) * cfg.group)
+        table = table.with_rollout(rows, slots, there)
     if cfg.dry_run:
-        print(f"memory of each of {world} processes:\n{memory.report(parts, there)}")
+        print(f"memory of each of {table.world} processes:\n{table.report(there)}")
         return
-    peak = f"at most {memory.text(memory.peak(parts))} of {memory.text(there)}"
-    largest = sorted(parts, key=lambda part: -part.bytes)[:3]
+    largest = sorted(table.table(), key=lambda part: -part.bytes)[:3]
     named = ", ".join(f"{part.name} {memory.text(part.bytes)}" for part in largest)
-    print(f"memory of a process, estimated: {peak}; {named} ...", flush=True)
+    print(
+        f"memory of a process, estimated: at most {memory.text(table.peak())} of "
+        f"{memory.text(there)}; {named} ...",
+        flush=True,
+    )
 
 
 def show_disk(cfg, config: ModelConfig, steps: int, optimizer: str) -> None:

@@ -8,8 +8,8 @@ With one process every function returns its own value, so the training loops nee
   1) A rank reads and keeps only its rows of each parameter: rows_of(n) is FSDP2's cut of dimension
      0. The model is built on the meta device, so no rank ever holds it whole.
   2) Gradients are summed, not averaged: a loss is divided by the tokens of the whole step already.
-  3) bf16: weights, optimizer and gradients stay fp32; forward and backward run in bfloat16. Sharded,
-     FSDP2 casts when it gathers; alone, a bfloat16 copy of the model hands its gradients over.
+  3) bf16: weights, optimizer and gradients stay fp32; forward and backward run in bfloat16. FSDP2
+     casts when it gathers; one process has a bfloat16 copy that hands its gradients over.
   4) What one rank decides (a stop, a file that exists) reaches the others as numbers or JSON.
   5) No random state is kept. Each draw has a generator seeded from (seed, use, step, row), never
      from the rank, so a resumed run, or one on another number of ranks, draws the same.
@@ -45,7 +45,7 @@ def rank() -> int:
 
 
 def start() -> torch.device:
-    """Join the processes that torchrun started, if it started several. Returns this one's device."""
+    """Join the processes that torchrun started, if several. Returns this one's device."""
     cuda = torch.cuda.is_available()
     device = torch.device("cpu")
     if cuda:
@@ -158,7 +158,7 @@ def rows_of(n: int, sharded: bool = True) -> tuple[int, int]:
 
 
 def shard(model, bf16: bool, offload: bool = False, sums_first: bool = True) -> None:
-    """FSDP2 over all ranks, in place: each block a group, the embedding, last norm and head another.
+    """FSDP2 over all ranks, in place: each block is a group; embedding, last norm and head another.
 
     model: on the meta device. offload: parameters, gradients and optimizer state wait in the CPU's
     memory. sums_first: a rank keeps whole gradients until the step's last micro-batch, which sends

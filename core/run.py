@@ -1,7 +1,7 @@
 """What surrounds a training loop: the run directory, metrics, checkpoints, signals, the time left.
 
-    run = Run(cfg, steps, ...)                   opens or resumes the directory cfg.out
-    run.attach(model, optimizers, write_model)   loads the checkpoint it goes on from, if any
+    run = Run(cfg, steps, start, ...)            looks at the directory cfg.out, refuses, or resumes
+    run.attach(model, optimizers, write_model)   loads the checkpoint it goes on from; begins
     for step in run.steps():                     the number of steps done so far
         run.checkpoint(step)                     saves when an evaluation, a signal or a flag asks
         if run.due(step, "eval"): ...            evaluate, then run.log(step, "eval", ...)
@@ -18,8 +18,10 @@ nodes it has to lie on a file system that all of them see.
 """
 
 import dataclasses
+import fcntl
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -33,86 +35,69 @@ from core import checkpoint, ranks
 from core.errors import UserError
 from core.files import read_jsonl, write_aside, write_json
 
+LOCK = ".lock"  # held by the process that writes in the directory
+FIXED = ("init", "data", "val", "reward", "algo")  # settings that a resumed run cannot change
+PER_CALL = ("resume", "overwrite", "dry_run", "out")  # settings that belong to one call
 ALLOWED_SKIPS = 4  # updates in a row with a NaN or infinite gradient; one more ends the run
 
 
 class Run:
     """One run directory and the loop that fills it."""
 
-    def __init__(self, cfg, last: int, **facts):
-        """cfg: out, resume, overwrite, eval_every, save_every, keep. last: the step it ends at.
-        facts: more for run.json."""
+    def __init__(self, cfg, last: int, start: Path, **facts):
+        """Read the directory, if there is one; nothing is written before attach().
+
+        cfg: out, resume, overwrite, eval_every, save_every, keep ... last: the step it ends at.
+        start: the model folder that the run begins from. facts: more for run.json; a resumed run
+        must have the same ones.
+        """
         self.cfg = cfg
         self.last = last
+        self.start = start
         self.dir = Path(cfg.out)
         self.checkpoints = self.dir / "checkpoints"
         self.totals = {"tokens": 0, "flops": 0.0, "flops_hw": 0.0}  # logged and saved
         self.step = 0  # steps done
         self.position = 0  # rows (SFT) or prompts (RL) taken from the data so far
-        about = {
-            "config": dataclasses.asdict(cfg),
-            "argv": sys.argv,
-            "world_size": ranks.world(),
-            "torch": torch.__version__,
-            "python": sys.version.split()[0],
-            **facts,
-        }
-        self.resumed, self.metrics = ranks.from_first(lambda: self._open(about))
+        self.facts = facts
+        self.resumed = ranks.from_first(self._examine)
         self.first = self.resumed["step"] if self.resumed else 0
         if self.first > last:
             raise UserError(
                 f"{self.dir} is at step {self.first} already, beyond the {last} asked for; "
                 "give more --steps"
             )
+        self.metrics = []
         self.interrupted = False
         self._ended = False
         self._skipped = 0
+        self._hinted = set()
         self._signals = catch_signals()
-        self._opened = time.monotonic()
-        self._before = self.metrics[-1]["seconds"] if self.metrics else 0.0
-        self._clock = self._opened  # when the last lap ended
-        self._spent = {"steps": 0.0, "evaluations": 0.0}  # seconds of this process
 
     # ---- the directory ---------------------------------------------------------------------------
-    def _open(self, about: dict) -> tuple[dict | None, list[dict]]:
-        """(trainer.json of the checkpoint to go on from, metrics up to it); on rank 0."""
-        resumed = None
-        if self.dir.exists() and any(self.dir.iterdir()):
-            if self.cfg.overwrite:
-                self._delete_earlier()
-            elif self.cfg.resume:
-                resumed = self._find_resumed(about["config"])
-            else:
+    def _examine(self) -> dict | None:
+        """trainer.json of the checkpoint to go on from, or None; on rank 0. Changes nothing."""
+        if not self.dir.exists() or not any(self.dir.iterdir()):
+            return None
+        if self.cfg.overwrite:
+            if not (self.dir / "run.json").exists():
                 raise UserError(
-                    f"{self.dir} exists already: --resume goes on with it, --overwrite starts "
-                    "anew, --out names another"
+                    f"{self.dir} is not a run directory (no run.json): --overwrite leaves it "
+                    "alone; pick another --out"
                 )
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        last = resumed["step"] if resumed else -1
-        metrics = self._cut("metrics.jsonl", last)
-        self._cut("samples.jsonl", last)
-        write_json(self.dir / "run.json", about)
-        return resumed, metrics
-
-    def _delete_earlier(self) -> None:
-        if not (self.dir / "run.json").exists():
+            if self.start.resolve().is_relative_to(self.dir.resolve()):
+                raise UserError(
+                    f"--overwrite would delete the model that this run starts from, {self.start}; "
+                    "pick another --out"
+                )
+            return None
+        if not self.cfg.resume:
             raise UserError(
-                f"{self.dir} is not a run directory (no run.json): --overwrite leaves it alone; "
-                "pick another --out"
+                f"{self.dir} exists already: --resume goes on with it, --overwrite starts anew, "
+                "--out names another"
             )
-        shutil.rmtree(self.dir)
-
-    def _find_resumed(self, config: dict) -> dict | None:
-        """The newest whole checkpoint's trainer.json; says which settings are now others."""
+        self._compare(recorded(self.dir))
         resumed = checkpoint.newest_whole(self.checkpoints)
-        path = self.dir / "run.json"
-        before = json.loads(path.read_text())["config"] if path.exists() else {}
-        changed = []
-        for name, value in before.items():
-            if config.get(name, value) != value and name not in ("resume", "overwrite"):
-                changed.append(f"--{name.replace('_', '-')} {value} -> {config[name]}")
-        if changed:
-            print(f"resuming with other settings than before: {', '.join(changed)}", flush=True)
         log = self.dir / "metrics.jsonl"
         if not resumed and log.exists() and log.stat().st_size:
             raise UserError(
@@ -120,6 +105,55 @@ class Run:
                 "or start anew with --overwrite"
             )
         return resumed
+
+    def _compare(self, before: dict) -> None:
+        """Refuse to go on with other data or another model; say which settings are now others."""
+        for name, fact in before.get("facts", {}).items():
+            if self.facts.get(name, fact) != fact:
+                raise UserError(
+                    f"{self.dir}: the {name.replace('_', ' ')} is another one than the run began "
+                    "with; give back the same files and flags, or start anew in another --out"
+                )
+        changed = []
+        now = dataclasses.asdict(self.cfg)
+        for name, value in before.get("config", {}).items():
+            if name in PER_CALL or now.get(name, value) == value:
+                continue
+            flag = "--" + name.replace("_", "-")
+            if name in FIXED:
+                raise UserError(
+                    f"{flag} {now[name]}: {self.dir} was begun with {value or 'none'}; leave the "
+                    "flag out to go on, or start anew in another --out"
+                )
+            changed.append(f"{flag} {value} -> {now[name]}")
+        if changed:
+            print(f"resuming with other settings than before: {', '.join(changed)}", flush=True)
+
+    def _begin(self) -> list[dict]:
+        """Make the directory ready, on rank 0; returns the metrics up to the step we go on from."""
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self._lock = lock(self.dir)
+        if self.cfg.overwrite:
+            for path in self.dir.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path.name != LOCK:
+                    path.unlink()
+        self.checkpoints.mkdir(exist_ok=True)
+        last = self.first if self.resumed else -1
+        metrics = self._cut("metrics.jsonl", last)
+        self._cut("samples.jsonl", last)
+        about = {
+            "config": dataclasses.asdict(self.cfg),
+            "start": str(self.start),
+            "facts": self.facts,
+            "argv": sys.argv,
+            "world_size": ranks.world(),
+            "torch": torch.__version__,
+            "python": sys.version.split()[0],
+        }
+        write_json(self.dir / "run.json", about)
+        return metrics
 
     def _cut(self, name: str, last: int) -> list[dict]:
         """Keep the lines up to step `last` (a killed run may have written more); return them."""
@@ -132,27 +166,33 @@ class Run:
 
     # ---- the loop --------------------------------------------------------------------------------
     def attach(self, model, optimizers: list, write_model) -> None:
-        """What checkpoints hold. write_model(folder) writes the Hugging Face folder. A resumed run
-        gets its weights, optimizer state and counters back."""
+        """Begin: weights, optimizer state and counters of a resumed run are put in place, then the
+        directory is made ready. write_model(folder) writes the Hugging Face folder."""
         self.model = model
         self._optimizers = optimizers
         self._write_model = write_model
         if self.resumed:
-            folder = checkpoint.folder_of(self.checkpoints, self.first)
+            folder = self.folder(self.first)
             checkpoint.load_state(folder / "trainer", model, optimizers)
             self.totals = {name: self.resumed[name] for name in self.totals}
             self.position = self.resumed["position"]
+        self.metrics = ranks.from_first(self._begin)
+        if self.resumed:
             print(f"resuming {self.dir} after step {self.first}", flush=True)
+        self._opened = time.monotonic()
+        self._before = self.metrics[-1]["seconds"] if self.metrics else 0.0
+        self._clock = self._opened  # when the last lap ended
+        self._spent = {"steps": 0.0, "evaluations": 0.0}  # seconds of this process
 
     def steps(self) -> Iterator[int]:
-        """The number of steps done when the loop's body begins: where the run stands .. the last."""
+        """The number of steps done when the body begins: from where the run stands to the last."""
         self._clock = time.monotonic()
         for step in range(self.first, self.last + 1):
             self.step = step
             yield step
 
     def done_share(self, max_flops: float = 0.0) -> float:
-        """Share of the run that is behind, 0..1: of its steps, or of its compute if that is more."""
+        """Share of the run that is done, 0..1: of its steps or, if that is more, of its compute."""
         by_compute = self.totals["flops"] / max_flops if max_flops else 0.0
         return max(self.step / self.last, by_compute)
 
@@ -217,7 +257,7 @@ class Run:
 
     # ---- metrics ---------------------------------------------------------------------------------
     def count(self, tokens: int, flops: float, flops_hw: float) -> None:
-        """Add to the run's totals. flops: the paper's count; flops_hw: what the machine computes."""
+        """Add to the run's totals. flops: the paper's count; flops_hw: what was computed."""
         self.totals = {
             "tokens": self.totals["tokens"] + tokens,
             "flops": self.totals["flops"] + flops,
@@ -260,6 +300,12 @@ class Run:
             with open(self.dir / name, "a") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
 
+    def hint(self, key: str, text: str) -> None:
+        """Say once in a run what is odd but not wrong, with the flag that helps."""
+        if key not in self._hinted:
+            self._hinted.add(key)
+            print(f"hint: {text}", flush=True)
+
     # ---- checkpoints -----------------------------------------------------------------------------
     def folder(self, step: int) -> Path:
         return checkpoint.folder_of(self.checkpoints, step)
@@ -281,9 +327,42 @@ class Run:
         folders = checkpoint.steps_in(self.checkpoints)
         if not self.cfg.keep or ranks.rank():
             return
-        spare = [step for step in list(folders)[:-1] if step not in protected]
+        start = self.start.resolve()
+        spare = []
+        for step in list(folders)[:-1]:
+            if step not in protected and folders[step].resolve() != start:
+                spare.append(step)
         for step in spare[: max(0, len(folders) - self.cfg.keep)]:
             shutil.rmtree(folders[step])
+
+
+def recorded(out: str | Path) -> dict:
+    """run.json of a run directory, or {}."""
+    path = Path(out) / "run.json"
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path}: not JSON; restore it, or start anew in another --out") from None
+
+
+def lock(folder: Path):
+    """An open file that keeps other processes out of a run directory until this one ends."""
+    file = open(folder / LOCK, "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        owner = file.read().strip()
+        if owner != str(os.getpid()):
+            raise UserError(
+                f"{folder}: process {owner} is writing in it; wait for it, or pick another --out"
+            ) from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
 
 
 def catch_signals() -> list:

@@ -1,17 +1,19 @@
-"""A model folder's tokenizer and chat template: text to ids, ids to text, messages to text.
+"""A model folder's tokenizer: text to ids, ids to text, and its chat template (core/chat.py).
 
 Shapes: ids are plain lists of int. Nothing here knows what the text is about.
-Templates run in a sandbox, as transformers runs them: a downloaded template must not reach Python.
+One BOS and one EOS, whatever the folder says: `encode` adds the tokenizer's own BOS where a text
+opens the sequence and lacks it, and never an EOS; the EOS behind a response is the caller's.
 """
 
 import json
 import os
 import re
 import shutil
-from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 
 from core import files
+from core.chat import Template, template_sources
 from core.errors import UserError
 
 # The tokenizers package warns in every forked worker unless the variable is set before its import.
@@ -30,7 +32,8 @@ FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+# Special tokens that a verifier reads, so that decode keeps them
+TAGS = re.compile(r"[<\[]/?(?:think|thinking|thought|reasoning|answer|solution)[>\]]", re.I)
 
 
 class Tokenizer:
@@ -51,24 +54,65 @@ class Tokenizer:
         self.backend = tokenizers.Tokenizer.from_file(str(path))
         self.backend.no_padding()
         self.backend.no_truncation()
-        settings = read_json(self.folder / "tokenizer_config.json")
+        settings = self._settings()
         self.specials = {}
-        for name in SPECIAL:
-            token = settings.get(name)
-            if token:
+        for name, token in settings.items():
+            if name.endswith("_token") and token and not isinstance(token, bool):
                 self.specials[name] = token["content"] if isinstance(token, dict) else token
-        self.vocab_size = self.backend.get_vocab_size()
+        self._add_tokens(settings)
+        self.vocab_size = max(self.backend.get_vocab().values()) + 1  # ids may have gaps
         self.eos, self.eos_ids = self._end_of_text()
-        self.template_source = template_source(self.folder, settings)
-        self._template = None  # compiled at its first use
+        self.eos_text = self.backend.id_to_token(self.eos)
+        self._opening = self._opening_ids()
+        self._hidden = set()  # special tokens that decode leaves out
+        self.special_tokens = []
+        for id, token in self.backend.get_added_tokens_decoder().items():
+            if token.special and not TAGS.fullmatch(token.content):
+                self.special_tokens.append(token.content)
+                self._hidden.add(id)
+        sources = template_sources(self.folder, settings)
+        self.template = Template(sources, self.specials) if sources else None
+
+    def _settings(self) -> dict:
+        """tokenizer_config.json; without added tokens in it, the older files beside it count."""
+        settings = read_json(self.folder / "tokenizer_config.json")
+        if "added_tokens_decoder" not in settings:
+            settings |= read_json(self.folder / "special_tokens_map.json")
+        return settings
+
+    def _add_tokens(self, settings: dict) -> None:
+        """Tokens that other files than tokenizer.json declare, as transformers adds them."""
+        declared = {}
+        if "added_tokens_decoder" in settings:
+            for id, fields in settings["added_tokens_decoder"].items():
+                declared[int(id)] = tokenizers.AddedToken(**fields)
+        else:
+            for content, id in read_json(self.folder / "added_tokens.json").items():
+                special = content in self.specials.values()
+                declared[id] = tokenizers.AddedToken(
+                    content, special=special, normalized=not special
+                )
+        known = {token.content for token in self.backend.get_added_tokens_decoder().values()}
+        for id, token in sorted(declared.items()):
+            if token.content in known and not token.special:
+                continue
+            self.backend.add_tokens([token])
+            found = self.backend.token_to_id(token.content)
+            if found != id:
+                raise UserError(
+                    f"{self.folder}: the token {token.content!r} is declared as id {id}, and "
+                    f"tokenizer.json makes it {found}; the files are not of one model"
+                )
 
     def _end_of_text(self) -> tuple[int, list[int]]:
         """(the id that ends a trained response, all ids at which sampling stops)."""
         ids = []
         for name in ("generation_config.json", "config.json"):
-            found = read_json(self.folder / name).get("eos_token_id")
-            if found is not None:
-                ids += found if isinstance(found, list) else [found]
+            config = read_json(self.folder / name)
+            for place in (config, config.get("text_config") or {}):
+                found = place.get("eos_token_id")
+                if found is not None:
+                    ids += found if isinstance(found, list) else [found]
         eos = self.backend.token_to_id(self.specials.get("eos_token", ""))
         if eos is None and ids:
             eos = ids[0]
@@ -79,49 +123,64 @@ class Tokenizer:
             )
         return eos, sorted({eos, *ids})
 
+    def _opening_ids(self) -> list[int]:
+        """What the tokenizer's post-processor writes before a text: its BOS, or nothing."""
+        added = set(self.backend.get_added_tokens_decoder())
+        probe = next((word for word, id in self.backend.get_vocab().items() if id not in added), "")
+        found = self.backend.encode(probe)
+        if 0 not in found.special_tokens_mask:
+            return []
+        return found.ids[: found.special_tokens_mask.index(0)]
+
     def save(self, folder: str | Path) -> None:
-        """Copy the tokenizer's files, so that a checkpoint loads by itself."""
+        """Copy the tokenizer's files, so that a checkpoint loads by itself and stops at `eos`."""
         folder = Path(folder)
         for name in FILES:
             if (self.folder / name).exists() and self.folder != folder:
                 shutil.copy2(self.folder / name, folder)
-        if not (folder / "generation_config.json").exists():
-            files.write_json(folder / "generation_config.json", {"eos_token_id": self.eos_ids})
+        templates = self.folder / "additional_chat_templates"
+        if templates.exists() and self.folder != folder:
+            shutil.copytree(templates, folder / templates.name, dirs_exist_ok=True)
+        path = folder / "generation_config.json"
+        settings = read_json(path)
+        stops = settings.get("eos_token_id")
+        stops = stops if isinstance(stops, list) else [stops]
+        if self.eos not in stops:  # of what was trained, generate() would never stop
+            files.write_json(path, {**settings, "eos_token_id": self.eos_ids})
 
     def encode(self, texts: list[tuple[str, bool]]) -> list[list[int]]:
         """Ids of many (text, start), on all cores.
 
-        start: the text opens the sequence, so the tokenizer's own BOS is added where it has one.
+        start: the text opens the sequence, so the tokenizer's own BOS is added where it has one
+        and the text does not begin with it.
         """
-        ids = [[] for _ in texts]
-        for start in (False, True):
-            places = [i for i, (_, opens) in enumerate(texts) if opens == start]
-            found = self.backend.encode_batch_fast(
-                [texts[i][0] for i in places], add_special_tokens=start
-            )
-            for i, encoding in zip(places, found):
-                ids[i] = encoding.ids
+        found = self.backend.encode_batch_fast(
+            [text for text, _ in texts], add_special_tokens=False
+        )
+        ids = []
+        for (_, start), encoding in zip(texts, found):
+            own = encoding.ids
+            if start and own[: len(self._opening)] != self._opening:
+                own = self._opening + own
+            ids.append(own)
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids, without special tokens and without ids that the tokenizer lacks."""
-        return self.backend.decode([i for i in ids if i < self.vocab_size])
+        """Text of ids, without special tokens (but with tags such as <think>) and unknown ids."""
+        shown = [i for i in ids if i not in self._hidden]
+        return self.backend.decode(shown, skip_special_tokens=False)
 
-    def render(self, messages: list[dict]) -> str:
-        """The conversation in the folder's chat template, opened for the assistant's turn."""
-        import jinja2
+    def without_end(self, text: str) -> str:
+        """A text without the end-of-text tokens that it ends with."""
+        while self.eos_text and text.rstrip().endswith(self.eos_text):
+            text = text.rstrip().removesuffix(self.eos_text)
+        return text
 
-        if self._template is None:
-            self._template = compile_template(self.template_source)
-        try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=True, **self.specials
-            )
-        except jinja2.TemplateError as error:
-            raise UserError(
-                f"chat template failed: {error}; check tokenizer_config.json's chat_template "
-                "and the messages' roles"
-            ) from None
+    @cached_property
+    def markers(self) -> list[str]:
+        """Special tokens that a response must not hold: EOS, and what the template writes."""
+        written = self.eos_text + "".join(self.template.around if self.template else ())
+        return [token for token in self.special_tokens if token in written]
 
 
 def read_json(path: Path) -> dict:
@@ -129,54 +188,9 @@ def read_json(path: Path) -> dict:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path}: not JSON ({error.msg} at line {error.lineno}); "
             "restore the file from the original model"
-        ) from None
-
-
-def template_source(folder: Path, settings: dict) -> str | None:
-    """chat_template.jinja, or tokenizer_config.json's template (of several the "default" one)."""
-    if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text()
-    source = settings.get("chat_template")
-    if not isinstance(source, list):
-        return source
-    named = {template["name"]: template["template"] for template in source}
-    return named.get("default", next(iter(named.values()), None))
-
-
-def compile_template(source: str):
-    """Compile a chat template with the filters, globals and tags that transformers gives it."""
-    import jinja2
-    import jinja2.sandbox
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    def strftime_now(form):
-        return datetime.now().strftime(form)
-
-    def tojson(value, indent=None):
-        return json.dumps(value, ensure_ascii=False, indent=indent)
-
-    def as_if(tag: re.Match) -> str:
-        return f"{{%{tag[1]} {'endif' if tag[2] else 'if true'} {tag[3]}%}}"
-
-    # {% generation %} only marks the assistant's text for masks, which are made by position here.
-    source = re.sub(r"\{%(-?)\s*(end)?generation\s*(-?)%\}", as_if, source)
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = strftime_now
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateError as error:
-        raise UserError(
-            f"chat template does not compile: {error}; "
-            "mend tokenizer_config.json's chat_template or remove it"
         ) from None

@@ -30,6 +30,10 @@ class Method(GRPO):
     def requests(self, expert, group, done, u):
         return [([], group - bool(expert))]
 
+    def carries_signal(self, rewards, expert):
+        unsolved = bool(expert) and max(rewards) <= 0  # what the demonstration is there for
+        return super().carries_signal(rewards, expert) or unsolved
+
     def complete(self, rollouts, expert):
         return [*rollouts, expert] if expert else rollouts
 

@@ -7,8 +7,9 @@ along a cosine from 0.95 to 0.05 over the run.
     prefix       the 80% of the step's prefix tokens with the lowest entropy get advantage 0
     token loss   GRPO's, prefix tokens included: they count as sampled by the policy
 
-Choices: 1) Entropies are ranked over all rows of the optimizer step (official code: by micro-batch),
-taken from the forward that gave old_logp. 2) Tokens without an advantage stay in the denominator.
+Choices: 1) Entropies are ranked over all rows of the optimizer step (official code: per
+micro-batch), taken from the forward that gave old_logp. 2) Tokens without an advantage stay in the
+denominator.
 """
 
 import math

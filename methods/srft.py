@@ -31,5 +31,5 @@ class Method(LUFFY):
         rollout = torch.where(batch.is_success[:, None], right, logp)
         return torch.where(batch.is_expert[:, None], expert, rollout)
 
-    def idle(self, batch):
-        return torch.zeros_like(batch.is_expert)  # rows without an advantage learn too
+    def teaches(self, batch):
+        return torch.ones_like(batch.is_expert)  # rows without an advantage learn too

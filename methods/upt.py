@@ -24,10 +24,15 @@ class Method(GRPO):
     settings: ClassVar[dict] = {**GRPO.settings, "lr": 5e-6}
     demonstrations: ClassVar[str] = "rows"
 
-    def complete(self, rollouts, expert):
-        success = sum(row.correct for row in rollouts) / len(rollouts)
+    def imitates(self, rewards: list[float]) -> bool:
         # 1e-9: 2 of 8 meets a gate of 0.25 whatever the rounding
-        if expert and success <= self.gate_gamma + 1e-9:
+        return sum(rewards) / len(rewards) <= self.gate_gamma + 1e-9
+
+    def carries_signal(self, rewards, expert):
+        return super().carries_signal(rewards, expert) or (bool(expert) and self.imitates(rewards))
+
+    def complete(self, rollouts, expert):
+        if expert and self.imitates([row.correct for row in rollouts]):
             return [expert]  # alone in its group: its advantage is 0
         return rollouts
 
@@ -35,5 +40,5 @@ class Method(GRPO):
         rollout = super().token_loss(logp, entropy, batch)
         return torch.where(batch.is_expert[:, None], -self.sft_coef * logp, rollout)
 
-    def idle(self, batch):
-        return super().idle(batch) & ~batch.is_expert
+    def teaches(self, batch):
+        return super().teaches(batch) | batch.is_expert

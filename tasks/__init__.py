@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from core.errors import UserError
-from verify import Verdict
 
 HERE = Path(__file__).parent
 BUILT_IN = "countdown"  # what the scripts run on without --data
@@ -29,12 +28,7 @@ def names() -> list[str]:
 
 
 # ---- settings ------------------------------------------------------------------------------------
-FILES = (
-    "data",
-    "val",
-    "problems",
-    "demonstrations",
-)  # settings that name a file of the task's folder
+FILES = ("data", "val", "problems", "demonstrations")  # settings that name a file of the folder
 
 
 def preset(script: str, given: dict) -> dict:
@@ -45,6 +39,11 @@ def preset(script: str, given: dict) -> dict:
     """
     task = load(BUILT_IN)
     folder = Path(given.get("data", task.FOLDER))
+    if "data" not in given and not speaks(given.get("init", ""), task):
+        raise UserError(
+            f"--init {given['init']} is a model of your own: give --data too (and --val). The "
+            "built-in problems and their settings are for runs/base and what is trained from it"
+        )
     if "data" in given:
         written = [name for name in names() if (folder / f"{name}.json").exists()]
         if not written:
@@ -52,12 +51,35 @@ def preset(script: str, given: dict) -> dict:
         task = load(written[0])
         del given["data"]
     settings = dict(task.SETTINGS[script])
+    if script == "rl":
+        settings["demonstrations"] = task.DEMONSTRATIONS
     for name in FILES:
         if settings.get(name):
             settings[name] = str(folder / settings[name])
     if "problems" in settings or script != "sft":
         settings["reward"] = task.__name__.split(".")[-1]
     return settings
+
+
+def speaks(init: str, task) -> bool:
+    """Whether --init is empty, missing, or a model with the tokenizer of the built-in task."""
+    folder = Path(init.partition("@")[0])
+    ours = task.FOLDER / "tokenizer.json"
+    if not init or not ours.exists() or (folder.parts[:1] == ("runs",) and not folder.exists()):
+        return True
+    for place in (folder, *sorted(folder.glob("checkpoints/step_*"))):
+        if (place / "tokenizer.json").exists():
+            return (place / "tokenizer.json").read_bytes() == ours.read_bytes()
+    return False
+
+
+def flags_for(cfg, **flags: str) -> str:
+    """Flags for the next command after a run on data of one's own; "" for the built-in task, whose
+    settings are the defaults. flags: {field of cfg: flag of the next command}."""
+    if Path(cfg.data).parent == load(BUILT_IN).FOLDER:
+        return ""
+    words = [f" {flag} {getattr(cfg, name) or cfg.data}" for name, flag in flags.items()]
+    return "".join([*words, f" --reward {cfg.reward}"])
 
 
 # ---- rewards -------------------------------------------------------------------------------------
@@ -78,31 +100,3 @@ def load_reward(name: str) -> Callable:
     if not callable(getattr(module, function, None)):
         raise UserError(f"--reward {name}: {path} has no function {function}(response, row)")
     return getattr(module, function)
-
-
-def judge(reward: Callable, problem, response, tokenizer) -> dict:
-    """Decode and score one response: a record as samples.jsonl keeps it.
-
-    reward: what the function returns, a Verdict as 1 or 0. correct: a Verdict's word, or a number
-    above one half.
-    """
-    text = tokenizer.decode(response.ids)
-    verdict = reward(problem.opened + text, problem.row)
-    if not isinstance(verdict, Verdict):
-        value = float(verdict)
-        verdict = Verdict(value > 0.5, value > 0.5, None, "scored")
-    else:
-        value = float(verdict.correct)
-    return {
-        "problem": problem.text,
-        "response": text,
-        "gold": problem.gold,
-        "answer": verdict.extracted,
-        "reason": verdict.reason,
-        "reward": value,
-        "correct": verdict.correct,
-        "lenient": verdict.lenient,
-        "finished": response.finished,
-        "truncated": not response.finished,
-        "length": len(response.ids),
-    }

@@ -97,7 +97,6 @@ BASE = {  # the run of sft.py that makes the base model: plain text, random star
 }
 RL = {
     "data": "rl.jsonl",
-    "demonstrations": "train.jsonl",  # instead, for methods that use the expert
     "val": "eval.jsonl",
     "steps": 50,
     "prompts": 64,

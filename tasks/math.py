@@ -5,5 +5,9 @@ import verify
 
 
 def reward(response: str, row: dict) -> verify.Verdict:
-    """verify.py's verdict against the gold answer of the row, in any column that data.py reads."""
-    return verify.verify(response, data.gold_of(row))
+    """The best of verify.py's verdicts against the row's gold answers (of a list any counts).
+
+    Raises UserError for a gold answer that is not text, and for a row without one.
+    """
+    verdicts = [verify.verify(response, gold) for gold in data.golds_of(row)]
+    return max(verdicts, key=lambda verdict: (verdict.correct, verdict.lenient))

@@ -9,5 +9,5 @@ def reward(response: str, row: dict) -> Verdict:
     answer = response.rpartition("</think>")[2].strip()
     if "<think>" in answer:
         return Verdict(False, False, None, "unfinished thinking")
-    right = answer == data.gold_of(row).strip()
+    right = answer in data.golds_of(row)
     return Verdict(right, right, answer, "correct" if right else "wrong answer")

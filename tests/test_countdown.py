@@ -1,17 +1,20 @@
-"""countdown.py: what the built-in files promise, checked on the files and against arithmetic that is not ours."""
+"""Countdown: what the built-in files promise, and its reward, against arithmetic not our own."""
 
 import ast
 import json
 import operator
 import random
 import re
+import sys
 from collections import Counter
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
 
-from tasks import countdown
+from core.errors import UserError
+from tasks import countdown, countdown_expert
 from tasks.countdown import (
     LIMIT,
     SIZES,
@@ -25,8 +28,8 @@ from tasks.countdown import (
     split_of,
     write,
 )
-from verify import verify
 
+ROOT = Path(countdown.__file__).resolve().parents[1]
 SMALL = Config(trajectories=600, val=100, rl=200, test=100, base=400)
 OPS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
@@ -53,7 +56,7 @@ def value(node):
 
 
 def reaches(response, numbers, target):
-    """True when the boxed expression uses exactly the numbers and equals the target: an independent verdict."""
+    """True when the boxed expression uses exactly the numbers and equals the target."""
     expression = boxed(response)
     used = [int(n) for n in re.findall(r"\d+", expression)]
     return (
@@ -62,8 +65,9 @@ def reaches(response, numbers, target):
 
 
 def traces(k, hazard, lines=17, n=500):
-    """n tries of the expert at different training problems: [(numbers, target, response, right)]."""
-    rng, found = random.Random(f"{k} {hazard} {lines}"), []
+    """n tries of the expert at different problems: [(numbers, target, response, right)]."""
+    rng = random.Random(f"{k} {hazard} {lines}")
+    found = []
     for numbers, target in rng.sample(pool("train", k), n):
         numbers = rng.sample(numbers, k)
         found.append((numbers, target, *expert(numbers, target, hazard, lines, rng)))
@@ -173,7 +177,7 @@ def test_fewer_trajectories_are_the_first_of_more(folder, tmp_path):
     assert rows(tmp_path, "train.jsonl") == rows(folder, "train.jsonl")[:301]
 
 
-# Bands are about 3 standard errors of 500 tries around the rates measured over all training problems.
+# Bands are about 3 standard errors of 500 tries around the rates over all training problems.
 @pytest.mark.parametrize(
     "k, hazard, rate", [(3, 0.15, 0.42), (4, 0.15, 0.14), (3, 0.0, 0.76), (4, 0.0, 0.235)]
 )
@@ -188,7 +192,7 @@ def test_an_expert_with_patience_and_room_solves_everything():
 
 @pytest.mark.parametrize("k", [3, 4, 5])
 def test_every_line_of_a_trace_is_true_and_every_verdict_fits_it(k):
-    for numbers, target, response, _ in traces(k, 0.05, n=200):
+    for _, target, response, _ in traces(k, 0.05, n=200):
         body = re.fullmatch(r"<think> (.*) </think> \\boxed\{ .* \}", response).group(1)
         steps = re.findall(r"(\d+) ([-+*]) (\d+) = (\d+) (,|no|yes)", body + " ")
         assert " ".join(f"{a} {op} {b} = {c} {end}" for a, op, b, c, end in steps) == body, (
@@ -210,7 +214,7 @@ def test_what_the_expert_claims_is_what_both_judges_find(k):
         assert (
             right
             == reaches(response, numbers, target)
-            == verify(response, str(target), numbers).correct
+            == countdown.reward(response, {"target": target, "nums": numbers}).correct
         ), response
         assert right == (" yes </think>" in response)
         verdicts[right] += 1
@@ -218,7 +222,7 @@ def test_what_the_expert_claims_is_what_both_judges_find(k):
 
 
 def test_the_box_holds_the_closest_try():
-    for numbers, target, response, _ in traces(4, 0.1, n=200):
+    for _, target, response, _ in traces(4, 0.1, n=200):
         results = [int(n) for n in re.findall(r"= (\d+) (?:no|yes)", response)]
         given = value(ast.parse(boxed(response), mode="eval").body)
         assert abs(given - target) == min(abs(result - target) for result in results)
@@ -366,7 +370,7 @@ def test_search_rates_read_patience_and_success_off_responses():
             "correct": "yes" in checks,
         }
 
-    rates = countdown.search_rates(
+    rates = countdown_expert.search_rates(
         [record("no no yes"), record("no"), record("no no no", closed=False), record("yes")]
     )[3]
     assert rates == {
@@ -390,4 +394,128 @@ def test_the_chance_to_find_is_that_of_a_simulated_search():
         return False
 
     share = sum(search(0.1, 0.15, 14) for _ in range(20_000)) / 20_000
-    assert abs(share - countdown.found(0.1, 0.15, 14)) < 0.012
+    assert abs(share - countdown_expert.found(0.1, 0.15, 14)) < 0.012
+
+
+def scored(answer, target, numbers):
+    return countdown.reward(
+        f"<think>so</think> \\boxed{{{answer}}}", {"answer": target, "numbers": numbers}
+    )
+
+
+@pytest.mark.parametrize(
+    "answer, target, numbers, reason",
+    [
+        ("(9-8)*9+9", "18", [9, 8, 9, 9], "correct"),
+        (r"(9-8) \times 9 + 9 = 18", "18", [9, 9, 9, 8], "correct"),
+        (r"\frac{8}{4}\cdot 3", "6", [3, 4, 8], "correct"),
+        (r"\dfrac84 + 3.", "5", [3, 4, 8], "correct"),
+        (r"\left( 8 - 4 \right) \div 2", "2", [2, 4, 8], "correct"),
+        (r"\frac{8}{\frac{4}{2}}", "4", [2, 4, 8], "correct"),
+        (r"6/\frac{8}{4}", "3", [6, 4, 8], "correct"),
+        ("$[8 - 4] × 2$", "8", [2, 4, 8], "correct"),
+        ("8 ÷ 4 − 3", "-1", [3, 4, 8], "correct"),
+        ("8/(3-8/3)", "24", [8, 3, 8, 3], "correct"),
+        ("2(3+4)", "14", [2, 3, 4], "correct"),
+        ("2*(3-7)", "-8", [2, 3, 7], "correct"),
+        ("08 + 1", "9", [8, 1], "correct"),
+        ("9+8=17=17", "17", [9, 8], "correct"),
+        ("9+9", "18", [9, 8], "wrong numbers"),
+        ("9+8+1", "18", [9, 8], "wrong numbers"),
+        ("18", "18", [9, 9], "wrong numbers"),
+        ("2 1/2", "2", [2, 1, 2], "wrong numbers"),
+        (r"2\frac{1}{2}", "1", [2, 1, 2], "wrong numbers"),
+        ("1.5*2", "3", [15, 2], "wrong numbers"),
+        ("9+8", "18", [9, 8], "wrong value"),
+        ("9+8=18", "18", [9, 8], "wrong value"),
+        ("8/(4-4)", "1", [8, 4, 4], "wrong value"),
+        ("1,8+9", "18", [18, 9], "not an expression"),
+        ("9 8", "98", [9, 8], "not an expression"),
+        ("9^8", "1", [9, 8], "not an expression"),
+        ("9**2", "81", [9, 2], "not an expression"),
+        ("9//2", "4", [9, 2], "not an expression"),
+        ("9_8", "98", [98], "not an expression"),
+        ("x+8", "8", [8], "not an expression"),
+        ("9+8 or 9-8", "17", [9, 8], "not an expression"),
+        ("3!", "6", [3], "not an expression"),
+        (r"8 \text{ plus } 9", "17", [8, 9], "not an expression"),
+        ("__import__('os')", "1", [1], "not an expression"),
+        ("(" * 240 + "1" + ")" * 240, "1", [1], "not an expression"),
+        ("1+" * 400 + "1", "401", [1] * 401, "not an expression"),
+    ],
+)
+def test_the_reward_asks_for_each_number_once_and_for_the_target(answer, target, numbers, reason):
+    verdict = scored(answer, target, numbers)
+    assert (verdict.reason, verdict.correct) == (reason, reason == "correct")
+
+
+def test_the_reward_is_what_python_computes_on_random_expressions():
+    draw = random.Random(7)
+    reasons = Counter()
+    for _ in range(500):
+        numbers = [draw.randint(1, 12) for _ in range(4)]
+        a, b, c, d = numbers
+        x, y, z = (draw.choice("+-*/") for _ in range(3))
+        text = draw.choice([f"{a}{x}{b}{y}{c}{z}{d}", f"({a}{x}{b}){y}({c}{z}{d})"])
+        text = draw.choice([text, f"{a}{x}({b}{y}({c}{z}{d}))"])
+        target = draw.randint(1, 30)
+        try:
+            target = round(eval(text)) if draw.random() < 0.7 else target
+            right = abs(eval(text) - target) < 1e-9
+        except ZeroDivisionError:
+            right = False
+        verdict = scored(text, target, draw.sample(numbers, 4))
+        assert verdict.correct == right, text
+        reasons[verdict.reason] += 1
+    assert set(reasons) == {"correct", "wrong value"} and min(reasons.values()) > 100
+
+
+def test_the_reward_needs_a_box_and_finished_thinking():
+    row = {"nums": [9, 9], "target": 18}
+    assert countdown.reward("the answer is 9+9", row).reason == "no boxed answer"
+    assert countdown.reward("<think> \\boxed{9+9}", row).reason == "unfinished thinking"
+    assert countdown.reward("\\boxed{}", row).reason == "empty answer"
+    assert countdown.reward("\\boxed{1} so \\boxed{9+9}", row).correct
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"numbers": [9, 8], "answer": "17"},
+        {"nums": [9, 8], "target": 17},
+        {"nums": [9, 8], "target": 17, "answer": "9 + 8 is tried first"},
+        {"numbers": None, "answer": None, "nums": [9, 8], "target": 17},
+    ],
+)
+def test_the_reward_reads_both_spellings_of_a_row(row):
+    assert countdown.reward("\\boxed{9+8}", row).correct
+    assert not countdown.reward("\\boxed{17}", row).correct
+
+
+@pytest.mark.parametrize(
+    "row", [{"answer": "3"}, {"numbers": [1, 2]}, {"numbers": [1, 2], "answer": "one"}]
+)
+def test_a_row_without_numbers_or_target_is_refused_by_the_reward(row):
+    with pytest.raises(UserError, match="needs columns numbers and answer"):
+        countdown.reward("\\boxed{1+2}", row)
+
+
+def test_the_settings_name_files_that_are_written(folder):
+    for settings in countdown.SETTINGS.values():
+        for name in ("data", "val", "problems"):
+            assert not settings.get(name) or (folder / settings[name]).exists()
+    assert (folder / countdown.DEMONSTRATIONS).exists()
+
+
+def test_no_more_than_four_functions_run_per_response():
+    names = set()
+
+    def note(frame, event, _):
+        path = frame.f_code.co_filename
+        if event == "call" and path.startswith(str(ROOT)) and frame.f_code.co_name[0] != "<":
+            names.add(frame.f_code.co_name)
+
+    sys.setprofile(note)
+    scored("2(3+4)", "14", [2, 3, 4])
+    sys.setprofile(None)
+    assert names - {"scored"} == {"reward", "boxed", "read", "value"}

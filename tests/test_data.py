@@ -1,12 +1,12 @@
 """Rows to ids, masks and batches: what is trained, what is dropped, in which order."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
 import data
+from core import rows
 
 
 def write(path, *rows):
@@ -14,6 +14,11 @@ def write(path, *rows):
         "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
     )
     return str(path)
+
+
+def prompt_of(prompt, tokenizer):
+    """(text, start) of a prompt column."""
+    return data._prompt(rows.understand({"prompt": prompt}), tokenizer)
 
 
 def test_the_response_and_its_eos_are_trained_and_nothing_else(small):
@@ -165,7 +170,7 @@ def test_rows_are_the_same_however_many_are_read_at_once(small, tmp_path, monkey
     )
     found = []
     for batch in (1, 5, 1000):
-        monkeypatch.setattr(data, "ROWS", batch)
+        monkeypatch.setattr(rows, "AT_ONCE", batch)
         found.append(
             (data.sft_examples(trained, small[1], 20)[0], data.problems(asked, small[1], 20)[0])
         )
@@ -306,9 +311,9 @@ def chat_folder(small, tmp_path, template):
 
 def test_the_chat_template_is_rendered_with_its_special_tokens_and_the_instruction(small, tmp_path):
     tokenizer = chat_folder(small, tmp_path, TEMPLATE)
-    text, _ = data._prompt("Make 3", tokenizer)
+    text, _ = prompt_of("Make 3", tokenizer)
     assert text == "<unk><user>Make 3\n" + data.INSTRUCTION + "<assistant>"
-    assert data._prompt("in \\boxed{}", tokenizer)[0] == "<unk><user>in \\boxed{}<assistant>"
+    assert prompt_of("in \\boxed{}", tokenizer)[0] == "<unk><user>in \\boxed{}<assistant>"
     assert tokenizer.eos_ids == [0, 1] and tokenizer.eos == 0
 
 
@@ -335,72 +340,7 @@ def test_a_thinking_tag_that_the_template_opens_is_not_written_twice(small, tmp_
 )
 def test_a_broken_or_hostile_template_is_one_clear_error(small, tmp_path, template, message):
     with pytest.raises(ValueError, match=message):
-        data._prompt("Make 3", chat_folder(small, tmp_path, template))
-
-
-CHATML = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe helpful.<|im_end|>\n' }}"
-    "{% endif %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-HEADERS = (
-    "{{- bos_token }}\n{%- for message in messages %}\n    {%- if message.role not in ['user', 'assistant', 'system'] %}\n"
-    "        {{- raise_exception('unknown role') }}\n    {%- endif %}\n"
-    "    {{- '<|start|>' + message['role'] + '<|end|>\n\n' + message['content'] | trim + '<|im_end|>' }}\n{%- endfor %}\n"
-    "{%- if add_generation_prompt %}\n    {{- '<|start|>assistant<|end|>\n\n' }}\n{%- endif %}\n"
-)
-
-
-@pytest.mark.parametrize("template", [CHATML, HEADERS])
-def test_templates_and_ids_equal_those_of_transformers(small, tmp_path, template):
-    transformers = pytest.importorskip("transformers")
-    import tokenizers
-
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer, backend.decoder = (
-        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
-        tokenizers.decoders.ByteLevel(),
-    )
-    text = [path.read_text() for path in sorted(Path(data.__file__).parent.glob("*.py"))]
-    special = ["<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>", "<|bos|>"]
-    backend.train_from_iterator(
-        text,
-        tokenizers.trainers.BpeTrainer(
-            vocab_size=600,
-            special_tokens=special,
-            show_progress=False,
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        ),
-    )
-    theirs = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        bos_token="<|bos|>",
-        chat_template=template,
-    )
-    theirs.save_pretrained(tmp_path)
-    ours = data.Tokenizer(tmp_path)
-    for n in range(20):
-        messages = [
-            {
-                "role": "user",
-                "content": text[n % len(text)][n * 50 : n * 50 + 40 + 7 * n] + " é 漢字 🙂",
-            }
-        ]
-        if n % 3:
-            messages = [
-                {"role": "system", "content": f"Rule {n}"},
-                *messages,
-                {"role": "assistant", "content": " ok\n"},
-                *messages,
-            ]
-        rendered, start = data._prompt(messages, ours)
-        (ids,) = ours.encode([(rendered, start)])
-        assert rendered == theirs.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False
-        )
-        assert ids == theirs(rendered, add_special_tokens=False)["input_ids"]
-        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+        prompt_of("Make 3", chat_folder(small, tmp_path, template))
 
 
 def test_parquet_rows_are_read_as_json_rows_are(small, tmp_path):
@@ -422,4 +362,4 @@ def test_problems_with_an_empty_answer_are_dropped_and_said(small, tmp_path, cap
     found, _ = data.problems(path, small[1], 20)
     assert [p.gold for p in found] == [
         "0"
-    ] and "1 rows with an empty answer dropped" in capsys.readouterr().out
+    ] and "1 rows with no answer in their gold column" in capsys.readouterr().out

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as m
-from core import decode
+from core import decode, rope
 
 BASE = dict(
     vocab_size=61,
@@ -41,6 +41,17 @@ CONFIGS = {
         attention_bias=False,
         tie_word_embeddings=False,
         rope_scaling={"rope_type": "linear", "factor": 4.0},
+    ),
+    "smollm3": m.ModelConfig(
+        **BASE, model_type="smollm3", attention_bias=False, rotary_layers=(True, False)
+    ),
+    "olmo2": m.ModelConfig(
+        **BASE,
+        model_type="olmo2",
+        attention_bias=False,
+        qk_norm=True,
+        joint_qk_norm=True,
+        post_norm=True,
     ),
 }
 
@@ -99,28 +110,35 @@ def reference_hidden(model, ids, positions):
     x = w["model.embed_tokens.weight"][ids]
     for i in range(c.num_hidden_layers):
         a = f"model.layers.{i}.self_attn."
-        h = norm(x, f"model.layers.{i}.input_layernorm")
-        q, k, v = (
-            linear(h, a + s).unflatten(-1, (-1, K)) for s in ("q_proj", "k_proj", "v_proj")
-        )  # (T, heads, K)
-        if c.qk_norm:
-            q, k = norm(q, a + "q_norm"), norm(k, a + "k_norm")
+        h = x if c.post_norm else norm(x, f"model.layers.{i}.input_layernorm")
+        q, k, v = (linear(h, a + s) for s in ("q_proj", "k_proj", "v_proj"))  # (T, heads x K)
+        if c.qk_norm and c.joint_qk_norm:
+            q = norm(q, a + "q_norm")
+            k = norm(k, a + "k_norm")
+        q, k, v = (y.unflatten(-1, (-1, K)) for y in (q, k, v))  # (T, heads, K)
+        if c.qk_norm and not c.joint_qk_norm:
+            q = norm(q, a + "q_norm")
+            k = norm(k, a + "k_norm")
+        turned = turn if not c.rotary_layers or c.rotary_layers[i] else lambda x, p: x
         out = torch.zeros_like(q)
         for t in range(len(ids)):
             for head in range(c.num_attention_heads):
-                query = turn(q[t, head], positions[t])
+                query = turned(q[t, head], positions[t])
                 scores = (
-                    torch.stack([turn(k[s, head // n], positions[s]) @ query for s in range(t + 1)])
+                    torch.stack(
+                        [turned(k[s, head // n], positions[s]) @ query for s in range(t + 1)]
+                    )
                     / K**0.5
                 )
                 out[t, head] = scores.softmax(0) @ v[: t + 1, head // n]
-        x = x + linear(out.flatten(1), a + "o_proj")
-        h = norm(x, f"model.layers.{i}.post_attention_layernorm")
+        y = linear(out.flatten(1), a + "o_proj")
+        middle = f"model.layers.{i}.post_attention_layernorm"
+        x = x + (norm(y, middle) if c.post_norm else y)
+        h = x if c.post_norm else norm(x, middle)
         gate = linear(h, f"model.layers.{i}.mlp.gate_proj")
-        x = x + linear(
-            gate * gate.sigmoid() * linear(h, f"model.layers.{i}.mlp.up_proj"),
-            f"model.layers.{i}.mlp.down_proj",
-        )
+        up = linear(h, f"model.layers.{i}.mlp.up_proj")
+        y = linear(gate * gate.sigmoid() * up, f"model.layers.{i}.mlp.down_proj")
+        x = x + (norm(y, f"model.layers.{i}.post_feedforward_layernorm") if c.post_norm else y)
     return norm(x, "model.norm")
 
 
@@ -146,7 +164,17 @@ def test_forward_equals_a_reference_written_as_loops(family, start):
 def test_rotary_frequencies_follow_their_published_formulas(scaling):
     config = m.ModelConfig(**BASE, head_dim=64, rope_theta=5e5, rope_scaling=scaling)
     expected = torch.tensor([reference_frequency(config, i) for i in range(32)])
-    torch.testing.assert_close(m.rope_frequencies(config), expected, atol=0, rtol=1e-5)
+    torch.testing.assert_close(rope.rope_frequencies(config), expected, atol=0, rtol=1e-5)
+
+
+def test_dynamic_frequencies_change_only_beyond_the_positions_of_the_pretraining():
+    scaling = {"rope_type": "dynamic", "factor": 4.0}
+    config = m.ModelConfig(**BASE, max_position_embeddings=16, rope_scaling=scaling)
+    plain = m.init_model(replace(config, rope_scaling=None), 0)
+    dynamic = m.init_model(config, 0)
+    ids = random_ids(2, 17)
+    assert torch.equal(dynamic(ids[:, :16]), plain(ids[:, :16]))
+    assert not torch.equal(dynamic(ids), plain(ids))
 
 
 def test_parameters_have_hugging_face_names_and_a_tied_head_is_the_embedding():
@@ -234,14 +262,18 @@ def test_token_logp_and_entropy_have_exact_values_and_gradients(chunk, piece, mo
     )
 
 
+def sum_logp(hidden, head, targets, chunk=None):
+    return m.SumLogp.apply(hidden, head, targets, chunk, True)
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_a_sum_of_log_probs_has_exact_values_and_gradients(chunk):
     hidden, head, targets = draw(7, 5, 11, torch.float64)
     torch.testing.assert_close(
-        m.sum_logp(hidden, head, targets, chunk), naive(hidden, head, targets, 1.0)[0].sum()
+        sum_logp(hidden, head, targets, chunk), naive(hidden, head, targets, 1.0)[0].sum()
     )
     ours, theirs = (
-        m.sum_logp(hidden, head, targets, chunk),
+        sum_logp(hidden, head, targets, chunk),
         naive(hidden, head, targets, 1.0)[0].sum(),
     )
     for a, b in zip(
@@ -249,11 +281,11 @@ def test_a_sum_of_log_probs_has_exact_values_and_gradients(chunk):
     ):
         torch.testing.assert_close(a, b)
     with pytest.raises(RuntimeError):  # the gradients were scaled in place: not wrong in silence
-        twice = m.sum_logp(hidden, head, targets, chunk)
+        twice = sum_logp(hidden, head, targets, chunk)
         twice.backward(retain_graph=True)
         twice.backward()
     hidden.grad = head.grad = None
-    none = m.sum_logp(hidden[:0], head, targets[:0])
+    none = sum_logp(hidden[:0], head, targets[:0])
     none.backward()
     assert none == 0 and (head.grad == 0).all()
 
@@ -283,7 +315,7 @@ def test_logits_are_computed_once_for_a_sum_and_for_a_single_chunk():
         return m.token_logp(hidden, head, targets, chunk=20).sum()
 
     def summed():
-        return m.sum_logp(hidden, head, targets, chunk=20)
+        return sum_logp(hidden, head, targets, chunk=20)
 
     def matrix_products(loss):
         with torch.profiler.profile() as profile:
@@ -402,28 +434,48 @@ def test_a_sampler_sees_the_distribution_that_is_scored():
 
 
 # ---- compute ---------------------------------------------------------------------------------------------------------
-def test_flops_of_qwen_7b_worked_by_hand():
-    config = m.ModelConfig(
-        vocab_size=152064,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        tie_word_embeddings=False,
-    )
-    # P_mlp = 3 x 3584 x 18944 = 203,685,888; P_attn = 2 x 3584 x (3584 + 512) = 29,360,128; 28 layers 6,525,288,448
-    # P_vocab = 2 x 152064 x 3584 = 1,089,994,752; F_fwd(1000) = 2 x 7,615,283,200 + 4 x 1000 x 28 x 3584
-    assert m.forward_flops(config, [1000]) == 1000 * (15_230_566_400 + 401_408_000)
-    assert m.forward_flops(config, iter([1000, 10])) == 1000 * 15_631_974_400 + 10 * (
-        15_230_566_400 + 4_014_080
-    )
-    # the machine: 2 x (6,525,288,448 + 544,997,376) and half of the attention core
-    assert (
-        m.hardware_flops(config, iter([1000, 10]))
-        == 1010 * 14_140_571_648 + 1000 * 200_704_000 + 10 * 2_007_040
-    )
-    assert m.forward_flops(config, []) == 0
+QWEN_7B = m.ModelConfig(
+    vocab_size=152064,
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    tie_word_embeddings=False,
+)
+# P_mlp = 3 x 3584 x 18944 = 203,685,888; P_attn = 2 x 3584 x (3584 + 512) = 29,360,128
+BLOCKS = 2 * 28 * (203_685_888 + 29_360_128)  # FLOPs per token: 13,050,576,896
+HEAD = 2 * 152064 * 3584  # per token: 1,089,994,752
+PAIR = 4 * 28 * 3584  # per query and key: 401,408
+
+
+def test_the_papers_flops_of_qwen_7b_worked_by_hand():
+    # F_fwd(1000) = 2 x (6,525,288,448 + 1,089,994,752) + 4 x 1000 x 28 x 3584
+    thousand = 1000 * (15_230_566_400 + 401_408_000)
+    ten = 10 * (15_230_566_400 + 4_014_080)
+    assert m.forward_flops(QWEN_7B, [1000]) == thousand
+    assert m.forward_flops(QWEN_7B, iter([1000, 10])) == thousand + ten
+    assert m.flops(QWEN_7B, [1000, 10], n_head=3, cached=[5, 5]).paper == thousand + ten
+    assert m.flops(QWEN_7B, []) == (0, 0, 0)
+
+
+def test_a_machine_computes_the_causal_half_and_the_head_where_it_is_asked_for():
+    pairs = (1000**2 + 10**2) / 2
+    blocks = 1010 * BLOCKS + pairs * PAIR
+    assert m.flops(QWEN_7B, iter([1000, 10]))[1:] == (blocks, 1010 * HEAD)
+    assert m.flops(QWEN_7B, [1000, 10], n_head=400)[1:] == (blocks, 400 * HEAD)
+    assert m.hardware_flops(QWEN_7B, [1000, 10], n_head=400) == blocks + 400 * HEAD
+
+
+def test_a_group_reads_its_prompt_once():
+    """Four responses of 3 tokens to a prompt of 100: it is read once, and gives the first logits;
+    the last token of a response is drawn, and never read."""
+    prompt = m.hardware_flops(QWEN_7B, [100], n_head=1)
+    responses = m.hardware_flops(QWEN_7B, [102] * 4, n_head=8, cached=iter([100] * 4))
+    read = 100 + 4 * 2
+    # query at position p sees p + 1 keys; half a key per query is what the count leaves out
+    pairs = 100 * 101 / 2 + 4 * (101 + 102)
+    assert prompt + responses == read * BLOCKS + 9 * HEAD + (pairs - read / 2) * PAIR
 
 
 def test_flops_count_query_heads_wider_than_the_model():
@@ -449,6 +501,14 @@ SHAPE = dict(
     pad_token_id=0,
 )
 SCALED = {**LLAMA3, "factor": 32.0, "original_max_position_embeddings": 64}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+YARN_OPTIONS = {
+    "beta_fast": 16.0,
+    "beta_slow": 2.0,
+    "mscale": 1.5,
+    "mscale_all_dim": 0.5,
+    "truncate": False,
+}
 PEERS = {  # name: (config class, what differs from SHAPE, old spelling of config.json, shard size)
     "qwen2.5": ("Qwen2Config", dict(rope_theta=1e6, tie_word_embeddings=True), True, "1GB"),
     "qwen2.5-untied-sharded": (
@@ -504,6 +564,64 @@ PEERS = {  # name: (config class, what differs from SHAPE, old spelling of confi
         ),
         True,
         "1GB",
+    ),
+    "qwen2.5-yarn": (
+        "Qwen2Config",
+        dict(rope_theta=1e6, rope_scaling=YARN, max_position_embeddings=256),
+        True,
+        "1GB",
+    ),
+    "qwen3-yarn": (
+        "Qwen3Config",
+        dict(head_dim=32, rope_theta=1e4, rope_scaling={**YARN, **YARN_OPTIONS}),
+        False,
+        "1GB",
+    ),
+    "llama-dynamic": (
+        "LlamaConfig",
+        dict(rope_scaling={"rope_type": "dynamic", "factor": 4.0}, rope_theta=1e4, head_dim=24),
+        True,
+        "1GB",
+    ),
+    "mistral-dynamic": (
+        "MistralConfig",
+        dict(
+            rope_scaling={"rope_type": "dynamic", "factor": 2.0},
+            sliding_window=None,
+            max_position_embeddings=20,  # the greedy tokens pass it
+        ),
+        False,
+        "1GB",
+    ),
+    "olmo2": (
+        "Olmo2Config",
+        dict(rope_theta=5e5, tie_word_embeddings=False, num_key_value_heads=4),
+        True,
+        "60KB",
+    ),
+    "olmo2-bias-tied-yarn": (
+        "Olmo2Config",
+        dict(rope_scaling=YARN, tie_word_embeddings=True, attention_bias=True),
+        False,
+        "1GB",
+    ),
+    "smollm3": (
+        "SmolLM3Config",
+        dict(tie_word_embeddings=True, num_hidden_layers=5),
+        False,
+        "1GB",
+    ),
+    "smollm3-biases-untied": (
+        "SmolLM3Config",
+        dict(
+            no_rope_layers=[1, 0, 1],
+            tie_word_embeddings=False,
+            attention_bias=True,
+            mlp_bias=True,
+            rope_theta=5e4,
+        ),
+        True,
+        "60KB",
     ),
     "mistral": (
         "MistralConfig",
