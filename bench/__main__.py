@@ -33,7 +33,7 @@ def start() -> None:
         sys.exit(2)
     del sys.argv[1]
     module = importlib.import_module(f"bench.{name}")
-    cli.cli(module.main, module.Config)
+    cli.run(module.main, module.Config)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def sft_step(examples: list, policy, optimizers) -> dict[str, str]:
 
 def grpo_round(cfg, pool: list, policy, optimizers) -> dict[str, str]:
     method = losses.GRPO(entropy_coef=0.0)
-    got = rl.collect(cfg, method, policy, pool, run.Run(cfg, last=1))
+    got = rl.collect(cfg, method, policy, pool, run.Run(cfg, 1, cfg.out))
     first, second = rl.make_batches(cfg, method, policy.net, None, got.groups)
     A = first.batch.advantages[:, 0].tolist() + second.batch.advantages[:, 0].tolist()
     rows = [f"{r['reward']:6.0f} {a:6.2f}   {r['response']}" for r, a in zip(got.records, A)]
@@ -67,16 +67,15 @@ def main(folder: Path) -> str:
     countdown.write(folder, countdown.Config(**TASK))
     path = folder / "train.jsonl"
     shape = model.ModelConfig(**SHAPE, num_key_value_heads=2, vocab_size=160)
-    policy = evaluate.Policy(model.init_model(shape, 0), data.Tokenizer(folder), countdown.reward)
-    optimizers = optim.make_optimizers(policy.net, "adamw", 1e-3)
+    net = model.init_model(shape, seed=0)
+    policy = evaluate.Policy(net, data.Tokenizer(folder), countdown.reward, max_new=32)
+    optimizers = optim.make_optimizers(net, "adamw", 1e-3)
     examples, _ = data.sft_examples(path, policy.tokenizer, 256)
     blocks = {"row": path.read_text().splitlines()[0].replace(', "resp', ',\n "resp')}
     blocks |= sft_step(examples[:2], policy, optimizers)
     for _ in range(60):
         sft_step(examples, policy, optimizers)
-    cfg = rl.Config(
-        algo="grpo", prompts=2, update_prompts=1, group=4, max_new=32, seed=3, out=folder / "rl"
-    )
+    cfg = rl.Config(algo="grpo", prompts=2, update_prompts=1, group=4, seed=3, out=folder / "rl")
     pool, _ = data.problems(path, policy.tokenizer, 64)
     page = PAGE.read_text()
     for name, text in (blocks | grpo_round(cfg, pool, policy, optimizers)).items():

@@ -597,4 +597,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    cli.cli(main, Config, preset)
+    cli.run(main, Config, preset)

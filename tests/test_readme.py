@@ -1,7 +1,6 @@
 """What the README and the pages tell a reader to type and to open is there."""
 
 import contextlib
-import importlib
 import io
 import re
 import runpy
@@ -12,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import evaluate
+import methods
+import rl
+import sft
 from core import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,8 +23,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 PAGES = [page for page in PAGES if str(page.relative_to(ROOT)) not in HISTORY]
 # Programs with a command line of their own, in which a flag may be named
 PROGRAMS = ("sft.py", "rl.py", "evaluate.py", "phases.py", "ceiling.py", "verify.py")
-PROGRAMS += ("bench rollout", "bench sft", "bench rl", "tasks.countdown")
-PROGRAMS += ("paper.study", "paper.curate", "paper.figures", "paper.report")
+PROGRAMS += ("bench rollout", "bench sft", "bench rl", "bench gpu")
+PROGRAMS += ("tasks.countdown", "paper.study", "paper.curate", "paper.figures", "paper.report")
 OTHERS = {"--check", "--help", "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}
 # Files that a reader makes, and names of other projects
 THEIRS = re.compile(r"my/|my\.py|idea\.py|[Ff]ile\.py|FILE\.py")
@@ -52,14 +55,15 @@ def help_of(program: str) -> str:
         file = f"{file.replace('.', '/')}.py"
     before = sys.argv
     sys.argv = [*words, "--help"]
-    printed = io.StringIO()
+    printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     try:
         with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as end:
             runpy.run_path(str(ROOT / file), run_name="__main__")
     finally:
         sys.argv = before
     assert not end.value.code, program
-    return printed.getvalue()
+    printed.flush()
+    return printed.buffer.getvalue().decode()
 
 
 def flags_of(program: str) -> set[str]:
@@ -68,10 +72,10 @@ def flags_of(program: str) -> set[str]:
 
 def commands(text: str) -> list[str]:
     """Each command of the code blocks, without the words behind it that explain."""
-    text = text.replace("\\\n", " ")
+    text = re.sub(r"\\\n\s*", " ", text)
     found = []
     for line in re.findall(r"^    ((?:pip|python|torchrun) .*)$", text, re.M):
-        for part in re.split(r"\s{4,}", line)[0].split(" && "):
+        for part in re.split(r"\s{3,}|\s+#", line)[0].split(" && "):
             if part.startswith(("python", "torchrun")):
                 found.append(part)
     return found
@@ -123,13 +127,9 @@ def test_every_file_that_is_named_exists(page):
 def test_every_flag_that_is_named_exists(page):
     known = OTHERS | {flag for program in PROGRAMS for flag in flags_of(program)}
     for algo in ("luffy", "srft", "upt", "prefix_rft"):
-        known |= {f"--{name.replace('_', '-')}" for name in vars(method_named(algo))}
+        known |= {f"--{name.replace('_', '-')}" for name in vars(methods.load(algo)())}
     for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", in_backticks_or_blocks(page.read_text())):
         assert flag in known or f"--no-{flag[2:]}" in known, flag
-
-
-def method_named(algo: str):
-    return importlib.import_module("methods").load(algo)()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -140,11 +140,10 @@ def test_every_command_parses(command, tmp_path, monkeypatch):
     (folder / "countdown.json").touch()
     program, arguments = program_of(command)
     if program in ("sft.py", "rl.py", "evaluate.py"):
-        module = importlib.import_module(program.removesuffix(".py"))
+        module = {"sft.py": sft, "rl.py": rl, "evaluate.py": evaluate}[program]
         options = None
         if program == "rl.py":
-            load = importlib.import_module("methods").load
-            options = lambda argv: load(cli.peek(argv, "algo", module.Config.algo))  # noqa: E731
+            options = ("algo", methods.load)
         cli.parse(module.Config, arguments, module.preset, options)
         return
     assert program in PROGRAMS
@@ -160,9 +159,7 @@ def test_a_method_in_a_file_of_ones_own_brings_its_flags(tmp_path, capsys):
     head = "from dataclasses import dataclass\nimport torch\nfrom losses import GRPO, log_ratio\n"
     path = tmp_path / "sapo.py"
     path.write_text(head + "\n".join(lines))
-    rl = importlib.import_module("rl")
-    load = importlib.import_module("methods").load
     argv = ["--algo", str(path), "--tau-negative", "1.1", "--init", "x", "--data", "y.jsonl"]
-    cfg = cli.parse(rl.Config, argv, rl.preset, lambda argv: load(str(path)))
-    method = load(cfg.algo)(**cfg.options)
+    cfg = cli.parse(rl.Config, argv, rl.preset, ("algo", methods.load))
+    method = methods.load(cfg.algo)(**cfg.options)
     assert method.tau_negative == 1.1 and method.tau_positive == 1.0
