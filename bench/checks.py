@@ -125,7 +125,8 @@ def losses_of(command: list[str], folder: Path) -> list[float]:
 
 
 def cases() -> dict[str, Callable[[], dict]]:
-    fp32, bf16 = torch.float32, torch.bfloat16
+    fp32 = torch.float32
+    bf16 = torch.bfloat16
     return {
         "log-probs, fp32 = CPU": partial(against_cpu, "logp", fp32, 1e-3),
         "entropies, fp32 = CPU": partial(against_cpu, "entropy", fp32, 1e-3),

@@ -166,7 +166,10 @@ def take_turns(cfg: Common, sides: dict[str, Callable[[], dict]]) -> dict[str, d
 
 def medians(results: list[dict]) -> dict:
     """The median of each number over the rounds."""
-    return {key: statistics.median(r[key] for r in results) for key in results[0]}
+    middle = {}
+    for key in results[0]:
+        middle[key] = statistics.median(result[key] for result in results)
+    return middle
 
 
 def best_of(found: dict[str, dict]) -> str:

@@ -39,6 +39,7 @@ def write_work(cfg: Config, folder: Path, vocab: int) -> None:
 def run_ours(cfg: Config, folder: Path) -> dict:
     flags = {
         "algo": "grpo",
+        "reward": measure.ROOT / "bench" / "reward.py",  # without a signal there is no update
         "prompts": cfg.prompts,
         "update-prompts": cfg.prompts,
         "group": cfg.group,

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+import data
+import model as model_file
 from bench import measure, training
 from core import ranks
 
@@ -51,10 +53,15 @@ def write_work(cfg: Config, folder: Path, rows: list[list[int]]) -> None:
 
 def run_ours(cfg: Config, folder: Path) -> dict:
     flags = {"batch": cfg.rows, "max-len": cfg.longest, "schedule": "constant", "warmup": 0.0}
-    found = training.run_ours("sft.py", cfg, flags, folder, PARTS)
-    if cfg.recompute:
-        found["flops"] *= 3 / 4  # the log counts the repeated forward too
-    return found
+    return training.run_ours("sft.py", cfg, flags, folder, PARTS)
+
+
+def needed_flops(cfg: Config, rows: list[list[int]], config) -> float:
+    """FLOPs of the counted steps, nothing recomputed; each row's first token is only read."""
+    picked = data.plan(len(rows), cfg.seed, cfg.rows, cfg.rows * cfg.steps)
+    lengths = [len(rows[i]) for i in picked]
+    n_trained = sum(lengths) - len(lengths)
+    return 3 * model_file.hardware_flops(config, lengths, n_trained)  # a backward is two forwards
 
 
 def main(cfg: Config) -> None:
@@ -67,7 +74,9 @@ def main(cfg: Config) -> None:
             flags = ["--mode", mode]
             sides[mode] = partial(training.run_peer, "sft_trl.py", cfg, flags, folder)
         found = measure.take_turns(cfg, sides)
+        config = model_file.read_config(folder / "model")
     result = found.pop("ours")
+    result["flops"] = needed_flops(cfg, rows, config)
     training.add_mfu(cfg, result)
     if cfg.peer:
         measure.compare(result, "loop", {"loop": found.pop("loop")})

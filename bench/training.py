@@ -149,7 +149,9 @@ def run_ours(script: str, cfg: Training, flags: dict, folder: Path, means: tuple
         "peak_mb": rest[-1].get("peak_mb", marks[-1][1]),  # CUDA: the script knows
         "flops": rest[-1]["flops_hw"] - first["flops_hw"],
     }
-    return found | {name: statistics.mean(line[name] for line in rest) for name in means}
+    for name in means:
+        found[name] = statistics.mean(line[name] for line in rest)
+    return found
 
 
 def run_peer(script: str, cfg: Training, flags: list[str], folder: Path) -> dict:

@@ -19,7 +19,8 @@ def make_optimizers(
 
     With Muon, `lr` is Muon's own (about 2e-3); AdamW takes the same rate for the rest.
     """
-    matrices, rest = [], []
+    matrices = []
+    rest = []
     for parameter_name, p in model.named_parameters():
         outside_blocks = "embed" in parameter_name or "lm_head" in parameter_name
         if name == "muon" and p.ndim == 2 and not outside_blocks:

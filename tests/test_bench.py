@@ -3,6 +3,7 @@
 import ast
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -109,6 +110,17 @@ def test_a_training_run_counts_the_tokens_after_its_first_step(capsys):
     assert 0 < found["mfu"] < 1
     assert found["peak_mb"] > 100
     assert found["seconds"] >= found["train_s"] + found["update_s"] > 0
+
+
+def test_the_flops_of_mfu_are_those_of_the_log_without_what_was_recomputed(tmp_path):
+    cfg = sft.Config(model="tiny", rows=4, steps=1, longest=64)
+    rows = sft.make_rows(cfg, training.make_folder(cfg, tmp_path / "model"))
+    sft.write_work(cfg, tmp_path, rows)
+    logged = sft.run_ours(cfg, tmp_path)["flops"]
+    needed = sft.needed_flops(cfg, rows, measure.shape("tiny"))
+    assert needed == pytest.approx(logged)
+    recomputed = sft.run_ours(replace(cfg, recompute=True), tmp_path)["flops"]
+    assert logged < recomputed < 4 / 3 * logged
 
 
 def test_a_step_of_rl_is_split_into_its_parts(capsys):
