@@ -236,8 +236,9 @@ def make_batches(cfg: Config, method, net, reference, groups: list) -> list[Upda
     for first in range(0, len(groups), cfg.update_prompts):
         rows = [row for group in groups[first : first + cfg.update_prompts] for row in group]
         batch = losses.make_batch(rows, net.head.device, method.mask_truncated)
+        R = batch.mask.shape[1]
         if method.needs_entropy:
-            old_logp, entropy = look(cfg, net, rows, entropy=True)
+            old_logp, entropy = look(cfg, net, rows, R, entropy=True)
             batch = batch._replace(old_logp=old_logp, entropy=entropy)
         batch = losses.weigh(method, batch)
 
@@ -252,9 +253,9 @@ def make_batches(cfg: Config, method, net, reference, groups: list) -> list[Upda
         if first == 0:
             batch = batch._replace(old_logp=None)  # it is the update's own forward
         elif batch.old_logp is None:
-            batch = batch._replace(old_logp=look(cfg, net, rows)[0])
+            batch = batch._replace(old_logp=look(cfg, net, rows, R)[0])
         if reference is not None:
-            batch = batch._replace(ref_logp=look(cfg, reference, rows)[0])
+            batch = batch._replace(ref_logp=look(cfg, reference, rows, R)[0])
         updates.append(Update(rows, batch))
     return updates
 
@@ -275,9 +276,8 @@ def forward(cfg: Config, net, ids, mask, width: int, entropy: bool = True) -> tu
 
 
 @torch.no_grad()
-def look(cfg: Config, net, rows: list[Row], entropy: bool = False) -> tuple:
+def look(cfg: Config, net, rows: list[Row], R: int, entropy: bool = False) -> tuple:
     """Log-probs and entropies (B, R) of all rows under the weights as they are."""
-    R = max(len(row.response) for row in rows)
     logp = torch.zeros(len(rows), R, device=net.head.device)
     spread = torch.zeros_like(logp)
     for part, ids, mask in micro_batches(cfg, rows):

@@ -4,6 +4,7 @@ A method's file defines one class named `Method`, derived from losses.GRPO or fr
 """
 
 import importlib.util
+import sys
 from pathlib import Path
 
 from core.errors import UserError
@@ -24,8 +25,9 @@ def load(name: str) -> type:
     if path.parent == HERE:
         module = importlib.import_module(f"methods.{path.stem}")
     else:
-        spec = importlib.util.spec_from_file_location(path.stem, path)
+        spec = importlib.util.spec_from_file_location(f"algo_{path.stem}", path)
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where dataclass and --help look for the class
         spec.loader.exec_module(module)
     if not hasattr(module, "Method"):
         raise UserError(f"--algo {name}: the file defines no class Method(losses.GRPO)")

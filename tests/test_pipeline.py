@@ -208,6 +208,23 @@ def test_only_the_first_update_of_a_round_takes_its_own_forward_as_the_old_polic
     assert torch.allclose(found, logp[0], atol=1e-5)
 
 
+def test_a_later_update_trains_where_its_longest_row_has_no_advantage(small, tmp_path):
+    net, _, folder = small
+
+    def row(group: int, length: int, reward: float) -> losses.Row:
+        ids = [6] * length
+        return losses.Row([3, 31, 4], ids, [-1.0] * length, reward, reward, group)
+
+    groups = [[row(n, 3, 0.0), row(n, 4, 1.0)] for n in range(3)]
+    groups.append([row(3, 9, 1.0), row(3, 9, 1.0)])
+    cfg = rl_config(folder, tmp_path, update_prompts=2)
+    method = methods.load("grpo")(entropy_coef=0.0)
+    _, second = rl.make_batches(cfg, method, net, None, groups)
+    assert len(second.rows) == 2
+    assert second.batch.old_logp.shape == second.batch.mask.shape
+    assert math.isfinite(rl.train_on(cfg, method, net, second)["loss"])
+
+
 def impossible(path) -> str:
     """Problems without a solution: every response gets 0."""
     rows = []
