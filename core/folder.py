@@ -120,7 +120,7 @@ def read_config(folder) -> ModelConfig:
     path = Path(folder) / "config.json"
     raw = _read_json(path)
     family = raw.get("model_type")
-    if family in FAMILIES:
+    if str(family) in FAMILIES:
         raw = FAMILIES[family][1] | raw
     _refuse(raw, path)
     sizes = _read_sizes(raw, path)
@@ -198,7 +198,7 @@ def _refuse(raw: dict, path: Path) -> None:
         f"mixture of experts (model_type {family!r})": experts
         or "moe" in str(family)
         or family == "mixtral",
-        f"model_type {family!r}": family not in FAMILIES,
+        f"model_type {family!r}": str(family) not in FAMILIES,
         "quantization_config": raw.get("quantization_config"),
         f"sliding_window {window}": windowed,
         f"layer_types {sorted(kinds)}": kinds - {"full_attention"},
@@ -236,7 +236,7 @@ def _read_rope(raw: dict, path: Path) -> tuple[float, dict | None]:
         if not isinstance(settings, dict) or any(isinstance(v, dict) for v in settings.values()):
             kinds.add("a type per layer")
             continue
-        kinds.add(settings.get("rope_type", settings.get("type", "default")))
+        kinds.add(str(settings.get("rope_type", settings.get("type", "default"))))
         rope |= settings
     kind = min(kinds, default="default")
     rotated = raw.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0

@@ -140,6 +140,8 @@ def test_a_sliding_window_that_is_switched_off_is_no_obstacle(tmp_path):
     [
         (dict(model_type="gpt2"), "model_type 'gpt2'"),
         (dict(model_type=...), "model_type None"),
+        (dict(model_type=["llama"]), "model_type ['llama']"),
+        (dict(rope_scaling={"type": ["yarn"]}), "rotary settings"),
         (dict(model_type="mixtral"), "mixture of experts"),
         (dict(model_type="qwen3_moe"), "mixture of experts"),
         (dict(num_local_experts=8), "mixture of experts"),
