@@ -20,6 +20,7 @@ docs/data.md has a table of the shapes that rows may have (core/rows.py reads th
 Shapes: B rows, T tokens.
 """
 
+import hashlib
 import itertools
 import math
 from array import array
@@ -429,3 +430,33 @@ def collate(rows: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
         ids[b, :n] = torch.tensor([*row.prompt, *row.response])
         mask[b, n_prompt:n] = True
     return ids, mask
+
+
+def micro_batches(rows: list[Example], budget: int, rank: int, world: int) -> Iterator[tuple]:
+    """(indices of rows, ids (b, T), mask (b, T)) of each micro-batch of this rank. Every rank gets
+    as many; one that is short of rows takes part with no index and a row that trains nothing."""
+    lengths = [len(row.prompt) + len(row.response) for row in rows]
+    for part in deal(lengths, budget, rank, world):
+        ids, mask = collate([rows[i] for i in part])
+        yield part, ids, mask
+
+
+def drop_long_experts(problems: list[Problem], most: int) -> tuple[list[Problem], int]:
+    """The problems, without demonstrations of more than `most` tokens; and how many those were."""
+    kept = []
+    n_dropped = 0
+    for problem in problems:
+        if problem.expert and len(problem.expert) > most:
+            problem = problem._replace(expert=None)
+            n_dropped += 1
+        kept.append(problem)
+    return kept, n_dropped
+
+
+def digest(rows: list) -> str:
+    """A short hash of the ids of examples or problems: the same rows, the same hash."""
+    ids = []
+    for row in rows:
+        response = row.response if isinstance(row, Example) else row.gold
+        ids.append((tuple(row.prompt), tuple(response)))
+    return hashlib.sha256(repr(ids).encode()).hexdigest()[:16]

@@ -1,93 +1,84 @@
-"""Evaluate a checkpoint on a problem file: pass@1 with its standard error, mean of n, unbiased pass@k, samples on disk.
+"""Evaluate a checkpoint on problems: pass@1 with its standard error, unbiased pass@k, samples.
 
-    python evaluate.py --init runs/rl                                        the built-in test problems
+    python evaluate.py --init runs/rl                              the built-in test problems
     python evaluate.py --init DIR --data test.jsonl --n 4 --temperature 0.7 --out eval.jsonl
+    torchrun --nproc_per_node=8 -- evaluate.py --init DIR --n 4    several GPUs; mind the --
 
-    torchrun --nproc_per_node=8 -- evaluate.py --init DIR --n 4       several GPUs; without -- torchrun takes the --n
-
-Choices: 1) pass@1 = the mean over problems of the share of right answers among n samples; its standard error is over
-problems. 2) pass@k is Chen et al.'s unbiased estimate, 1 - C(n-c, k) / C(n, k) for c right of n. 3) The strict verdict
-counts; the lenient one is printed beside it. 4) An answer that ran into --max-new without EOS counts as verified, as a
-user would read it, and `truncated` says how many there were; training asks for EOS too. 5) Ctrl-C: the responses that
-have ended are judged and written to --out, in the order of their problems. They are no sample: short ones end first.
+Choices: 1) pass@1 = the mean over problems of the share of right answers among n samples; its
+standard error is over problems. 2) pass@k is the unbiased estimate 1 - C(n-c, k) / C(n, k) for c
+right of n (Chen et al. 2021). 3) The strict verdict counts; the lenient one is printed beside it.
+4) An answer that ran into --max-new without EOS counts as verified, as a user would read it;
+`truncated` says how many there were. Training asks for EOS too. 5) Ctrl-C: the responses that have
+ended are judged and written to --out. They are no fair sample: short ones end first.
 """
 
 import json
 import math
-import os
-import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+import ceiling
 import data
 import model as model_file
 import phases
 import rollout
-import verify
-from core import cli, files, memory, ranks, run
+import tasks
+from core import checkpoint, cli, launch, optim, ranks
 from core.errors import UserError
-
-BUILT_IN = Path("runs/countdown")  # where sft.py puts the built-in problems
+from core.files import read_jsonl
+from core.run import Run, recorded
+from verify import Verdict
 
 
 @dataclass
 class Config:
     init: str = "runs/rl"  # model folder, checkpoint, run directory or hub name
-    data: str = (
-        ""  # problems: .jsonl, .parquet or a folder of countdown.py; empty = the built-in test
-    )
-    out: str = ""  # one JSON line a sample goes here; empty = nowhere
-    n: int = 4  # samples a problem
+    data: str = ""  # problems: .jsonl, .parquet or a task's folder; empty = the built-in test
+    reward: str = "math"  # math, text, a task, or FILE.py:FUNCTION
+    out: str = ""  # one JSON line per sample goes here; empty = nowhere
+    n: int = 4  # samples per problem
     temperature: float = 0.7  # 0 = greedy
     top_p: float = 1.0  # share of the probability that is sampled from
     top_k: int = 0  # draw from the likeliest so many tokens only; 0 = from all
-    max_new: int = 8192  # tokens a response, at most
-    max_prompt: int = 1024  # tokens a prompt; longer ones are dropped and counted
+    max_new: int = 8192  # tokens per response, at most
+    max_prompt: int = 1024  # tokens per prompt; longer ones are dropped and counted
     limit: int = 0  # evaluate the first so many problems only; 0 = all
     rows: int = 512  # responses in flight at once
     seed: int = 0  # seed of the samples
     bf16: bool = False  # load the weights in bfloat16
 
     def __post_init__(self):
-        cli.require_positive(self, "rows", "max_new", "max_prompt")
-        if self.n < 1 or self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise UserError(
-                f"--n {self.n} --temperature {self.temperature} --top-p {self.top_p} --top-k {self.top_k}"
-                ": n >= 1, temperature >= 0, 0 < top-p <= 1, top-k >= 0"
-            )
+        cli.require_positive(self, "n", "rows", "max_new", "max_prompt", "top_p")
+        cli.require_not_negative(self, "temperature", "top_k", "limit")
+        cli.require_share(self, "top_p")
         if self.n > 1 and self.temperature == 0:
             raise UserError(
                 f"--temperature 0 is greedy: {self.n} samples would be the same; use --n 1"
             )
 
 
-def built_in(given: dict) -> Path | None:
-    """The folder of built-in problems that a command line means: the default one without --data, or --data FOLDER
-    where countdown.py wrote that folder (taken out of `given`, as a preset names the files in it)."""
-    folder = Path(given.get("data", BUILT_IN))
-    if "data" in given and not (folder / "countdown.json").exists():
-        return None
-    given.pop("data", None)
-    return folder
-
-
 def preset(given: dict) -> dict:
     """The built-in test set's own limits."""
-    folder = built_in(given)
-    return {"data": str(folder / "test.jsonl"), "max_new": 128} if folder else {}
+    return tasks.preset("evaluate", given)
 
 
+# ---- which model ---------------------------------------------------------------------------------
 def find(init: str, weights: bool = True) -> Path:
-    """The model folder that --init means: itself, a run directory's checkpoint, or a hub model's local copy (without
-    its weights, where only its shape and tokenizer are needed)."""
+    """The model folder that --init means: itself, a checkpoint of a run (RUN, RUN@best, RUN@last,
+    RUN@400), or the local copy of a hub model (without its weights, where only shape and tokenizer
+    are needed)."""
+    name, _, which = init.partition("@")
     folder = Path(init)
-    if (folder / "metrics.jsonl").exists():
-        name, why = ranks.from_first(lambda: pick_checkpoint(folder))  # it may still be written to
-        folder = Path(name)
+    if (Path(name) / "metrics.jsonl").exists():
+        # rank 0 picks: the run may still be written to
+        picked, why = ranks.from_first(lambda: pick_checkpoint(Path(name), which))
+        folder = Path(picked)
         print(f"{init} is a run: taking {folder.name}, {why}")
     elif not folder.exists():
         if folder.parts[:1] == ("runs",):
@@ -95,13 +86,69 @@ def find(init: str, weights: bool = True) -> Path:
                 f"{init}: there is no such run; `python sft.py` makes runs/sft, "
                 "`python rl.py --init runs/sft` makes runs/rl"
             )
-        folder = download(init, weights)
+        folder = launch.download(init, weights)
     return folder
+
+
+def find_start(cfg) -> Path:
+    """The model folder that a training run begins from: what --init means or, when it goes on with
+    --resume, what it meant when the run began."""
+    before = recorded(cfg.out).get("start") if cfg.resume else None
+    return Path(before) if before else find(cfg.init, weights=not cfg.dry_run)
+
+
+def pick_checkpoint(run_dir: Path, which: str) -> tuple[str, str]:
+    """(checkpoint, why) of a run. which: "" = an SFT run's recommended one (phases.py), an RL run's
+    best one; or "best", "last", or a step."""
+    steps = {}
+    for step, folder in checkpoint.steps_in(run_dir / "checkpoints").items():
+        if not checkpoint.damaged(folder):
+            steps[step] = folder
+    if not steps:
+        raise UserError(f"{run_dir}: no whole checkpoint in it yet; let the run reach its first")
+    last = max(steps)
+    if which == "last":
+        return str(steps[last]), "its newest checkpoint"
+    if which.isdigit():
+        if int(which) not in steps:
+            there = ", ".join(str(step) for step in steps)
+            raise UserError(f"{run_dir}@{which}: no checkpoint of that step; there are {there}")
+        return str(steps[int(which)]), "as asked"
+    if which not in ("", "best"):
+        raise UserError(f"{run_dir}@{which}: write @best, @last or @ and a step")
+    metrics = list(read_jsonl(run_dir / "metrics.jsonl", broken_tail=True))
+    if any(row["kind"] == "val" for row in metrics):
+        curve = phases.read_run(run_dir)
+        found = phases.diagnose(curve.steps, curve.losses, curve.flops, steps)
+        if found.recommended_step is not None:
+            return str(steps[found.recommended_step]), found.reason
+    best, why = best_step([row for row in metrics if row["kind"] == "eval"], steps)
+    if best is None:
+        return str(steps[last]), "its newest checkpoint"
+    return str(steps[best]), why
+
+
+def best_step(points: list[dict], steps) -> tuple[int | None, str]:
+    """(step, why) of the best evaluated checkpoint among `steps`: the highest point of the curve
+    that ceiling.py fits, which is less of a lucky draw than the highest pass@1."""
+    points = [point for point in points if point["step"] in steps]
+    if not points:
+        return None, ""
+    values = [point["pass1"] for point in points]
+    flops = [point["flops"] for point in points]
+    fit = ceiling.fit(flops, values, n=[point["n"] for point in points], forecast_at=flops)
+    fitted = [point["mean"] for point in fit.forecast[: len(points)]]
+    if None in fitted:  # too few points for a curve
+        fitted = values
+    best = max(range(len(points)), key=lambda i: (fitted[i], points[i]["step"]))
+    where = "the best of its evaluations" if fitted is values else "the best point of its curve"
+    return points[best]["step"], f"{where}, pass@1 {values[best]:.1f}"
 
 
 def open_tokenizer(folder: Path) -> data.Tokenizer:
     """The folder's tokenizer, whose ids the folder's model must have."""
-    tokenizer, size = data.Tokenizer(folder), model_file.read_config(folder).vocab_size
+    tokenizer = data.Tokenizer(folder)
+    size = model_file.read_config(folder).vocab_size
     if tokenizer.vocab_size > size:
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the model {size}; "
@@ -110,233 +157,184 @@ def open_tokenizer(folder: Path) -> data.Tokenizer:
     return tokenizer
 
 
-def open_trained(folder: Path, device, cfg, seed: int | None = None):
-    """The folder's model in fp32 to be trained, sharded where several processes train; seed: with random weights."""
-    config, shard = model_file.read_config(folder), None
-    if ranks.world() > 1:
-        sums_first = memory.sums_first(config, capacity(device))
+def open_training(cfg, folder: Path, tokenizer, device, run: Run) -> tuple:
+    """(model, net, optimizers) of a training script, with the state of a resumed run in place.
 
-        def shard(model):
-            ranks.shard(model, cfg.bf16, cfg.offload, sums_first)
+    `model` holds the fp32 weights, sharded where several processes train; `net` computes with them,
+    see ranks.compute. cfg: optimizer, lr, betas, weight_decay, bf16 ...; cfg.from_scratch: random
+    weights, only the shape is the folder's.
+    """
+    config = model_file.read_config(folder)
+    place, shard = launch.placement(cfg, config, device)
+    if cfg.from_scratch:
+        model = model_file.init_model(config, cfg.seed, place, shard)
+    else:
+        model = model_file.load_model(folder, torch.float32, place, shard)
+    net = ranks.compute(model, cfg.bf16, cfg.recompute, cfg.compile)
+    optimizers = optim.make_optimizers(model, cfg.optimizer, cfg.lr, cfg.betas, cfg.weight_decay)
 
-    if cfg.offload and not (shard and device.type == "cuda"):
-        raise UserError(
-            "--offload works with several processes on GPUs; leave it out, "
-            "or start with torchrun --nproc_per_node=2 or more"
+    def write_model(to: Path) -> None:  # all ranks call it
+        model_file.save_model(model, to, torch.bfloat16 if cfg.bf16 else torch.float32)
+        if ranks.rank() == 0:
+            tokenizer.save(to)
+
+    run.attach(model, optimizers, write_model)
+    ranks.refresh(net, model)
+    return model, net, optimizers
+
+
+def open_frozen(cfg, folder: Path, device):
+    """The folder's model for forwards only, in the type that it computes in."""
+    place, shard = launch.placement(cfg, model_file.read_config(folder), device)
+    dtype = torch.bfloat16 if cfg.bf16 and not shard else torch.float32
+    return model_file.load_model(folder, dtype, place, shard).requires_grad_(False)
+
+
+# ---- evaluation ----------------------------------------------------------------------------------
+class Request(NamedTuple):
+    """Responses that are asked for to one prompt."""
+
+    problem: data.Problem
+    prefix: list[int]  # first tokens of each response
+    count: int
+    number: int = 0  # of the prompt in RL's endless stream of prompts
+
+
+@dataclass
+class Policy:
+    """A model that answers prompts, and the reward that scores what it says."""
+
+    net: torch.nn.Module
+    tokenizer: data.Tokenizer
+    reward: Callable  # reward(response, row) -> float | Verdict, see tasks/__init__.py
+    max_new: int  # tokens per response, at most
+    rows: int = 512  # responses in flight at once
+    score_s: float = 0.0  # seconds spent on judging so far
+
+    def sampling(self, temperature: float, seed: int, **more) -> rollout.Sampling:
+        return rollout.Sampling(
+            max_new=self.max_new,
+            temperature=temperature,
+            eos_ids=self.tokenizer.eos_ids,
+            seed=seed,
+            rows=self.rows,
+            **more,
         )
-    place = "cpu" if cfg.offload else device
-    if seed is not None:
-        return model_file.init_model(config, seed, place, shard)
-    return model_file.load_model(folder, torch.float32, place, shard)
 
+    def respond(self, requests: list, sampling, hooks=None) -> list:
+        """[(request, response, record)] of all responses to these requests, in their order.
 
-def open_frozen(folder: Path, device, cfg):
-    """The folder's model for forwards only, in the type that it computes in, sharded as the trained one."""
-    if ranks.world() > 1:
-        return open_trained(folder, device, cfg).requires_grad_(False)
-    return model_file.load_model(
-        folder, torch.bfloat16 if cfg.bf16 else torch.float32, device
-    ).requires_grad_(False)
+        A request has problem, prefix (first tokens of the response) and count.
+        """
+        prompts = [request.problem.prompt + request.prefix for request in requests]
+        counts = [request.count for request in requests]
+        groups = rollout.generate(self.net, prompts, counts, sampling, hooks)
+        began = time.monotonic()
+        answers = []
+        for request, group in zip(requests, groups):
+            given = len(request.prefix)
+            for response in group:
+                ids = request.prefix + response.ids
+                whole = response._replace(ids=ids, logp=[0.0] * given + response.logp)
+                answers.append((request, whole, self.judge(request.problem, whole)))
+        self.score_s += time.monotonic() - began
+        return answers
 
+    def judge(self, problem: data.Problem, response: rollout.Response) -> dict:
+        """Decode and score one response: a record as samples.jsonl keeps it.
 
-def capacity(device) -> float:
-    """Bytes of memory that a process has: its GPU's, or its share of the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return (
-        os.sysconf("SC_PAGE_SIZE")
-        * os.sysconf("SC_PHYS_PAGES")
-        / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    )
-
-
-def show_memory(
-    cfg, folder: Path, device, optimizer: str, micro_batches: int, slots: int = 0, reference=False
-) -> None:
-    """What a process will need, from the shapes: a line at the start of a run, a table under --dry-run, there for
-    --gpus devices of 80 GB if given. slots (RL): tokens of a prompt and its response, at most."""
-    config, world = model_file.read_config(folder), cfg.gpus or ranks.world()
-    there, rows = 80e9 if cfg.gpus else capacity(device), 0
-
-    def table(rows):
-        return memory.table(
-            config,
-            world,
-            cfg.micro_tokens,
-            cfg.bf16,
-            cfg.recompute,
-            optimizer,
-            cfg.offload,
-            micro_batches > 1 and memory.sums_first(config, there),
-            rows,
-            slots,
-            reference,
-            cuda=bool(cfg.gpus) or device.type == "cuda",
-        )
-
-    if slots:  # the sampler takes fewer rows at a time where memory is short
-        rows = min(cfg.rows, -(-cfg.gen_prompts // world) * cfg.group)
-        *rest, cache = [part.bytes for part in table(1) if part.phase != "update"]
-        rows = max(1, min(rows, int(0.8 * (there - sum(rest)) / cache)))
-    parts = table(rows)
-    if cfg.dry_run:
-        print(f"memory of each of {world} processes:\n{memory.report(parts, there)}")
-        return
-    sizes = ", ".join(f"{part.name} {memory.text(part.bytes)}" for part in parts)
-    print(
-        f"memory of a process, estimated: {sizes}; at most {memory.text(memory.peak(parts))} of {memory.text(there)}",
-        flush=True,
-    )
-
-
-def show_disk(cfg, folder: Path, steps: int, optimizer: str) -> None:
-    """What the checkpoints of a run will take, beside what is free."""
-    every = math.gcd(cfg.eval_every, cfg.save_every) if cfg.save_every else cfg.eval_every
-    count, size = (
-        -(-steps // every) + 1,
-        memory.checkpoint_bytes(model_file.read_config(folder), cfg.bf16, optimizer),
-    )
-    count = (
-        min(count, cfg.keep + 2) if cfg.keep else count
-    )  # the newest and the best one stay in any case
-    there = next(
-        path for path in (Path(cfg.out), *Path(cfg.out).absolute().parents) if path.exists()
-    )
-    free = shutil.disk_usage(there).free
-    print(
-        f"checkpoints: at most {count} x {memory.text(size)} = {memory.text(count * size)} on disk, "
-        f"{memory.text(free)} free" + ("; --keep N keeps fewer" if count * size > free else ""),
-        flush=True,
-    )
-
-
-def pick_checkpoint(run_dir: Path) -> tuple[str, str]:
-    """(checkpoint, why) of a run directory: an SFT run's recommended one (phases.py), any other run's newest."""
-    steps = {
-        int(f.name[5:]): f
-        for f in sorted((run_dir / "checkpoints").glob("step_*[0-9]"))
-        if not run.damaged(f)
-    }
-    if not steps:
-        raise UserError(
-            f"{run_dir}: no whole checkpoint in it yet; let the run reach its first one"
-        )
-    if any(
-        row["kind"] == "val"
-        for row in files.read_jsonl(run_dir / "metrics.jsonl", broken_tail=True)
-    ):
-        curve = phases.read_run(run_dir)
-        found = phases.diagnose(curve.steps, curve.losses, curve.flops, steps)
-        if found.recommended_step is not None:
-            return str(steps[found.recommended_step]), found.reason
-    return str(steps[max(steps)]), "its newest checkpoint"
-
-
-def save_model(model, tokenizer, folder, dtype=torch.float32) -> None:
-    """Write a Hugging Face model folder: weights, configuration and tokenizer. All processes call it."""
-    model_file.save_model(model, folder, dtype)
-    if ranks.rank() == 0:
-        tokenizer.save(folder)
-
-
-def download(name: str, weights: bool) -> Path:
-    """The local folder of a hub model, downloaded if need be (configuration, tokenizer, safetensors; never pickles)."""
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        raise UserError(
-            f"{name}: no such folder; --init takes a model folder, a checkpoint, a run directory "
-            "or a hub name such as Qwen/Qwen2.5-0.5B"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = ["*.json", "*.jinja"] + ["*.safetensors"] * weights
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (OSError, ValueError) as error:  # no network, no such model, no access
-        reason = str(error).strip().splitlines()[0][:160]
-        raise UserError(
-            f"{name}: no such folder here, and the hub did not give it ({reason}); "
-            "download it, then --init FOLDER"
-        ) from None
+        reward: the number that the function returned; a Verdict counts 1 or 0. correct: the
+        Verdict's word, or a number above one half.
+        """
+        text = self.tokenizer.decode(response.ids)
+        verdict = self.reward(problem.opened + text, problem.row)
+        if isinstance(verdict, Verdict):
+            value = float(verdict.correct)
+        else:
+            value = float(verdict)
+            verdict = Verdict(value > 0.5, value > 0.5, None, "scored")
+        return {
+            "problem": problem.text,
+            "response": text,
+            "gold": problem.gold,
+            "answer": verdict.extracted,
+            "reason": verdict.reason,
+            "reward": value,
+            "correct": verdict.correct,
+            "lenient": verdict.lenient,
+            "finished": response.finished,
+            "truncated": not response.finished,
+            "length": len(response.ids),
+        }
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Chance that any of k samples is right, estimated without bias from `right` of n (Chen et al. 2021, eq. 1)."""
+    """Chance that any of k samples is right, without bias from `right` of n (Chen 2021, eq. 1)."""
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def judge(problem, response, tokenizer) -> dict:
-    """Decode and verify one response: a record as samples.jsonl keeps it."""
-    text = tokenizer.decode(response.ids)
-    verdict = verify.verify(problem.opened + text, problem.gold, problem.row.get("numbers"))
-    return {
-        "problem": problem.text,
-        "response": text,
-        "gold": problem.gold,
-        "answer": verdict.extracted,
-        "reason": verdict.reason,
-        "correct": verdict.correct,
-        "lenient": verdict.lenient,
-        "finished": response.finished,
-        "truncated": not response.finished,
-        "length": len(response.ids),
-    }
+def summarise(records: list[dict], n: int) -> dict:
+    """Numbers over the records of P problems x n samples, problem by problem. Shares in 0..100."""
+    P = len(records) // n
+    right = torch.tensor([r["correct"] for r in records], dtype=torch.float64).view(P, n)
+    spread = right.mean(1).std().item() if P > 1 else 0.0
 
+    def percent(name):
+        return 100 * sum(r[name] for r in records) / len(records)
 
-def evaluate(
-    model,
-    tokenizer,
-    problems,
-    n: int,
-    temperature: float,
-    max_new: int,
-    seed: int = 0,
-    rows: int = 512,
-    top_p: float = 1.0,
-    progress=None,
-    top_k: int = 0,
-    on_response=None,
-) -> tuple[dict, list[dict]]:
-    """Sample, verify, summarise: (summary, one record a response). pass1, pass1_se, lenient, truncated in 0..100.
-    progress, on_response: see rollout.generate()."""
-    prompts = [p.prompt for p in problems]
-    groups = rollout.generate(
-        model,
-        prompts,
-        n,
-        max_new,
-        temperature,
-        tokenizer.eos_ids,
-        seed,
-        rows,
-        top_p,
-        progress,
-        top_k,
-        on_response=on_response,
-    )
-    flat = [
-        judge(problem, response, tokenizer)
-        for problem, group in zip(problems, groups)
-        for response in group
-    ]
-    P = len(problems)
-    share = torch.tensor([r["correct"] for r in flat], dtype=torch.float64).view(P, n)
-    spread = share.mean(1).std().item() if P > 1 else 0.0
     summary = {
-        "pass1": 100 * share.mean().item(),
+        "pass1": 100 * right.mean().item(),
         "pass1_se": 100 * spread / math.sqrt(P),
-        "n": len(flat),
+        "n": len(records),
         "problems": P,
-        "lenient": 100 * sum(r["lenient"] for r in flat) / len(flat),
-        "length": sum(r["length"] for r in flat) / len(flat),
-        "truncated": 100 * sum(r["truncated"] for r in flat) / len(flat),
+        "reward": percent("reward"),
+        "lenient": percent("lenient"),
+        "length": sum(r["length"] for r in records) / len(records),
+        "truncated": percent("truncated"),
     }
-    for k in (2**i for i in range(1, int(math.log2(n)) + 1)):
-        summary[f"pass_at_{k}"] = (
-            100 * sum(pass_at_k(n, int(c), k) for c in share.sum(1).tolist()) / P
+    k = 2
+    while k <= n:
+        chances = [pass_at_k(n, int(count), k) for count in right.sum(1).tolist()]
+        summary[f"pass_at_{k}"] = 100 * sum(chances) / P
+        k *= 2
+    return summary
+
+
+def check_demonstrations(problems: list, tokenizer, reward, limit: int = 1000) -> str:
+    """How many of the first demonstrations the reward calls right, in words: a wrong gold column
+    shows here before a night is lost."""
+    policy = Policy(None, tokenizer, reward, 0)
+    verdicts = []
+    wrong = None
+    for problem in [problem for problem in problems if problem.expert][:limit]:
+        response = rollout.Response(problem.expert, [0.0] * len(problem.expert), [], True)
+        record = policy.judge(problem, response)
+        verdicts.append(record["correct"])
+        if not record["correct"] and wrong is None:
+            wrong = record
+    if not verdicts:
+        return "no demonstrations with a gold answer to score by the reward"
+    share = 100 * sum(verdicts) / len(verdicts)
+    text = f"{share:.0f}% of the first {len(verdicts)} demonstrations are right by the reward"
+    if wrong:
+        text += (
+            f"; the first that is not: answer {wrong['answer']!r}, gold {wrong['gold']!r} "
+            f"({wrong['reason']})"
         )
-    return summary, flat
+    return text
 
 
+def evaluate(policy, problems: list, n: int, sampling, hooks=None) -> tuple[dict, list[dict]]:
+    """Sample, judge, summarise: (summary, one record per response).
+
+    policy: a Policy. sampling, hooks: see rollout.generate().
+    """
+    requests = [Request(problem, [], n) for problem in problems]
+    records = [record for _, _, record in policy.respond(requests, sampling, hooks)]
+    return summarise(records, n), records
+
+
+# ---- the script ----------------------------------------------------------------------------------
 def show_progress(what: str):
     """A progress line on a terminal; nothing in a pipe."""
     if not sys.stderr.isatty():
@@ -355,71 +353,64 @@ def show_progress(what: str):
 
 
 def write_samples(path: str, records: list[dict]) -> None:
-    """One JSON line a response, where a path was given; by the first process only."""
+    """One JSON line per response, where a path was given; on rank 0 only."""
     if path and ranks.rank() == 0:
-        Path(path).write_text(
-            "".join(json.dumps(r) + "\n" for r in records)
-        )  # in place: it may be /dev/stdout
+        lines = [json.dumps(record) + "\n" for record in records]
+        Path(path).write_text("".join(lines))  # in place: it may be /dev/stdout
 
 
 def main(cfg: Config) -> None:
     device = ranks.start()
-    if (
-        cfg.out and ranks.rank() == 0
-    ):  # a place that cannot be written to is found now, not after hours of sampling
+    if cfg.out and ranks.rank() == 0:  # a place that cannot be written to is found now
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
         open(cfg.out, "a").close()
     folder = find(cfg.init)
     tokenizer = open_tokenizer(folder)
-    model = model_file.load_model(folder, torch.bfloat16 if cfg.bf16 else torch.float32, device)
-    problems, n_long = data.problems(cfg.data, tokenizer, cfg.max_prompt, reads=("numbers",))
+    dtype = torch.bfloat16 if cfg.bf16 else torch.float32
+    net = model_file.load_model(folder, dtype, device)
+    policy = Policy(net, tokenizer, tasks.load_reward(cfg.reward), cfg.max_new, cfg.rows)
+    columns = tasks.columns(cfg.reward)
+    problems, n_long = data.problems(cfg.data, tokenizer, cfg.max_prompt, **columns)
     problems = problems[: cfg.limit or None]
+    left_out = f"; {n_long} prompts over {cfg.max_prompt} tokens left out" if n_long else ""
     print(
-        f"{folder}: {len(problems)} problems of {cfg.data} x {cfg.n} samples at temperature {cfg.temperature}"
-        + (f"; {n_long} prompts over {cfg.max_prompt} tokens left out" if n_long else ""),
+        f"{folder}: {len(problems)} problems of {cfg.data} x {cfg.n} samples at temperature "
+        f"{cfg.temperature}{left_out}",
         flush=True,
     )
     started = time.monotonic()
-    seed, progress = ranks.seed_of(cfg.seed, "evaluate"), show_progress("sampling")
-    ended: list[tuple] = []  # (number of the problem, response)
+    seed = ranks.seed_of(cfg.seed, "evaluate")
+    sampling = policy.sampling(cfg.temperature, seed, top_p=cfg.top_p, top_k=cfg.top_k)
+    ended = []  # (number of the problem, response) of those that are through
+    hooks = rollout.Hooks(
+        progress=show_progress("sampling"),
+        on_response=lambda problem, response: ended.append((problem, response)),
+    )
     try:
-        summary, records = evaluate(
-            model,
-            tokenizer,
-            problems,
-            cfg.n,
-            cfg.temperature,
-            cfg.max_new,
-            seed,
-            cfg.rows,
-            cfg.top_p,
-            progress,
-            cfg.top_k,
-            lambda *one: ended.append(one),
-        )
+        summary, records = evaluate(policy, problems, cfg.n, sampling, hooks)
     except KeyboardInterrupt:
-        records = [
-            judge(problems[i], r, tokenizer) for i, r in sorted(ended, key=lambda one: one[0])
-        ]
+        ended.sort(key=lambda one: one[0])
+        records = [policy.judge(problems[i], response) for i, response in ended]
         write_samples(cfg.out, records)
-        print(
-            f"\nstopped with {len(records)} of {len(problems) * cfg.n} responses; "
-            + (f"they are in {cfg.out}" if cfg.out else "--out FILE would have kept them"),
-            file=sys.stderr,
-        )
+        kept = f"they are in {cfg.out}" if cfg.out else "--out FILE would have kept them"
+        wanted = len(problems) * cfg.n
+        print(f"\nstopped with {len(records)} of {wanted} responses; {kept}", file=sys.stderr)
         sys.exit(130)
     write_samples(cfg.out, records)
-    rest = "  ".join(
-        f"{k.replace('pass_at_', 'pass@')} {v:.1f}"
-        for k, v in summary.items()
-        if k not in ("pass1", "pass1_se", "n", "problems")
-    )
-    print(
-        f"pass@1 {summary['pass1']:.1f} (standard error {summary['pass1_se']:.1f})  {rest}  "
-        f"in {time.monotonic() - started:.0f} s"
-    )
+    print_summary(summary, time.monotonic() - started)
     print(json.dumps({"init": str(folder), "data": cfg.data, **summary}))
 
 
+def print_summary(summary: dict, seconds: float) -> None:
+    rest = []
+    for name, value in summary.items():
+        if name not in ("pass1", "pass1_se", "n", "problems", "reward"):
+            rest.append(f"{name.replace('pass_at_', 'pass@')} {value:.1f}")
+    print(
+        f"pass@1 {summary['pass1']:.1f} (standard error {summary['pass1_se']:.1f})  "
+        f"{'  '.join(rest)}  in {seconds:.0f} s"
+    )
+
+
 if __name__ == "__main__":
-    cli.cli(main, Config, preset)
+    cli.run(main, Config, preset)

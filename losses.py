@@ -1,454 +1,419 @@
-"""Every objective as a per-token loss, a mask and one aggregator: SFT, GRPO, DAPO, LUFFY, SRFT, UPT, Prefix-RFT.
+"""The objective: advantages, a loss per token, one aggregator. GRPO here; other methods differ.
 
-    loss = sum W policy + sum U imitation + kl_coef sum K kl - entropy_coef sum H / N     over all rows and tokens
-token_loss() gives policy and imitation (B,T), batch_weights() the row weights W, U, K, 1/N, from the lengths of ALL
-rows of the optimizer step, before its first backward: micro-batches and ranks cannot change a gradient.
-Choices where papers and official code differ; [n] and "equation n" are those of arXiv 2512.11470:
-1) W = 1/N, N the trained tokens of the step (token-mean); official code: 1/8192, or 1/tokens of each micro-batch
-2) GRPO [11, 12]: reward minus group mean, clip 0.2/0.2; DAPO_dc: over the std too, 0.2/0.28. Groups that agree, and
-   groups of one, have advantage exactly 0. With one update per round the ratio is 1 and no clip ever acts
-3) LUFFY [13]: rollouts unclipped; expert tokens p/(p + 0.1), as if their sampler had given them probability 1
-4) SRFT [14-16]: entropy weights by sequence; the off-policy term raises the advantage, unlike the sum as printed
-5) UPT [17]: a prompt at or below the gate trains on its demonstration alone, another on its rollouts, clipped
-6) Prefix-RFT [18, 19]: the hybrid is one of its group; only the step's most uncertain fifth of prefix tokens teach
+    loss = sum over rows b, tokens t of  w[b] (ell[b,t] + kl_coef kl[b,t]) - entropy_coef H[b,t] / N
 
-    weights = batch_weights(objective, lengths, group_ids, is_expert)                        # whole step, all ranks
-    update_loss(objective, logp, entropy, take(rows, part), weights[:, part]).backward()     # each micro-batch
-Shapes: B rows, T response positions. Nats, of logits over the temperature. Where a mask is False a value may be NaN; it
-reaches no loss and no gradient.
+One optimizer step, in the order of rl.py:
+    batch = make_batch(rows, device)          tensors of all rows of the step
+    batch = weigh(method, batch)              advantages, and the weight w of each row
+    update_loss(method, logp, H, take(batch, part)).backward()     per micro-batch; parts add up
+The weights are made from ALL rows of the step before its first backward, so the gradient does not
+depend on how the rows are cut into micro-batches or dealt to ranks. Nothing here takes a mean.
+
+`GRPO` is the base class of every method: rl.py asks it what to sample, which rows complete a group,
+whether a group carries a signal, and for advantages and the loss of a token. A file in methods/
+overrides the answers that differ. Its dataclass fields are flags of rl.py, their comments the help.
+
+Choices where papers and official code differ; [n] is equation n of arXiv 2512.11470:
+1) w = 1/N, N = trained tokens of the step (token-mean). Official code: 1/8192, or per micro-batch.
+2) Groups whose rewards agree, and groups of one, have an advantage of exactly 0.
+3) old_logp is the trainer's forward at the start of the round. In the round's first update it is
+   the forward itself: the ratio is 1 and no clip acts.
+
+Shapes: B rows, R response tokens. Log-probs in nats, of logits over the temperature. Where a mask
+is False a value may be NaN: it reaches neither loss nor gradient.
 """
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, Literal, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
 from core.errors import UserError
 
-CHOICES = {
-    "surrogate": ("token", "sequence", "cispo", "success"),
-    "demo": ("none", "row", "gate", "prefix"),
-    "entropy_weights": ("none", "seq", "batch"),
-    "prefix_adv": ("group", "split"),
-    "kl_type": ("k1", "k2", "k3"),
-    "tis": ("none", "token", "sequence", "icepop"),
-    "mix_norm": ("joint", "separate"),
-    "singleton": ("zero", "raw"),
-    "agg": ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "group-token-mean", "const"),
-}
+
+# ---- rows and batches ----------------------------------------------------------------------------
+class Row(NamedTuple):
+    """One sequence of a group. A finished response ends with EOS."""
+
+    prompt: list[int]
+    response: list[int]
+    logp: list[float]  # the sampler's; 0 on tokens of a demonstration
+    correct: float  # the reward of the response itself: signal, gates and logs look at it
+    reward: float  # with penalties: advantages are made of it
+    group: int  # number of the prompt in the endless stream of prompts
+    is_expert: bool = False
+    n_prefix: int = 0  # leading response tokens copied from the demonstration
+    finished: bool = True
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.response)
 
 
-@dataclass(frozen=True)
-class Objective:
-    """What one optimizer step minimises. Defaults are GRPO's; a field's trailing comment is its help text."""
+class Batch(NamedTuple):
+    """The rows of one optimizer step as tensors, or some of these rows."""
 
-    surrogate: str = (
-        "token"  # ratio by token, by sequence (GSPO: clips 3e-4, 4e-4), cispo, success (SRFT)
-    )
-    clip_low: float | None = 0.2  # clip ratios below 1 - this (cispo: usually none)
-    clip_high: float | None = 0.2  # clip ratios above 1 + this (cispo: 4, so that weights end at 5)
-    dual_clip: float | None = (
-        None  # where A < 0, loss at most this times |A| (verl 3, the paper's scripts 10)
-    )
-    log_ratio_clamp: float | None = (
-        20.0  # logp - old_logp within +-this, no gradient outside: exp cannot overflow
-    )
-    normalize_std: bool = False  # divide advantages by the group's standard deviation
-    singleton: str = "zero"  # advantage of a group of one: zero, or raw = its reward (verl)
-    demo: str = "none"  # demonstration: none, row (one more), gate (instead of rollouts), prefix
-    shaping_gamma: float | None = (
-        None  # expert tokens: p/(p + gamma) times the advantage; none = no such term
-    )
-    imitation: float = 0.0  # expert tokens: coefficient of -logp (UPT's sft_coef, SRFT's 0.5)
-    success_coef: float = 0.1  # success: weight of a correct rollout, times exp(H)
-    entropy_weights: str = (
-        "none"  # imitation times exp(-H), success times exp(H); H by seq, or of the whole batch
-    )
-    gate_gamma: float = 0.0  # gate: imitate where the rollouts' mean reward is at most this
-    prefix_clip: bool = True  # prefix: clip the ratio of demonstration tokens too
-    prefix_adv: str = (
-        "group"  # prefix: group (one baseline for all), split (the authors' dr_grpo_prefix)
-    )
-    drop_ratio: float = (
-        0.8  # prefix: share of demonstration tokens, the surest, that lose their advantage
-    )
-    dynamic_sampling: bool = False  # replace prompts whose rewards all agree
-    mask_truncated: bool = (
-        False  # responses cut by the length limit count in the baseline, train no token
-    )
-    tis: str = "none"  # weigh by trainer over sampler probability: none, token, sequence, icepop
-    tis_low: float | None = None  # that weight at least this (icepop: 0 below it)
-    tis_high: float | None = 2.0  # that weight at most this (icepop: 0 above it)
-    kl_coef: float = 0.0  # penalty against the frozen reference
-    kl_type: str = "k3"  # k1, k2 or k3; only k2's gradient is that of KL(policy | reference)
-    kl_clamp: float | None = (
-        None  # k3 within +-this, its log-ratio within +-20, no gradient outside (verl 10)
-    )
-    entropy_coef: float = (
-        0.001  # entropy bonus: a token mean whatever agg is, expert tokens included
-    )
-    agg: str = "token-mean"  # or seq-mean-token-mean, seq-mean-token-sum, group-token-mean, const
-    norm_const: float = 8192.0  # const: tokens to divide by
-    const_div_seqs: bool = (
-        True  # const: over the rows too (Dr. GRPO); LUFFY's and UPT's code does not
-    )
-    mix_norm: str = (
-        "joint"  # joint (one denominator), separate (imitation: mean over expert tokens)
-    )
+    mask: Tensor  # (B, R) bool: trained tokens, EOS included
+    rewards: Tensor  # (B,)
+    is_success: Tensor  # (B,) bool: the response is right
+    groups: Tensor  # (B,) long: number of the prompt
+    is_expert: Tensor  # (B,) bool: written by the expert; old_logp and rollout_logp are not read
+    is_prefix: Tensor  # (B, R) bool: demonstration tokens at the head of a rollout
+    rollout_logp: Tensor  # (B, R) as the sampler computed it
+    old_logp: Tensor | None = None  # (B, R) at the start of the round; None = this forward's
+    ref_logp: Tensor | None = None  # (B, R) of the frozen reference, for kl_coef
+    entropy: Tensor | None = None  # (B, R) at the start of the round, if the method needs it
+    advantages: Tensor | None = None  # (B, R), 0 outside the mask
+    weights: Tensor | None = None  # (B,) float64: w of the formula above
+    mean_weights: Tensor | None = None  # (B,) float64: 1/N
 
-    def __post_init__(self):
-        for name, values in CHOICES.items():
-            if getattr(self, name) not in values:
-                raise UserError(
-                    f"objective: {name} is {getattr(self, name)!r}; choose one of {', '.join(values)}"
-                )
+    @property
+    def is_rollout(self) -> Tensor:
+        """(B, R) bool: trained tokens of rows that the policy wrote, a copied prefix included."""
+        return self.mask & ~self.is_expert[:, None]
+
+    @property
+    def is_sampled(self) -> Tensor:
+        """(B, R) bool: trained tokens that the policy itself chose."""
+        return self.is_rollout & ~self.is_prefix
 
 
-OBJECTIVES = {
-    "grpo": Objective(),
-    "dapo_d": Objective(dynamic_sampling=True),
-    "dapo_dc": Objective(
-        dynamic_sampling=True, normalize_std=True, clip_high=0.28, entropy_coef=0.0
-    ),
-    "luffy": Objective(demo="row", clip_low=None, clip_high=None, shaping_gamma=0.1),
-    "srft": Objective(
-        demo="row", surrogate="success", shaping_gamma=0.1, imitation=0.5, entropy_weights="seq"
-    ),
-    "upt": Objective(demo="gate", imitation=1.0),
-    "prefix_rft": Objective(demo="prefix"),
-}
-OBJECTIVES["dapo"] = OBJECTIVES["dapo_dc"]
+def make_batch(rows: list[Row], device, mask_truncated: bool = False) -> Batch:
+    """Tensors of these rows; R = the longest response. mask_truncated: cut rows train no token."""
+
+    def column(values, dtype=torch.float32):
+        return torch.tensor(list(values), dtype=dtype, device=device)
+
+    lengths = column((len(row.response) for row in rows), torch.long)
+    R = int(lengths.max())
+    place = torch.arange(R, device=device)
+    mask = place < lengths[:, None]  # (B, R)
+    is_prefix = place < column((row.n_prefix for row in rows), torch.long)[:, None]
+    if mask_truncated:
+        mask = mask & column((row.finished for row in rows), torch.bool)[:, None]
+    return Batch(
+        mask=mask,
+        rewards=column(row.reward for row in rows),
+        is_success=column(row.correct > 0.5 for row in rows).bool(),
+        groups=column((row.group for row in rows), torch.long),
+        is_expert=column((row.is_expert for row in rows), torch.bool),
+        is_prefix=is_prefix,
+        rollout_logp=column(row.logp + [0.0] * (R - len(row.logp)) for row in rows),
+    )
 
 
-def overlong_penalty(length: int, max_len: int, cache_len: int, factor: float = 1.0) -> float:
-    """Added to the reward of a response of `length` tokens: 0, falling to -factor over the last cache_len (DAPO)."""
-    return factor * max(-1.0, min(0.0, (max_len - cache_len - length) / cache_len))
+def take(batch: Batch, index) -> Batch:
+    """Some of the rows, by any index that a tensor accepts."""
+    return Batch(*(None if field is None else field[index] for field in batch))
 
 
-def _group_mean(
-    values: Tensor, group_ids: Tensor, member: Tensor | float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """(mean, count) of the member rows of each row's group, both (B,) float64; mean 0 where there is none."""
-    same = (
-        group_ids[:, None] == group_ids
-    ).double() * member  # (B,B): a few thousand rows at most, a table will do
+# ---- advantages ----------------------------------------------------------------------------------
+def group_mean(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, size) of each row's group, both (B,) float64."""
+    same = (groups[:, None] == groups).double()  # (B, B): at most a few thousand rows
     count = same.sum(1)
     return same @ values.double() / count.clamp(min=1), count
 
 
-def is_informative(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """(B,) bool: the rewards of the row's group differ. To filter, pass raw correctness, before penalties (DAPO)."""
-    # compared, not computed: the fp32 mean of three 0.1 is not 0.1, and that residue over eps is a spike
-    return ((group_ids[:, None] == group_ids) & (rewards[:, None] != rewards)).any(1)
+def is_informative(rewards: Tensor, groups: Tensor) -> Tensor:
+    """(B,) bool: the rewards of the row's group differ."""
+    # Compared, not computed: the fp32 mean of three 0.1 is not 0.1, and over a std that is a spike
+    return ((groups[:, None] == groups) & (rewards[:, None] != rewards)).any(1)
 
 
 def group_advantages(
-    rewards: Tensor,
-    group_ids: Tensor,
-    normalize_std: bool = False,
-    eps: float = 1e-6,
-    singleton: str = "zero",
-    ddof: int = 1,
+    rewards: Tensor, groups: Tensor, normalize_std: bool = False, eps: float = 1e-6, ddof: int = 1
 ) -> Tensor:
-    """(B,) reward minus its group's mean, optionally over the group's std + eps [11]; exactly 0 where they all agree.
+    """(B,) reward minus the mean of its group, optionally over the group's std + eps [11].
 
-    rewards    (B,)  float  one scalar a row
-    group_ids  (B,)  long   prompt of each row, in any order
-    singleton, ddof         advantage of a group of one: "zero", or "raw" = its reward; 1 = unbiased std
+    Exactly 0 where all rewards of the group agree. ddof: 1 = unbiased standard deviation.
     """
-    mean, count = _group_mean(rewards, group_ids)
-    advantages = (rewards.double() - mean) * is_informative(rewards, group_ids)
+    mean, count = group_mean(rewards, groups)
+    advantages = (rewards.double() - mean) * is_informative(rewards, groups)
     if normalize_std:
-        mean_square, _ = _group_mean(advantages**2, group_ids)
-        advantages = advantages / ((mean_square * count / (count - ddof).clamp(min=1)).sqrt() + eps)
-    if singleton == "raw":
-        advantages = torch.where(count == 1, rewards.double(), advantages)
+        mean_square, _ = group_mean(advantages**2, groups)
+        variance = mean_square * count / (count - ddof).clamp(min=1)
+        advantages = advantages / (variance.sqrt() + eps)
     return advantages.to(rewards.dtype)
 
 
-def prefix_advantages(
-    rewards: Tensor, group_ids: Tensor, is_prefix: Tensor, keep: Tensor, split: bool = False, **how
-) -> Tensor:
-    """Token advantages (B,T) of Prefix-RFT (paper, equations 18, 19).
-
-    is_prefix, keep (B,T) bool: prefix_tokens(), most_uncertain(); split: prefix_adv; how: as in group_advantages.
-    """
-    own = prefix = group_advantages(rewards, group_ids, **how)
-    if split:  # plain rows among themselves; a continuation gets its bare reward, its prefix the gain over plain rows
-        hybrid = is_prefix.any(1)
-        own = torch.where(hybrid, rewards, group_advantages(rewards, 2 * group_ids + hybrid, **how))
-        prefix = (rewards.double() - _group_mean(rewards, group_ids, ~hybrid)[0]).to(rewards.dtype)
-    return torch.where(is_prefix, prefix[:, None], own[:, None]) * ~(is_prefix & ~keep)
+def overlong_penalty(length: int, max_len: int, cache_len: int, factor: float = 1.0) -> float:
+    """Added to the reward of a response of `length` tokens: 0, falling to -factor over the last
+    cache_len tokens before max_len (soft overlong punishment, DAPO, arXiv 2503.14476)."""
+    return factor * max(-1.0, min(0.0, (max_len - cache_len - length) / cache_len))
 
 
-def collect_informative(
-    rounds, wanted: int, max_rounds: int = 10
-) -> tuple[list, list, list, int, str]:
-    """Dynamic sampling: draw rounds of (group, raw rewards) until `wanted` groups carry a signal (DAPO, eq. 11).
-
-    Returns (selected, first come first served; dropped, whose rewards agree; surplus, to be discarded so that all rows
-    are on-policy; rounds drawn; "full", "partial" or "empty"). A generator of rounds samples none in vain; it may end.
-    """
-    informative, dropped, drawn, rounds = [], [], 0, iter(rounds)
-    while (
-        len(informative) < wanted
-        and drawn < max_rounds
-        and (batch := next(rounds, None)) is not None
-    ):
-        drawn += 1
-        for group, rewards in batch:
-            (informative if max(rewards) > min(rewards) else dropped).append(group)
-    status = "full" if len(informative) >= wanted else "partial" if informative else "empty"
-    return informative[:wanted], dropped, informative[wanted:], drawn, status
-
-
-def gate_rows(rewards: Tensor, group_ids: Tensor, is_expert: Tensor, gamma: float = 0.0) -> Tensor:
-    """(B,) bool, rows that stay: the expert's, if any, where the rollouts' mean reward is <= gamma, else theirs."""
-    success, _ = _group_mean(rewards, group_ids, ~is_expert)
-    _, n_experts = _group_mean(rewards, group_ids, is_expert)
-    imitate = (success <= gamma + 1e-9) & (
-        n_experts > 0
-    )  # 1e-9: 2 of 8 meets a gate of 0.25 whatever the rounding
-    return imitate == is_expert
-
-
-def prefix_window(
-    step: float, total: float, low_init: float = 0.95, low_target: float = 0.05, high: float = 0.95
-):
-    """(low, high) of the share of a demonstration given as prefix; low falls along a cosine to low_target."""
-    return low_target + 0.5 * (1 + math.cos(math.pi * min(step / total, 1.0))) * (
-        low_init - low_target
-    ), high
-
-
-def prefix_length(u: float, window: tuple[float, float], demo_len: int, min_len: int = 1) -> int:
-    """Demonstration tokens to copy, u uniform in [0, 1); at least one is left to write; 0 = an ordinary rollout."""
-    low, high = window
-    return max(0, min(max(int((low + (high - low) * u) * demo_len), min_len), demo_len - 1))
-
-
-def prefix_tokens(mask: Tensor, prefix_len: Tensor) -> Tensor:
-    """(B,T) bool: the first prefix_len (B,) response tokens of each row, wherever its padding lies."""
-    return mask & (mask.cumsum(1) <= prefix_len[:, None])
-
-
-def most_uncertain(entropy: Tensor, among: Tensor, drop_ratio: float = 0.8) -> Tensor:
-    """Bool like `among`: its tokens without the int(drop_ratio * n) of lowest entropy; of equal ones, earlier ones go.
-
-    Call it once on all rows of the step (official: by micro-batch), with entropies of the forward that gave old_logp.
-    """
-    rank = entropy.detach()[among].argsort(stable=True).argsort()  # (n,) 0 = surest
-    return torch.zeros_like(among).masked_scatter(among, rank >= int(drop_ratio * len(rank)))
-
-
+# ---- the aggregator ------------------------------------------------------------------------------
 def row_weights(
     lengths: Tensor,
     agg: str = "token-mean",
-    group_ids: Tensor | None = None,
-    const_len: float | None = None,
-    div_seqs: bool = True,
+    groups: Tensor | None = None,
+    norm_const: float | None = None,
 ) -> Tensor:
-    """Weight of each token of a row, (B,) float64, from the trained tokens (B,) of ALL rows of the step, on all ranks.
+    """(B,) float64: the weight of each token of a row, from the trained tokens (B,) of ALL rows.
 
-    N tokens, S rows with a token, P prompts with a token; const alone counts empty rows in B. An empty row weighs 0.
+    With N tokens, S rows that have a token, P prompts, n tokens in the row, N_p in its group:
+
+    | token-mean          | 1 / N        | DAPO, and the default here                              |
+    | seq-mean-token-mean | 1 / (S n)    | the first GRPO, GSPO                                    |
+    | seq-mean-token-sum  | 1 / S        | [10] read literally                                     |
+    | group-token-mean    | 1 / (P N_p)  | [12] read literally                                     |
+    | const               | 1 / (B C)    | Dr. GRPO; C = norm_const, B counts empty rows too       |
     """
-    n, filled = lengths.double(), lengths > 0
-    S = filled.sum().double()
+    n = lengths.double()
+    filled = lengths > 0
+    n_rows = filled.sum().double()
     if agg == "token-mean":
         size = n.sum()
     elif agg == "seq-mean-token-mean":
-        size = S * n
+        size = n_rows * n
     elif agg == "seq-mean-token-sum":
-        size = S
+        size = n_rows
     elif agg == "group-token-mean":
-        size = len(group_ids[filled].unique()) * (
-            (group_ids[:, None] == group_ids).double() @ n
-        )  # P N_p
-    elif agg == "const":
-        size = n.new_tensor(const_len * (len(n) if div_seqs else 1))  # B C, or C
+        in_group = (groups[:, None] == groups).double() @ n
+        size = len(groups[filled].unique()) * in_group
     else:
-        raise UserError(
-            f"row_weights: unknown agg {agg!r}; choose one of {', '.join(CHOICES['agg'])}"
-        )
-    return torch.where(filled, 1 / size, 0.0)
-
-
-def batch_weights(
-    objective: Objective, lengths: Tensor, group_ids: Tensor, is_expert: Tensor | None = None
-) -> Tensor:
-    """(4,B) float64: weight of a row's tokens in the loss's terms policy, imitation, kl and entropy (always 1/N).
-
-    lengths, group_ids, is_expert: (B,) of all rows of the optimizer step on all ranks, in any order.
-    """
-    how = objective.norm_const, objective.const_div_seqs
-    policy = imitation = kl = row_weights(lengths, objective.agg, group_ids, *how)
-    if objective.mix_norm == "separate" and is_expert is not None:
-        imitation = row_weights(lengths * is_expert)
-        if (
-            objective.shaping_gamma is None
-        ):  # UPT: expert rows have no policy term and no part in its denominator
-            rollouts = row_weights(lengths[~is_expert], objective.agg, group_ids[~is_expert], *how)
-            policy = torch.zeros_like(kl).masked_scatter(~is_expert, rollouts)
-    return torch.stack([policy, imitation, kl, row_weights(lengths)])
+        assert agg == "const", agg
+        size = n.new_tensor(norm_const * len(n))
+    return torch.where(filled, 1 / size, 0.0)  # a row without tokens weighs 0
 
 
 def aggregate(ell: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
-    """Scalar: sum of weights[b] * ell[b, t] under the mask. Micro-batches and ranks add up: nothing is averaged."""
+    """Scalar: the sum of weights[b] * ell[b, t] under the mask. Micro-batches and ranks add up."""
     return (torch.where(mask, ell, 0.0) * weights.to(ell.dtype)[:, None]).sum()
 
 
-class Rows(NamedTuple):
-    """What the loss needs of B rows besides the policy's own forward; None = not used."""
-
-    mask: Tensor  # (B,T) bool: trained tokens, EOS included
-    advantages: Tensor  # (B,) or (B,T)
-    old_logp: Tensor | None = (
-        None  # (B,T) under the weights at the start of the round; None = logp, detached
-    )
-    ref_logp: Tensor | None = None  # (B,T) under the frozen reference, for kl_coef
-    rollout_logp: Tensor | None = None  # (B,T) as the sampler saw it, for tis
-    is_expert: Tensor | None = (
-        None  # (B,) bool: written by the expert; old_logp and rollout_logp are not read
-    )
-    is_prefix: Tensor | None = None  # (B,T) bool: demonstration tokens at the head of a rollout
-    is_success: Tensor | None = None  # (B,) bool: reward above 0.5
-    mean_entropy: Tensor | None = (
-        None  # (B,) H in SRFT's weights: mean_entropy(); "seq" is filled in by update_loss
-    )
+# ---- the loss of a token -------------------------------------------------------------------------
+LOG_RATIO_BOUND = 20.0  # exp of the log-ratio cannot overflow; outside there is no gradient
 
 
-def take(rows: Rows, index) -> Rows:
-    """Some of the rows, by any index that a tensor accepts."""
-    return Rows(*(None if field is None else field[index] for field in rows))
-
-
-def mean_entropy(entropy: Tensor, mask: Tensor, over: str = "seq") -> Tensor:
-    """(B,) detached: mean token entropy of each row or, over "batch", of all rows together (SRFT, equations 14-16)."""
-    total, count = torch.where(mask, entropy.detach(), 0.0).sum(1), mask.sum(1)
-    if over == "batch":
-        total, count = total.sum().expand(len(mask)), count.sum()
-    return total / count.clamp(min=1)
-
-
-def kl_penalty(
-    logp: Tensor, ref_logp: Tensor, mask: Tensor, kind: str = "k3", clamp: float | None = None
-) -> Tensor:
-    """(B,T) KL to the reference by token, d = logp - ref_logp: k1 d, k2 d^2/2, k3 exp(-d) + d - 1 (Schulman 2020)."""
+def kl_penalty(logp: Tensor, ref_logp: Tensor, mask: Tensor, kind: str = "k3") -> Tensor:
+    """(B, R) estimate of KL(policy | reference) per token, d = logp - ref_logp (Schulman 2020):
+    k1 = d, k2 = d^2 / 2, k3 = exp(-d) + d - 1. Only k2 has the gradient of that KL."""
     d = torch.where(mask, logp - ref_logp, 0.0)
-    if kind != "k3":
-        return d if kind == "k1" else d**2 / 2
-    d, bound = (d, math.inf) if clamp is None else (d.clamp(-20, 20), clamp)
-    return (torch.exp(-d) + d - 1).clamp(-bound, bound)
+    if kind == "k1":
+        return d
+    if kind == "k2":
+        return d**2 / 2
+    return torch.exp(-d) + d - 1
 
 
-def log_ratio(objective: Objective, logp: Tensor, old_logp: Tensor, rollout: Tensor) -> Tensor:
-    """(B,T) logp - old_logp on the tokens of rollout (B,T) bool, else 0; by sequence their mean (GSPO, eq. 7)."""
-    bound = math.inf if objective.log_ratio_clamp is None else objective.log_ratio_clamp
-    d = torch.where(rollout, logp - old_logp, 0.0).clamp(-bound, bound)
-    return (
-        d
-        if objective.surrogate != "sequence"
-        else (d.sum(1) / rollout.sum(1).clamp(min=1))[:, None].expand_as(d)
+def mean_entropy(entropy: Tensor, mask: Tensor) -> Tensor:
+    """(B,) detached: the mean token entropy of each row."""
+    total = torch.where(mask, entropy.detach(), 0.0).sum(1)
+    return total / mask.sum(1).clamp(min=1)
+
+
+def log_ratio(logp: Tensor, old_logp: Tensor | None, tokens: Tensor, per_sequence=False) -> Tensor:
+    """(B, R) logp - old_logp on `tokens` (B, R) bool, 0 elsewhere; old_logp None: the ratio is 1.
+
+    per_sequence: the mean over the row's tokens instead (GSPO, arXiv 2507.18071, equation 7).
+    """
+    old_logp = logp.detach() if old_logp is None else old_logp
+    d = torch.where(tokens, logp - old_logp, 0.0).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    if not per_sequence:
+        return d
+    return (d.sum(1) / tokens.sum(1).clamp(min=1))[:, None].expand_as(d)
+
+
+@dataclass(frozen=True)
+class GRPO:
+    """GRPO [11, 12], its common variants as flags, and the questions that rl.py asks a method."""
+
+    surrogate: Literal["token", "sequence", "cispo"] = "token"  # ratio per token; GSPO; CISPO
+    clip_low: float | None = 0.2  # clip ratios below 1 - this; GSPO 3e-4, CISPO none
+    clip_high: float | None = 0.2  # clip ratios above 1 + this; GSPO 4e-4, CISPO 4
+    dual_clip: float | None = None  # where A < 0: the loss is at most this times |A| (verl: 3)
+    normalize_std: bool = False  # divide advantages by the group's standard deviation
+    dynamic_sampling: bool = False  # replace prompts whose rewards all agree (DAPO)
+    mask_truncated: bool = False  # cut responses count in the baseline and train no token
+    agg: Literal[
+        "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "group-token-mean", "const"
+    ] = "token-mean"  # how tokens are averaged, see losses.row_weights
+    norm_const: float = 8192.0  # const: the number to divide by (Dr. GRPO: --max-new)
+    tis: Literal["none", "token", "sequence", "icepop"] = "none"  # trainer / sampler weights
+    tis_low: float | None = None  # such a weight is at least this (icepop: 0 below it)
+    tis_high: float | None = 2.0  # such a weight is at most this (icepop: 0 above it)
+    kl_coef: float = 0.0  # penalty against the frozen --init
+    kl_type: Literal["k1", "k2", "k3"] = "k3"  # estimator of that KL, see losses.kl_penalty
+    entropy_coef: float = 0.0  # entropy bonus, a token mean whatever --agg is; the paper's: 0.001
+
+    # Defaults of rl.py's own flags: the paper's comparison of methods (section 6.1)
+    settings: ClassVar[dict] = dict(prompts=128, update_prompts=64, lr=1e-6, temperature=1.0)
+    demonstrations: ClassVar[str] = ""  # what it needs of them: "", "rows" or "prefixes"
+    needs_entropy: ClassVar[bool] = False  # entropies before the update: one more forward
+    expert_forward: ClassVar[bool] = False  # the paper counts one for each expert row [26]
+
+    def __post_init__(self):
+        for name, kind in get_type_hints(type(self)).items():
+            choices = get_args(kind)
+            value = getattr(self, name)
+            if choices and isinstance(choices[0], str) and value not in choices:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} is {value!r}; choose one of {', '.join(choices)}")
+
+    # ---- sampling --------------------------------------------------------------------------------
+    def requests(self, expert: list[int] | None, group: int, done: float, u: float) -> list:
+        """[(first tokens of the response, number of responses)] to sample for one prompt.
+
+        expert: the demonstration's ids, if the prompt has one. done: share of the run behind us.
+        u: uniform in [0, 1), drawn for this prompt.
+        """
+        return [([], group)]
+
+    def complete(self, rollouts: list[Row], expert: Row | None) -> list[Row]:
+        """The group to train on, given its rollouts and, if there is one, the expert's row."""
+        return rollouts
+
+    def carries_signal(self, rewards: list[float], expert: list[int] | None) -> bool:
+        """Dynamic sampling keeps the group: the rewards of its rollouts differ (DAPO, eq. 11)."""
+        return max(rewards) > min(rewards)
+
+    # ---- learning --------------------------------------------------------------------------------
+    def advantages(self, batch: Batch) -> Tensor:
+        """(B,) or (B, R): reward minus the mean of its group [11]."""
+        return group_advantages(batch.rewards, batch.groups, self.normalize_std)
+
+    def token_loss(self, logp: Tensor, entropy: Tensor | None, batch: Batch) -> Tensor:
+        """(B, R) loss of each token: max(-r A, -clip(r) A), r the probability ratio [12]."""
+        d = log_ratio(logp, batch.old_logp, batch.is_rollout, self.surrogate == "sequence")
+        ratio = torch.exp(d)
+        low, high = self.clip_range
+        clipped = ratio.clamp(low, high)
+        if self.surrogate == "cispo":  # a constant weight, so that no token loses its gradient
+            return -clipped.detach() * batch.advantages * logp
+        ell = torch.maximum(-ratio * batch.advantages, -clipped * batch.advantages)
+        if self.dual_clip is not None:  # (Ye et al. 2020, equation 5)
+            bounded = torch.minimum(ell, -self.dual_clip * batch.advantages)
+            ell = torch.where(batch.advantages < 0, bounded, ell)
+        return ell
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """(lowest, highest) ratio that is not clipped."""
+        low = -math.inf if self.clip_low is None else 1 - self.clip_low
+        high = math.inf if self.clip_high is None else 1 + self.clip_high
+        return low, high
+
+    def teaches(self, batch: Batch) -> Tensor:
+        """(B,) bool: rows that the reward has something to say about. Without one there is no
+        update: an entropy bonus alone would be all of the gradient, and Adam would scale it up."""
+        return (batch.advantages != 0).any(1)
+
+
+# ---- a step, as rl.py calls it -------------------------------------------------------------------
+def weigh(method: GRPO, batch: Batch) -> Batch:
+    """The batch with advantages and weights, made from all rows of the step."""
+    advantages = method.advantages(batch)
+    if advantages.dim() == 1:
+        advantages = advantages[:, None]
+    lengths = batch.mask.sum(1)
+    return batch._replace(
+        advantages=torch.where(batch.mask, advantages, 0.0),
+        weights=row_weights(lengths, method.agg, batch.groups, method.norm_const),
+        mean_weights=row_weights(lengths),
     )
 
 
-def sampler_weight(
-    objective: Objective, old_logp: Tensor, rollout_logp: Tensor, sampled: Tensor
-) -> Tensor:
-    """(B,T) constant: bounded exp(old_logp - rollout_logp) on sampled (B,T) bool, else 1; by sequence their product."""
-    d = torch.where(sampled, old_logp - rollout_logp, 0.0)
-    weight = torch.exp(d.sum(1, keepdim=True).expand_as(d) if objective.tis == "sequence" else d)
-    bounded = weight.clamp(
-        objective.tis_low or 0.0, math.inf if objective.tis_high is None else objective.tis_high
-    )
-    if objective.tis == "icepop":
+def sampler_weight(method: GRPO, logp: Tensor, batch: Batch) -> Tensor:
+    """(B, R) constant: bounded exp(old_logp - rollout_logp) on sampled tokens, 1 elsewhere.
+
+    It corrects for a sampler whose log-probs differ from the trainer's (truncated importance
+    sampling). "sequence": the product over the row's tokens. "icepop": 0 outside the bounds.
+    """
+    old_logp = logp.detach() if batch.old_logp is None else batch.old_logp
+    d = torch.where(batch.is_sampled, old_logp - batch.rollout_logp, 0.0)
+    if method.tis == "sequence":
+        d = d.sum(1, keepdim=True).expand_as(d)
+    weight = torch.exp(d)
+    high = math.inf if method.tis_high is None else method.tis_high
+    bounded = weight.clamp(method.tis_low or 0.0, high)
+    if method.tis == "icepop":
         bounded = torch.where(bounded == weight, weight, 0.0)
-    return torch.where(sampled, bounded, 1.0)
+    return torch.where(batch.is_sampled, bounded, 1.0)
 
 
-def surrogate_loss(
-    objective: Objective, d: Tensor, logp: Tensor, advantages: Tensor, unclipped: Tensor | None
-):
-    """(B,T) loss of rollout tokens from their log-ratio d: PPO's clipped ratio (equation 12), dual clip, or CISPO."""
-    ratio = torch.exp(d)
-    low = -math.inf if objective.clip_low is None else 1 - objective.clip_low
-    high = math.inf if objective.clip_high is None else 1 + objective.clip_high
-    bounded = ratio.clamp(low, high)
-    if objective.surrogate == "cispo":  # a constant weight, so no token loses its gradient
-        return -bounded.detach() * advantages * logp
-    ell = -ratio * advantages
-    clipped = torch.maximum(ell, -bounded * advantages)
-    ell = clipped if unclipped is None else torch.where(unclipped, ell, clipped)
-    if objective.dual_clip is not None:  # (Ye et al. 2020, eq. 5)
-        ell = torch.where(
-            advantages < 0, torch.minimum(ell, -objective.dual_clip * advantages), ell
-        )
-    return ell
+def update_loss(method: GRPO, logp: Tensor, entropy: Tensor | None, batch: Batch) -> Tensor:
+    """Scalar: one micro-batch's share of the step's loss; shares add up over parts and ranks.
 
-
-def token_loss(objective: Objective, logp: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-    """(policy, imitation), both (B,T), 0 on padding; when normalised jointly their sum is the loss of each token.
-
-    method [equation]     rollout token                             expert token: policy   imitation
-    SFT [10]              -                                         -                      -logp
-    GRPO, DAPO [11, 12]   max(-r A, -clip(r) A)                     -                      -
-    LUFFY [13]            -r A                                      -A p/(p + 0.1)         -
-    SRFT [14-16]          -0.1 exp(H) logp if correct, else +logp   -A p/(p + 0.1)         -0.5 exp(-H) logp
-    UPT [17]              max(-r A, -clip(r) A)                     -                      -sft_coef logp
-    Prefix-RFT [18, 19]   max(-r A, -clip(r) A), prefix included    -                      -
+    logp, entropy (B, R) of this forward; entropy may be None where neither the bonus nor the
+    method reads it.
     """
-    mask = rows.mask
-    logp = torch.where(
-        mask, logp, 0.0
-    )  # before any exp: 0 * exp(garbage) is NaN, so is a later where's gradient
-    advantages = torch.where(
-        mask, rows.advantages if rows.advantages.dim() == 2 else rows.advantages[:, None], 0.0
-    )
-    expert = torch.zeros_like(mask) if rows.is_expert is None else mask & rows.is_expert[:, None]
-    rollout = mask & ~expert
-    old_logp = logp.detach() if rows.old_logp is None else rows.old_logp
-    H = (
-        logp.new_zeros(()) if objective.entropy_weights == "none" else rows.mean_entropy[:, None]
-    )  # () or (B,1)
-    imitation, success = objective.imitation * torch.exp(-H), objective.success_coef * torch.exp(H)
-    if objective.surrogate == "success":
-        policy = torch.where(rows.is_success[:, None], -success * logp, logp)
-    else:
-        d = log_ratio(objective, logp, old_logp, rollout)
-        policy = surrogate_loss(
-            objective, d, logp, advantages, None if objective.prefix_clip else rows.is_prefix
-        )
-    if objective.tis != "none":
-        sampled = rollout if rows.is_prefix is None else rollout & ~rows.is_prefix
-        policy = policy * sampler_weight(objective, old_logp, rows.rollout_logp, sampled)
-    policy = torch.where(rollout, policy, 0.0)
-    if (
-        objective.shaping_gamma is not None
-    ):  # p/(p + gamma) as a sigmoid of log-probs: nothing divides by 0
-        policy = torch.where(
-            expert, -advantages * torch.sigmoid(logp - math.log(objective.shaping_gamma)), policy
-        )
-    return policy, torch.where(expert, -imitation * logp, 0.0)
-
-
-def update_loss(
-    objective: Objective, logp: Tensor, entropy: Tensor | None, rows: Rows, weights: Tensor
-) -> Tensor:
-    """Scalar: one micro-batch's share of the step's loss; shares add up over micro-batches and ranks.
-
-    logp, entropy  (B,T)  of this forward; entropy may be None when neither the bonus nor SRFT asks for it
-    weights        (4,B)  the same rows' part of batch_weights() of the whole step
-    """
-    if objective.entropy_weights == "seq":
-        rows = rows._replace(mean_entropy=mean_entropy(entropy, rows.mask))
-    policy, imitation = token_loss(objective, logp, rows)
-    w_policy, w_imitation, w_kl, w_entropy = weights
-    loss = aggregate(policy, rows.mask, w_policy) + aggregate(imitation, rows.mask, w_imitation)
-    if objective.kl_coef:
-        kl = kl_penalty(logp, rows.ref_logp, rows.mask, objective.kl_type, objective.kl_clamp)
-        loss = loss + objective.kl_coef * aggregate(kl, rows.mask, w_kl)
-    if objective.entropy_coef:
-        loss = loss - objective.entropy_coef * aggregate(entropy, rows.mask, w_entropy)
+    mask = batch.mask
+    logp = torch.where(mask, logp, 0.0)  # before any exp: 0 * exp(garbage) would be NaN
+    ell = method.token_loss(logp, entropy, batch)
+    if method.tis != "none":
+        ell = ell * sampler_weight(method, logp, batch)
+    loss = aggregate(ell, mask, batch.weights)
+    if method.kl_coef:
+        kl = kl_penalty(logp, batch.ref_logp, mask, method.kl_type)
+        loss = loss + method.kl_coef * aggregate(kl, mask, batch.weights)
+    if method.entropy_coef:
+        loss = loss - method.entropy_coef * aggregate(entropy, mask, batch.mean_weights)
     return loss
+
+
+# ---- numbers for the log -------------------------------------------------------------------------
+SUMS = ("loss", "tokens", "entropy", "clipped", "kl", "gap")  # of a step, see token_sums
+
+
+@torch.no_grad()
+def token_sums(method: GRPO, logp: Tensor, entropy: Tensor, batch: Batch) -> list[Tensor]:
+    """Sums over the tokens that the policy sampled: their number, entropy, clipped ratios, KL to
+    the old policy (k3), distance of the trainer's log-prob from the sampler's."""
+    own = batch.is_sampled
+    d = log_ratio(logp, batch.old_logp, own, method.surrogate == "sequence")
+    ratio = d.exp()
+    low, high = method.clip_range
+    clipped = (ratio > high) | (ratio < low)
+    gap = (logp - batch.rollout_logp).abs()
+    return [(x * own).sum().double() for x in (own, entropy, clipped, ratio - 1 - d, gap)]
+
+
+def describe_updates(done: list[dict], norms: list[float]) -> dict:
+    """Numbers of a round's optimizer steps, from their SUMS and gradient norms. None = not
+    measured, as where every trained row is a demonstration."""
+    if not done:
+        return {"updates": 0}
+    n_tokens = sum(sums["tokens"] for sums in done)
+    means = {}
+    for name in ("entropy", "clipped", "kl"):
+        total = sum(sums[name] for sums in done)
+        means[name] = total / n_tokens if n_tokens else None
+    if n_tokens:
+        means["clipped"] *= 100
+    first = done[0]  # later the weights have moved away from the sampler's
+    return {
+        "loss": sum(sums["loss"] for sums in done) / len(done),
+        "grad_norm": sum(norms) / len(norms),
+        "updates": len(done),
+        **means,
+        "gap": first["gap"] / first["tokens"] if first["tokens"] else None,
+    }
+
+
+def describe_groups(groups: list[list[Row]]) -> dict:
+    """Numbers of all sampled rows; shares in 0..100, lengths in tokens. Rows that begin with part
+    of a demonstration are no measure of the policy: they count in `hybrid_reward` only."""
+    rows = []
+    hybrids = []
+    agree = 0
+    for group in groups:
+        plain = [row for row in group if not row.n_prefix]
+        rows += plain
+        hybrids += [row for row in group if row.n_prefix]
+        agree += len({row.correct for row in plain}) == 1
+    n = len(rows) / 100
+    extra = {}
+    if hybrids:
+        extra["hybrid_reward"] = 100 * sum(row.correct for row in hybrids) / len(hybrids)
+    return {
+        "reward": sum(row.correct for row in rows) / n,
+        "right": sum(row.correct > 0.5 for row in rows) / n,
+        "signal": 100 * (1 - agree / len(groups)),
+        "length": sum(len(row.response) for row in rows) / len(rows),
+        "truncated": sum(not row.finished for row in rows) / n,
+        **extra,
+    }

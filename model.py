@@ -1,25 +1,24 @@
-"""The decoder: a Hugging Face folder in, hidden states and token log-probs out, the same folder back.
+"""The decoder: token ids to hidden states, and hidden states to log-probs of the response tokens.
 
-One pre-norm transformer covers Qwen2 / Qwen2.5, Qwen3, Llama 2 / 3.x, SmolLM2 and Mistral checkpoints; they differ by
-fields of ModelConfig (folder.py, which also refuses by name what is not implemented here).
-  1) Parameters carry Hugging Face's names, so folders are read and written without renaming and without transformers.
-  2) Rotary angles come from the positions at each forward and are never stored: nothing to refill after a start on the
-     meta device, no length limit. Norms, angles and log-probs are taken in fp32 whatever the weights are.
-  3) Causality is by position. Rows are padded on the right, so neither training nor decoding needs a padding mask: what
-     stands behind a row's last token is invisible to it, in the row and in the cache.
-  4) The logits (B, T, V) are never held: forward() ends at the hidden states, token_logp() takes the head in chunks.
-  5) # differs: no dropout; attention_dropout in a config.json is not read.
+One transformer covers Qwen2, Qwen2.5, Qwen3, Llama 2 and 3, SmolLM2, SmolLM3, Mistral and OLMo 2.
+They differ by fields of ModelConfig; core/folder.py reads the folders and refuses other families.
 
-    model = load_model("runs/sft/checkpoints/step_000400")      # or init_model(ModelConfig(...), seed=0)
+    model = load_model("runs/sft/checkpoints/step_000400")      # or init_model(config, seed=0)
     hidden = model(ids)                                         # (B, T, D)
-    logp = token_logp(hidden[:, :-1], model.head, ids[:, 1:])   # (B, T-1) nats
+    logp = token_logp(hidden[:, :-1], model.head, ids[:, 1:])   # (B, T-1), nats
 
-Shapes: B rows, T tokens, V vocabulary, D hidden width, H query heads, Hkv key/value heads, K head width, L layers,
-N = tokens of all rows in one list, n = a chunk of them.
+1) Parameters have Hugging Face's names, so folders are read and written without renaming.
+2) Rotary angles are computed from the positions in each forward; no table limits the length.
+   Norms, angles and log-probs are computed in fp32, whatever the type of the weights.
+3) Causality is by position. Rows are padded on the right, behind all that their tokens see.
+4) The logits (B, T, V) are never held: the head is applied to a chunk of tokens at a time.
+5) differs: no dropout; attention_dropout in config.json is not read.
+
+Shapes: B rows, T tokens, V vocabulary, D hidden width, H query heads, Hkv key and value heads,
+K head width, L layers, N tokens of all rows in one list, n tokens of one chunk.
 """
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -28,138 +27,109 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from core import ranks
-from core.folder import ModelConfig, config_dict, read_config, read_weights, write_folder
+from core.flops import flops, forward_flops, hardware_flops  # noqa: F401
+from core.folder import ModelConfig, read_config, read_weights, write_folder
+from core.rope import dynamic_frequencies, rope_frequencies, rope_magnitude
 
-__all__ = [
-    "ModelConfig",
-    "read_config",
-    "config_dict",
-    "Model",
-    "init_model",
-    "load_model",
-    "save_model",
-    "head_logits",
-    "token_logp",
-    "sum_logp",
-    "response_logp",
-    "response_logp_sum",
-    "forward_flops",
-    "hardware_flops",
-]
-CHUNK_LOGITS = (
-    2**25
-)  # logits held at once: 128 MB in fp32, 220 tokens of Qwen's 152k vocabulary. On CUDA 8 times as
-# many, since each chunk is one more pass over the head's gradient
-PIECE_LOGITS = 2**20  # of them worked on at once on the CPU: 4 MB, about a core's cache
+# Logits held at once: 128 MB in fp32, 220 tokens of Qwen's vocabulary of 152k. On CUDA 8 times as
+# many, because each chunk costs one more pass over the gradient of the head.
+CHUNK_LOGITS = 2**25
+# On the CPU, logits of a chunk that are worked on at once: 4 MB, about the cache of one core.
+PIECE_LOGITS = 2**20
 
 
-# ---- the network -----------------------------------------------------------------------------------------------------
-def rope_frequencies(config: ModelConfig) -> Tensor:
-    """Radians per position of each rotated pair, (K/2,) fp32 on the CPU. "linear" divides all of them by the factor;
-    "llama3" only those too slow to turn low_freq_factor times within the original context, with a ramp up to
-    high_freq_factor turns (Llama 3.1)."""
-    exponents = (
-        torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float()
-        / config.head_dim
-    )
-    fast = 1.0 / config.rope_theta**exponents
-    rope = config.rope_scaling
-    if rope is None:
-        return fast
-    slow = fast / rope["factor"]
-    if rope["rope_type"] == "linear":
-        return slow
-    turns = rope["original_max_position_embeddings"] * fast / (2 * math.pi)
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return (
-        1 - keep
-    ) * slow + keep * fast  # exact at both ends, so far positions do not drift from transformers'
-
-
+# ---- the network
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn pairs by their angles: x (B, T, H, K); cos, sin (B or 1, T, 1, K), the first half of sin negated. Hugging
-    Face pairs x[i] with x[i + K/2]; rolling by K/2 swaps the halves, so this takes three operations."""
+    """Rotate pairs of x (B, T, H, K) by their angles; cos, sin (B or 1, T, 1, K) of Model.angles.
+
+    The pairs of Hugging Face are x[i] and x[i + K/2]: rolling by K/2 exchanges the two halves, and
+    the first half of sin is negated.
+    """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        # One operation, in fp32, rounded once: on CUDA it keeps x and a number a row, and no normalised values
-        # differs: transformers rounds before it multiplies by the weight, which shows in bf16 only
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-
-
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig):
+    """Causal self-attention in which groups of H / Hkv query heads share a key and a value head."""
+
+    def __init__(self, config: ModelConfig, rotary: bool):
         super().__init__()
-        D, H, Hkv, K = (
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
-        self.shape = H, Hkv, K
-        self.q_proj = nn.Linear(D, H * K, bias=config.attention_bias)
-        self.k_proj = nn.Linear(D, Hkv * K, bias=config.attention_bias)
-        self.v_proj = nn.Linear(D, Hkv * K, bias=config.attention_bias)
-        self.o_proj = nn.Linear(H * K, D, bias=config.output_bias)  # H K differs from D in Qwen3
-        self.q_norm = RMSNorm(K, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(K, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        D = config.hidden_size
+        K = config.head_dim
+        q_width = config.num_attention_heads * K  # differs from D in Qwen3
+        kv_width = config.num_key_value_heads * K
+        self.head_dim = K
+        self.rotary = rotary
+        self.q_proj = nn.Linear(D, q_width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(D, kv_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(D, kv_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(q_width, D, bias=config.output_bias)
+        # Width of a norm over q, and over k: one head, or all of them
+        self.q_normed = q_width if config.joint_qk_norm else K
+        self.k_normed = kv_width if config.joint_qk_norm else K
+        self.q_norm = nn.Identity()
+        self.k_norm = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(self.q_normed, config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(self.k_normed, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        B, T, D = x.shape
-        H, Hkv, K = self.shape
-        q = rotate(self.q_norm(self.q_proj(x).view(B, T, H, K)), cos, sin)
-        k = rotate(self.k_norm(self.k_proj(x).view(B, T, Hkv, K)), cos, sin)
-        v = self.v_proj(x).view(B, T, Hkv, K)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if (
-            q.is_cuda and q.dtype == torch.float32
-        ):  # no fused kernel of CUDA shares key heads in fp32
-            k, v = (x.repeat_interleave(H // Hkv, 1) for x in (k, v))
-        y = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=k.shape[1] < H
-        )  # (B, H, T, K)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, H * K))
+        B, T, _ = x.shape
+        heads = (B, T, -1, self.head_dim)
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.q_normed)).view(heads)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.k_normed)).view(heads)
+        if self.rotary:
+            q = rotate(q, cos, sin)
+            k = rotate(k, cos, sin)
+        q = q.transpose(1, 2)  # (B, H, T, K)
+        k = k.transpose(1, 2)  # (B, Hkv, T, K)
+        v = self.v_proj(x).view(heads).transpose(1, 2)
+        group = q.shape[1] // k.shape[1]
+        if q.is_cuda and q.dtype == torch.float32:
+            # In fp32 no fused kernel of CUDA shares key heads among query heads.
+            k = k.repeat_interleave(group, 1)
+            v = v.repeat_interleave(group, 1)
+            group = 1
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        D, inner = config.hidden_size, config.intermediate_size
+        D = config.hidden_size
+        inner = config.intermediate_size
         self.gate_proj = nn.Linear(D, inner, bias=config.mlp_bias)
         self.up_proj = nn.Linear(D, inner, bias=config.mlp_bias)
         self.down_proj = nn.Linear(inner, D, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if (
-            not torch.is_grad_enabled() or torch.compiler.is_compiling()
-        ):  # the compiler decides for itself
-            return self._join(gate, up)
-        # Their product is made again in backward (the matrix product behind it is not): half of the MLP's activations
-        return checkpoint(self._join, gate, up, use_reentrant=False, preserve_rng_state=False)
-
-    def _join(self, gate: Tensor, up: Tensor) -> Tensor:
-        return self.down_proj(F.silu(gate) * up)
+        gate = self.gate_proj(x)
+        up = self.up_proj(x)
+        join = lambda gate, up: self.down_proj(F.silu(gate) * up)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # The backward computes silu(gate) * up again, but not the matrix product behind it:
+            # half of the memory for the activations of the MLP. A compiler decides for itself.
+            return checkpoint(join, gate, up, use_reentrant=False, preserve_rng_state=False)
+        return join(gate, up)
 
 
 class Block(nn.Module):
-    """One layer. Called with tensors only, so that it can be sharded, recomputed or compiled on its own."""
+    """One layer. ranks.compute sets the two attributes, ranks.shard makes it a unit of FSDP2."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, i: int):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        D = config.hidden_size
+        # differs: transformers rounds before it multiplies by the weight of a norm; in bf16 only
+        if not config.post_norm:
+            self.input_layernorm = nn.RMSNorm(D, config.rms_norm_eps)
+        self.self_attn = Attention(config, not config.rotary_layers or config.rotary_layers[i])
+        self.post_attention_layernorm = nn.RMSNorm(D, config.rms_norm_eps)
         self.mlp = MLP(config)
-        self.recompute = False  # keep only x for the backward, and run the block once more there
-        self.compiled = None  # what runs, if not _run itself
+        if config.post_norm:
+            self.post_feedforward_layernorm = nn.RMSNorm(D, config.rms_norm_eps)
+        self.post_norm = config.post_norm
+        self.recompute = False  # keep only x for the backward, which runs the block once more
+        self.compiled = None  # torch.compile of _run, where it is used
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         run = self.compiled or self._run
@@ -168,46 +138,46 @@ class Block(nn.Module):
         return run(x, cos, sin)
 
     def _run(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if self.post_norm:
+            x = x + self.post_attention_layernorm(self.self_attn(x, cos, sin))
+            return x + self.post_feedforward_layernorm(self.mlp(x))
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Model(nn.Module):
-    """ids (B, T) -> hidden (B, T, D). Parameters have Hugging Face's names; lm_head only where it is not tied."""
+    """ids (B, T) -> hidden (B, T, D). A tied head has no parameter of its own."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.model = nn.ModuleDict(
-            dict(
-                embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
-                layers=nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
-                norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
-            )
-        )
+        self.model = nn.Module()  # a level that the names of Hugging Face have
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.model.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.inv_freq = rope_frequencies(
-            config
-        )  # no buffer: not saved or sharded, real while the rest is on meta
+        # No buffer: it is not saved or sharded, and is real while the parameters are on meta.
+        self.inv_freq = rope_frequencies(config)
+        self.magnitude = rope_magnitude(config)
 
     @property
     def head(self) -> Tensor:
         """The output matrix (V, D)."""
-        return (
-            self.model.embed_tokens.weight
-            if self.config.tie_word_embeddings
-            else self.lm_head.weight
-        )
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.weight
+        return self.lm_head.weight
 
     def forward(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
-        """ids (B, T) long, positions (B or 1, T) long (None: 0..T-1 in each row) -> hidden (B, T, D) after the final
-        norm. Attention is causal along the row; positions only turn the angles."""
-        places = (
-            torch.arange(ids.shape[1], device=ids.device)[None] if positions is None else positions
-        )
+        """ids (B, T) -> hidden (B, T, D), after the final norm.
+
+        positions (B or 1, T) only rotate queries and keys; None = 0..T-1 in each row. Attention is
+        causal along the row in any case.
+        """
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
         x = self.model.embed_tokens(ids)  # (B, T, D)
-        cos, sin = self.angles(places, x.dtype)
+        cos, sin = self.angles(positions, x.dtype)
         for block in self.model.layers:
             x = block(x, cos, sin)
         return self.model.norm(x)
@@ -216,222 +186,56 @@ class Model(nn.Module):
         """positions (B or 1, T) -> cos and sin (B or 1, T, 1, K) for rotate()."""
         if self.inv_freq.device != positions.device:
             self.inv_freq = self.inv_freq.to(positions.device)
-        angles = positions[..., None, None].float() * self.inv_freq  # (B or 1, T, 1, K/2)
-        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        inv_freq = self.inv_freq
+        if self.config.rope_scaling and self.config.rope_scaling["rope_type"] == "dynamic":
+            inv_freq = dynamic_frequencies(self.config, positions)
+        angles = positions[..., None, None].float() * inv_freq  # (B or 1, T, 1, K/2)
+        cos = (angles.cos() * self.magnitude).to(dtype)
+        sin = (angles.sin() * self.magnitude).to(dtype)
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
-def _build(
-    config: ModelConfig, values: Iterator[tuple[str, Tensor]], dtype: torch.dtype, device, shard
-) -> Model:
-    """A model with these (name, rows) as parameters. It begins on the meta device, so that neither memory nor time goes
-    into weights that are replaced at once, and so that a process never holds more than its rows of a sharded one."""
-    with torch.device("meta"):
-        model = Model(config).to(dtype)
-    if shard:
-        shard(model)
-    model.to_empty(device=device)
-    params = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, rows in values:
-            ranks.local(params[name]).copy_(rows)
-    return model
+# ---- token log-probs
+def response_logp_sum(model: Model, ids: Tensor, mask: Tensor) -> Tensor:
+    """Scalar, nats: the sum of the log-probs of all tokens that mask (B, T) trains.
+
+    Equal to response_logp(...)[0].sum(), for a loss in which every token has the same weight.
+    """
+    hidden, targets = _trained(model, ids, mask)
+    return SumLogp.apply(hidden, model.head, targets, None, torch.is_grad_enabled())
 
 
-def init_model(config: ModelConfig, seed: int, device="cpu", shard=None) -> Model:
-    """A fresh fp32 model: matrices normal(0, 0.02), norms 1, biases 0, drawn from a generator of its own. shard: as in
-    load_model; every process draws all numbers and keeps its own, so their number changes nothing."""
-    generator = torch.Generator().manual_seed(seed)
+def response_logp(
+    model: Model, ids: Tensor, mask: Tensor, temperature: float = 1.0, entropy: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Log-probs of the tokens that mask trains, moved to the left of each row.
 
-    def drawn():
-        for name, shape in _shapes(config).items():
-            first, end = ranks.rows_of(shape[0], shard is not None)
-            if len(shape) == 2:
-                yield name, torch.empty(shape).normal_(0, 0.02, generator=generator)[first:end]
-            else:
-                yield name, torch.full((end - first,), 0.0 if name.endswith("bias") else 1.0)
-
-    return _build(config, drawn(), torch.float32, device, shard)
-
-
-def _shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        return {name: p.shape for name, p in Model(config).named_parameters()}
-
-
-# ---- token log-probs -------------------------------------------------------------------------------------------------
-def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a (n, m) @ b (m, k) in fp32 (float64 for float64), written into out where one is given. On CUDA a half-precision
-    product keeps its fp32 accumulator; the CPU has no such kernel and rounds once to the input's type, as the logits of
-    transformers are."""
-    if a.dtype not in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out=out)
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32, out=out)
-    product = torch.mm(a, b).float()
-    return product if out is None else out.copy_(product)
+    | ids, mask | (B, T) | mask is True where the model chose the token                        |
+    | logp      | (B, R) | nats; R = the most such tokens of a row; 0 behind the row's last    |
+    | entropy   | (B, R) | nats, of the distribution it was chosen from; None if not asked for |
+    | chosen    | (B, R) | bool: whether there is a token                                      |
+    """
+    lengths = mask[:, 1:].sum(1)
+    chosen = torch.arange(int(lengths.max()), device=mask.device) < lengths[:, None]
+    chosen = chosen.to(ids.device)
+    hidden, targets = _trained(model, ids, mask)
+    values = token_logp(hidden, model.head, targets, temperature, entropy=entropy)
+    zeros = torch.zeros(chosen.shape, device=ids.device)
+    if not entropy:
+        return zeros.masked_scatter(chosen, values), None, chosen
+    logp, entropies = values
+    return zeros.masked_scatter(chosen, logp), zeros.masked_scatter(chosen, entropies), chosen
 
 
-def head_logits(hidden: Tensor, head: Tensor, temperature: float = 1.0) -> Tensor:
-    """hidden (N, D), head (V, D) -> logits (N, V) over the temperature, fp32. A sampler that draws from these draws
-    from exactly the distribution that token_logp() scores."""
-    logits = _product(hidden, head.to(hidden.dtype).T)
-    return logits if temperature == 1.0 else logits / temperature
+def _trained(model: Model, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states (N, D) that choose the trained tokens, and the ids (N,) of those tokens.
 
-
-def _chunks(hidden: Tensor, head: Tensor, temperature: float, chunk: int):
-    """(slice s, log_p (n, V) of its tokens, fp32) of all tokens in turn. One buffer is filled again and again: pages
-    that a fresh one of 128 MB would have to be given by the system cost as much as the arithmetic on it."""
-    N, V = len(hidden), len(head)
-    buffer = hidden.new_empty(
-        min(chunk, N), V, dtype=torch.promote_types(hidden.dtype, torch.float32)
-    )
-    for s in (slice(i, min(i + chunk, N)) for i in range(0, N, chunk)):
-        logits = _product(hidden[s], head.T, buffer[: s.stop - s.start])
-        for (piece,) in _pieces(logits):
-            piece.copy_(F.log_softmax(piece if temperature == 1.0 else piece.div_(temperature), -1))
-        yield s, logits
-
-
-def _pieces(*tensors: Tensor):
-    """Views of the same few rows of all tensors in turn; the first is (n, V). On the CPU several operations after one
-    another then find their numbers in the cache; CUDA takes all rows at once."""
-    n, V = tensors[0].shape
-    return zip(*(x.split(max(1, n if x.is_cuda else PIECE_LOGITS // V)) for x in tensors))
-
-
-def _head_gradients(
-    d_logits: Tensor, hidden: Tensor, head: Tensor, d_hidden: Tensor | None, d_head: Tensor | None
-):
-    """Through logits = hidden head^T for some tokens: d_hidden (n, D) is written, d_head (V, D) fp32 is added to."""
-    d_logits = d_logits.to(hidden.dtype)  # (n, V)
-    if d_hidden is not None:
-        d_hidden.copy_(d_logits @ head)
-    if d_head is not None and d_head.dtype == d_logits.dtype:
-        d_head.addmm_(d_logits.T, hidden)
-    elif d_head is not None:
-        d_head += _product(d_logits.T, hidden)
-
-
-class _TokenLogp(torch.autograd.Function):
-    """token_logp() on flat inputs. Between forward and backward the inputs, two numbers a token and the last chunk's
-    log-probs are kept: backward begins with that chunk, at whose side it needs the memory anyway, and computes the
-    others' logits a second time. A micro-batch of one chunk computes no logits twice."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        hidden: Tensor,
-        head: Tensor,
-        targets: Tensor,
-        temperature: float,
-        chunk: int,
-        entropy: bool,
-    ):
-        N, work = len(hidden), head.to(hidden.dtype)
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        logp, spread = (
-            torch.zeros(N, dtype=wide, device=hidden.device) for _ in range(2)
-        )  # (N,) each
-        log_p = s = None
-        for s, log_p in _chunks(hidden, work, temperature, chunk):
-            logp[s] = log_p.gather(1, targets[s, None])[:, 0]
-            if entropy:  # H = -sum p log p
-                spread[s] = -torch.cat(
-                    [(piece.exp() * piece).sum(-1) for (piece,) in _pieces(log_p)]
-                )
-        ctx.save_for_backward(hidden, head, targets, spread)
-        ctx.settings, ctx.last = (temperature, chunk, entropy), (s, log_p) if N else None
-        if not entropy:
-            ctx.mark_non_differentiable(spread)
-        return logp, spread
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g_logp: Tensor, g_entropy: Tensor):
-        hidden, head, targets, spread = ctx.saved_tensors
-        temperature, chunk, entropy = ctx.settings
-        work = head.to(hidden.dtype)
-        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_head = (
-            torch.zeros_like(head, dtype=spread.dtype) if ctx.needs_input_grad[1] else None
-        )  # summed in fp32
-
-        def add(s: slice, log_p: Tensor) -> None:
-            """dlogp/dz_j = [j = target] - p_j and dH/dz_j = -p_j (log p_j + H), z = logits / temperature."""
-            g = g_logp[s, None] / temperature
-            if entropy:
-                for piece, H, g_H, own in _pieces(
-                    log_p, spread[s, None], g_entropy[s, None] / temperature, g
-                ):
-                    p = piece.exp()
-                    piece.add_(H).mul_(-g_H).sub_(own).mul_(p)
-            else:
-                log_p.exp_().mul_(-g)
-            log_p.scatter_add_(1, targets[s, None], g)
-            _head_gradients(
-                log_p, hidden[s], work, None if d_hidden is None else d_hidden[s], d_head
-            )
-
-        first, ctx.last = (
-            ctx.last,
-            None,
-        )  # used up: a second backward through this graph computes all logits again
-        if first is not None:
-            add(*first)
-            hidden = hidden[: first[0].start]
-            del first  # its memory serves the next chunk
-        for s, log_p in _chunks(hidden, work, temperature, chunk):
-            add(s, log_p)
-        return d_hidden, None if d_head is None else d_head.to(head.dtype), None, None, None, None
-
-
-class _SumLogp(torch.autograd.Function):
-    """sum_logp() on flat inputs: a sum's gradient is known before backward, so it is made while the logits exist."""
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, chunk: int, learning: bool):
-        work, total = (
-            head.to(hidden.dtype),
-            torch.zeros((), dtype=torch.float64, device=hidden.device),
-        )
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        d_hidden = torch.empty_like(hidden) if learning and ctx.needs_input_grad[0] else None
-        d_head = (
-            torch.zeros_like(head, dtype=wide) if learning and ctx.needs_input_grad[1] else None
-        )  # fp32 sum
-        for s, log_p in _chunks(hidden, work, 1.0, chunk):
-            total += log_p.gather(1, targets[s, None]).sum(dtype=torch.float64)
-            if d_hidden is not None or d_head is not None:
-                d_logits = log_p.exp_().neg_()
-                d_logits.scatter_add_(
-                    1, targets[s, None], torch.ones_like(targets[s, None], dtype=wide)
-                )
-                _head_gradients(
-                    d_logits, hidden[s], work, None if d_hidden is None else d_hidden[s], d_head
-                )
-        ctx.save_for_backward(d_hidden, d_head)
-        ctx.head_type = head.dtype
-        return total.to(wide)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g: Tensor):
-        d_hidden, d_head = (
-            ctx.saved_tensors
-        )  # scaled in place: a second backward through one graph is refused anyway
-        return (
-            None if d_hidden is None else d_hidden.mul_(g),
-            None if d_head is None else d_head.mul_(g).to(ctx.head_type),
-            None,
-            None,
-            None,
-        )
-
-
-def chunk_tokens(hidden: Tensor, head: Tensor) -> int:
-    """Tokens whose logits are held at once."""
-    return max(1, CHUNK_LOGITS * (8 if hidden.is_cuda else 1) // head.shape[0])
+    The state at t - 1 chooses the token at t. States that choose no trained token never reach the
+    head. Where the mask is on the CPU, nothing here waits for the device.
+    """
+    index = mask[:, 1:].flatten().nonzero()[:, 0].to(ids.device)
+    hidden = model(ids)[:, :-1].flatten(0, 1).index_select(0, index)
+    return hidden, ids[:, 1:].flatten()[index]
 
 
 def token_logp(
@@ -442,103 +246,200 @@ def token_logp(
     chunk: int | None = None,
     entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-prob of each target under softmax(hidden head^T / temperature), without holding the logits of all tokens.
+    """Log-prob of each target under softmax(hidden head^T / temperature).
 
-    | hidden  | (..., D) | the model's output, of any float type                                                |
-    | head    | (V, D)   | cast to hidden's type where it differs; its gradient is summed in fp32               |
-    | targets | (...)    | token ids                                                                            |
-    | chunk   | tokens   | taken at once; None = as many as keep their logits below 128 MB (CUDA: 1 GB)         |
-    | returns | (...)    | logp, or with entropy=True the pair (logp, entropy): nats, fp32, both differentiable |
-
-    The peak is one (chunk, V) tensor, plus the head's gradient in backward."""
-    chunk, flat = (
-        chunk or chunk_tokens(hidden, head),
-        hidden.reshape(-1, hidden.shape[-1]),
-    )  # (N, D)
-    logp, spread = _TokenLogp.apply(flat, head, targets.reshape(-1), temperature, chunk, entropy)
-    return (
-        (logp.view(targets.shape), spread.view(targets.shape))
-        if entropy
-        else logp.view(targets.shape)
-    )
+    | hidden  | (..., D) | output of the model, of any float type                            |
+    | head    | (V, D)   | cast to the type of hidden; its gradient is summed in fp32        |
+    | targets | (...)    | token ids                                                         |
+    | chunk   | tokens   | whose logits are held at once; None = 128 MB of them, on CUDA 1 GB |
+    | returns | (...)    | logp, or with entropy=True (logp, entropy): nats, fp32, differentiable |
+    """
+    flat = hidden.reshape(-1, hidden.shape[-1])  # (N, D)
+    values = TokenLogp.apply(flat, head, targets.reshape(-1), temperature, chunk, entropy)
+    logp, entropies = (x.view(targets.shape) for x in values)
+    return (logp, entropies) if entropy else logp
 
 
-def sum_logp(hidden: Tensor, head: Tensor, targets: Tensor, chunk: int | None = None) -> Tensor:
-    """token_logp(...).sum() as a scalar, with each chunk's logits computed once instead of twice: all that a loss needs
-    in which every token weighs the same."""
-    chunk, flat = (
-        chunk or chunk_tokens(hidden, head),
-        hidden.reshape(-1, hidden.shape[-1]),
-    )  # (N, D)
-    return _SumLogp.apply(flat, head, targets.reshape(-1), chunk, torch.is_grad_enabled())
+def head_logits(hidden: Tensor, head: Tensor, temperature: float = 1.0) -> Tensor:
+    """hidden (N, D), head (V, D) -> logits (N, V) over the temperature, fp32.
+
+    A sampler that draws from these draws from the distribution that token_logp() scores.
+    """
+    logits = _matmul(hidden, head.to(hidden.dtype).T)
+    return logits if temperature == 1.0 else logits / temperature
 
 
-def _trained(model: Model, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the tokens that mask (B, T) trains: the hidden states that choose them (n, D), their ids (n,) and the mask of
-    each row moved left (B, R). Positions that nobody trains never reach the head."""
-    picked = mask[:, 1:]  # the state at t - 1 chooses token t
-    at, lengths = picked.flatten().nonzero()[:, 0], picked.sum(1)
-    chosen = torch.arange(int(lengths.max()), device=mask.device) < lengths[:, None]
-    at, chosen = (
-        at.to(ids.device),
-        chosen.to(ids.device),
-    )  # a mask on the CPU: nobody waited for the device
-    hidden = model(ids)[:, :-1].flatten(0, 1).index_select(0, at)  # (n, D)
-    return hidden, ids[:, 1:].flatten()[at], chosen
+class SumLogp(torch.autograd.Function):
+    """The sum of token_logp() of all tokens, with the logits of each chunk computed once.
+
+    The gradient of a sum is known up to a factor before the backward, so the forward computes it
+    while the logits are there, and the backward scales it.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, chunk, learning: bool):
+        """hidden (N, D), head (V, D), targets (N,) -> scalar; learning: gradients are wanted."""
+        work = head.to(hidden.dtype)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if learning else None
+        d_head = torch.zeros_like(head, dtype=wide) if learning else None
+        for s, log_p, _ in _log_softmax(hidden, work, 1.0, chunk):
+            target = targets[s, None]  # (n, 1)
+            total += log_p.gather(1, target).sum(dtype=torch.float64)
+            if learning:
+                # d logp / d logit_j = [j = target] - p_j
+                d_logits = log_p.exp_().neg_()
+                d_logits.scatter_add_(1, target, torch.ones_like(target, dtype=wide))
+                d_logits = d_logits.to(hidden.dtype)
+                d_hidden[s] = d_logits @ work
+                _matmul(d_logits.T, hidden[s], out=d_head, add=True)
+        ctx.save_for_backward(d_hidden, d_head)
+        ctx.head_dtype = head.dtype
+        return total.to(wide)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor):
+        # In place: PyTorch refuses a second backward through the graph anyway.
+        d_hidden, d_head = ctx.saved_tensors
+        return d_hidden.mul_(g), d_head.mul_(g).to(ctx.head_dtype), None, None, None
 
 
-def response_logp(
-    model: Model, ids: Tensor, mask: Tensor, temperature: float = 1.0, entropy: bool = False
-):
-    """Log-probs of each row's trained tokens, moved left: logp (B, R), entropy (B, R) or None, chosen (B, R) bool.
+class TokenLogp(torch.autograd.Function):
+    """token_logp() of a flat list of tokens.
 
-    ids, mask (B, T), mask True where the model chose the token; R = most such tokens of a row. chosen is False, and the
-    values 0, behind a row's last one."""
-    hidden, targets, chosen = _trained(model, ids, mask)
-    values = token_logp(hidden, model.head, targets, temperature, entropy=entropy)
-    logp, *rest = (
-        torch.zeros(chosen.shape, device=ids.device).masked_scatter(chosen, v)
-        for v in (values if entropy else [values])
-    )
-    return logp, rest[0] if entropy else None, chosen
+    From forward to backward it keeps its inputs, the entropies, and the log-probs of the last
+    chunk. The backward begins with that chunk and computes the logits of the others a second time.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, temperature, chunk, entropy):
+        """hidden (N, D), head (V, D), targets (N,) -> logp (N,), entropy (N,) or zeros."""
+        work = head.to(hidden.dtype)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logp = torch.zeros(len(hidden), dtype=wide, device=hidden.device)
+        entropies = torch.zeros_like(logp)
+        ctx.last = None
+        for s, log_p, rows in _log_softmax(hidden, work, temperature, chunk):
+            logp[s] = log_p.gather(1, targets[s, None])[:, 0]
+            if entropy:  # H = -sum_j p_j log p_j
+                parts = [(piece.exp() * piece).sum(-1) for piece in log_p.split(rows)]
+                entropies[s] = -torch.cat(parts)
+            ctx.last = (s, log_p, rows)
+        ctx.save_for_backward(hidden, head, targets, entropies)
+        ctx.settings = (temperature, chunk, entropy)
+        if not entropy:
+            ctx.mark_non_differentiable(entropies)
+        return logp, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_logp: Tensor, g_entropy: Tensor):
+        hidden, head, targets, entropies = ctx.saved_tensors
+        temperature, chunk, entropy = ctx.settings
+        work = head.to(hidden.dtype)
+        d_hidden = torch.empty_like(hidden)
+        d_head = torch.zeros_like(head, dtype=entropies.dtype)
+
+        def add(s: slice, log_p: Tensor, rows: int) -> None:
+            """With z = logits / temperature: d logp / d z_j = [j = target] - p_j, and
+            d H / d z_j = -p_j (log p_j + H)."""
+            g = g_logp[s, None] / temperature  # (n, 1)
+            if entropy:
+                g_H = g_entropy[s, None] / temperature
+                columns = (x.split(rows) for x in (log_p, entropies[s, None], g_H, g))
+                for piece, H, g_H, g_own in zip(*columns):
+                    p = piece.exp()
+                    piece.add_(H).mul_(-g_H).sub_(g_own).mul_(p)
+            else:
+                log_p.exp_().mul_(-g)
+            log_p.scatter_add_(1, targets[s, None], g)
+            d_logits = log_p.to(hidden.dtype)
+            d_hidden[s] = d_logits @ work
+            _matmul(d_logits.T, hidden[s], out=d_head, add=True)
+
+        n_left = len(hidden)
+        if ctx.last is not None:  # a second backward through one graph finds None
+            add(*ctx.last)
+            n_left = ctx.last[0].start
+            ctx.last = None  # the chunks below take over its memory
+        for s, log_p, rows in _log_softmax(hidden[:n_left], work, temperature, chunk):
+            add(s, log_p, rows)
+        return d_hidden, d_head.to(head.dtype), None, None, None, None
 
 
-def response_logp_sum(model: Model, ids: Tensor, mask: Tensor) -> Tensor:
-    """Scalar: the sum of response_logp's log-probs at temperature 1, for a loss that weighs all tokens alike."""
-    hidden, targets, _ = _trained(model, ids, mask)
-    return sum_logp(hidden, model.head, targets)
+def _log_softmax(
+    hidden: Tensor, head: Tensor, temperature: float, chunk: int | None
+) -> Iterator[tuple[slice, Tensor, int]]:
+    """For each chunk of the tokens: (their slice, their log-probs (n, V) in fp32, rows per piece).
+
+    All chunks share one buffer, which the caller may overwrite: getting fresh pages from the system
+    takes as long as the arithmetic on them. On the CPU, several operations in a row are faster on
+    pieces of a few rows, which stay in the cache; on CUDA a piece is the whole chunk.
+    """
+    N = len(hidden)
+    V = len(head)
+    if chunk is None:
+        chunk = max(1, CHUNK_LOGITS * (8 if hidden.is_cuda else 1) // V)
+    rows = chunk if hidden.is_cuda else max(1, PIECE_LOGITS // V)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    buffer = hidden.new_empty(min(chunk, N), V, dtype=wide)
+    for start in range(0, N, chunk):
+        s = slice(start, min(start + chunk, N))
+        logits = _matmul(hidden[s], head.T, out=buffer[: s.stop - s.start])
+        for piece in logits.split(rows):
+            if temperature != 1.0:
+                piece.div_(temperature)
+            piece.copy_(F.log_softmax(piece, -1))
+        yield s, logits, rows
 
 
-# ---- compute ---------------------------------------------------------------------------------------------------------
-def forward_flops(config: ModelConfig, lengths: Iterable[int]) -> float:
-    """FLOPs of one forward over rows of these lengths, the paper's count: sum of S F_fwd(S) with F_fwd(S) =
-    2 [L (P_mlp + P_attn) + P_vocab] + 4 S L D_q (20, 21). A backward is twice as much (22)."""
-    D, L, D_q = (
-        config.hidden_size,
-        config.num_hidden_layers,
-        config.num_attention_heads * config.head_dim,
-    )
-    p_mlp = 3 * D * config.intermediate_size
-    p_attn = 2 * D * (D_q + config.num_key_value_heads * config.head_dim)  # D_q = D but for Qwen3
-    p_vocab = 2 * config.vocab_size * D
-    return float(sum(S * (2 * (L * (p_mlp + p_attn) + p_vocab) + 4 * S * L * D_q) for S in lengths))
+def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """a (n, m) @ b (m, k) in fp32 (float64 for float64): returned, written to out or added to it.
+
+    On CUDA a product of half-precision matrices keeps its fp32 accumulator. The CPU has no such
+    kernel and rounds once to the type of the inputs, as the logits of transformers are rounded.
+    """
+    half = a.dtype in (torch.bfloat16, torch.float16)
+    if add:
+        return out.add_(_matmul(a, b)) if half else out.addmm_(a, b)
+    if not half:
+        return torch.mm(a, b, out=out)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    product = torch.mm(a, b).float()
+    return product if out is None else out.copy_(product)
 
 
-def hardware_flops(config: ModelConfig, lengths: Iterable[int]) -> float:
-    """FLOPs that the same forward costs a machine: no embedding product, and the causal half of the attention core."""
-    lengths, D_q = list(lengths), config.num_attention_heads * config.head_dim
-    unused = sum(
-        2 * S * (config.vocab_size * config.hidden_size + S * config.num_hidden_layers * D_q)
-        for S in lengths
-    )
-    return forward_flops(config, lengths) - unused
+# ---- Hugging Face folders
+def init_model(config: ModelConfig, seed: int, device="cpu", shard=None) -> Model:
+    """A fresh fp32 model: matrices normal(0, 0.02), norms 1, biases 0, from a generator of its own.
+
+    shard: as in load_model. Every rank draws all numbers and keeps its rows, so the number of ranks
+    changes nothing.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def rows() -> Iterator[tuple[str, Tensor]]:
+        for name, shape in _shapes(config).items():
+            first, end = ranks.rows_of(shape[0], shard is not None)
+            if len(shape) == 2:
+                drawn = torch.empty(shape).normal_(0, 0.02, generator=generator)
+                yield name, drawn[first:end]
+            else:
+                yield name, torch.full((end - first,), 0.0 if name.endswith("bias") else 1.0)
+
+    return _build(config, rows(), torch.float32, device, shard)
 
 
-# ---- Hugging Face folders --------------------------------------------------------------------------------------------
 def load_model(folder, dtype: torch.dtype = torch.float32, device="cpu", shard=None) -> Model:
-    """The model of a Hugging Face folder, its weights cast to dtype on the device. shard(model): makes the parameters
-    of the empty model sharded (ranks.shard); each process then reads its rows only. Raises ValueError, naming the file,
-    for what is missing, damaged, at odds with config.json or not implemented."""
+    """The model of a Hugging Face folder, its weights cast to dtype on the device.
+
+    shard(model) makes the parameters of the empty model sharded (ranks.shard); each rank then reads
+    its own rows only. Raises UserError, naming the file, for what is missing, damaged, at odds with
+    config.json or not implemented.
+    """
     config = read_config(folder)
     rows = read_weights(folder, _shapes(config), lambda n: ranks.rows_of(n, shard is not None))
     return _build(config, rows, dtype, device, shard)
@@ -547,15 +448,37 @@ def load_model(folder, dtype: torch.dtype = torch.float32, device="cpu", shard=N
 def save_model(
     model: Model, folder, dtype: torch.dtype | None = None, max_shard_bytes: float = 5e9
 ) -> None:
-    """Write the model as a Hugging Face folder, in dtype (None = the parameters' own): without a cast it reads back bit
-    for bit. Above max_shard_bytes the weights are cut into shards with an index. A tied head is left out. All processes
-    of a sharded model call it, and the first one writes."""
-    write_folder(
-        folder,
-        model.config,
-        dict(model.named_parameters()),
-        dtype or model.head.dtype,
-        max_shard_bytes,
-        ranks.whole,
-        ranks.rank() == 0,
-    )
+    """Write the model as a Hugging Face folder, in dtype (None = the parameters' own, exactly).
+
+    Weights above max_shard_bytes are cut into several files with an index; a tied head is left out.
+    All ranks of a sharded model call it, and the first one writes.
+    """
+    weights = dict(model.named_parameters())
+    dtype = dtype or model.head.dtype
+    writes = ranks.rank() == 0
+    write_folder(folder, model.config, weights, dtype, max_shard_bytes, ranks.whole, writes)
+
+
+def _build(
+    config: ModelConfig, rows: Iterator[tuple[str, Tensor]], dtype: torch.dtype, device, shard
+) -> Model:
+    """A model whose parameters are (name, rows of this rank).
+
+    It starts on the meta device: neither time nor memory goes into weights that are replaced, and a
+    rank never holds more than its rows.
+    """
+    with torch.device("meta"):
+        model = Model(config).to(dtype)
+    if shard:
+        shard(model)
+    model.to_empty(device=device)
+    params = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, values in rows:
+            ranks.local(params[name]).copy_(values)
+    return model
+
+
+def _shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: p.shape for name, p in Model(config).named_parameters()}

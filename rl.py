@@ -1,28 +1,30 @@
-"""Reinforcement learning with a verifier: GRPO, DAPO and the methods that mix expert trajectories into the loop.
+"""Reinforcement learning with a verifier: sample groups, score them, raise what did better.
 
-    torchrun rl.py --init runs/sft                              a run directory: its recommended checkpoint is taken
-    torchrun rl.py --init runs/sft/checkpoints/step_000400 --algo luffy --data mixed.jsonl --out runs/luffy
+    torchrun rl.py --init runs/sft                     a run directory: its recommended checkpoint
+    torchrun rl.py --init runs/sft/checkpoints/step_000400 --algo grpo --out runs/grpo
 
-One step, four verbs:
-    collect    sample G responses to each prompt; with dynamic sampling, until enough prompts got right and wrong ones
-    score      verify: reward 1 for a right answer that ends by itself (EOS), else 0
-    weigh      advantage = reward - mean of its group; the weight of each token from all lengths of the update
-    update     `prompts / update-prompts` optimizer steps, each over micro-batches of like length
+One step, as main() below reads:
+    collect       sample G responses per prompt and score them with the reward; with dynamic
+                  sampling (DAPO) until enough prompts got both right and wrong answers
+    make_batches  advantage = reward - mean of its group; the weight of each token in the mean
+    update        one optimizer step per --update-prompts groups: ratio, clip, loss, backward
+The equations are losses.py's. --algo NAME is methods/NAME.py, --algo my/idea.py anybody's file.
 
-Choices: 1) No critic, no KL, no reward model unless asked for. 2) old_logp is the trainer's forward with the weights at
-the start of the round, never the sampler's number; in the round's first update it is the forward itself, so the ratio
-there is 1 and no clip acts. 3) Surplus and uninformative groups are discarded: every trained row is from the current
-policy. 4) Expert rows are the demonstration's ids, tokenized once; a prompt without one gets plain rollouts.
-5) After each evaluation ceiling.py fits the curve so far: reached, ceiling, share of the gain.
-Why is the loss near 0, or negative? It is a surrogate: with advantages of mean 0 its value says nothing. Watch reward,
-signal, entropy and length instead.
-Shapes: B rows, R response tokens, G responses a prompt. Log-probs in nats; pass@1 and shares in points (0..100).
+Choices: 1) No critic, no KL and no reward model unless asked for. 2) old_logp is the trainer's
+forward at the start of the round, never the sampler's number; in the round's first update it is the
+forward itself, so the ratio is 1 and no clip acts. 3) Surplus and uninformative groups are
+discarded: every trained row is from the current policy. 4) After each evaluation ceiling.py fits
+the curve so far. Why is the loss near 0, or negative? It is a surrogate: with advantages of mean 0
+its value says nothing. Watch reward, signal, entropy and length instead.
+
+Shapes: B rows, T tokens, R response tokens, G responses per prompt. Log-probs in nats.
 """
 
-import math
 import time
-from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,105 +33,80 @@ import ceiling
 import data
 import evaluate
 import losses
+import methods
 import model as model_file
 import rollout
-from core import cli, optim, ranks, run
+import tasks
+from core import cli, console, launch, optim, ranks
 from core.errors import UserError
-
-# Where the command line is silent: the paper's settings for comparing methods (6.1) and for RL after SFT (C.2.2)
-COMPARISON = dict(prompts=128, update_prompts=64, lr=1e-6, temperature=1.0)
-SETTINGS = {name: COMPARISON for name in ("grpo", "dapo_d", "luffy", "srft", "prefix_rft")}
-SETTINGS["upt"] = {**COMPARISON, "lr": 5e-6}
-SETTINGS["dapo"] = SETTINGS["dapo_dc"] = {**COMPARISON, "prompts": 64, "temperature": 0.7}
+from core.run import Run
+from losses import Batch, Row
 
 
 @dataclass
 class Config:
     init: str = "runs/sft"  # model folder, checkpoint, run directory or hub name
-    data: str = (
-        ""  # problems: prompt, answer and, for the mixed methods, response; empty = built-in
-    )
-    val: str = ""  # problems for evaluation; empty = 200 (10% if under 2,000) held out of --data
+    data: str = ""  # problems: prompt, answer, for some methods response; empty = built-in
+    val: str = ""  # problems for evaluation; empty = 200 (at most 10%) held out of --data
+    reward: str = "math"  # math, text, a task, or FILE.py:FUNCTION with reward(response, row)
     out: str = "runs/rl"  # run directory
     overwrite: bool = False  # delete an earlier run in --out
     resume: bool = False  # go on from the newest checkpoint in --out
     dry_run: bool = False  # show model, data and plan, then stop
-    algo: Literal["grpo", "dapo_d", "dapo_dc", "dapo", "luffy", "srft", "upt", "prefix_rft"] = (
-        "dapo"  # dapo = dapo_dc
-    )
-    steps: int = 500  # rounds of collect, score, weigh, update
-    prompts: int | None = None  # prompts trained on a round; none = the method's
-    update_prompts: int | None = None  # prompts an optimizer step; none = the method's
-    group: int = 8  # rows a prompt, the expert's included (upt: besides it)
+    algo: str = "dapo"  # a file of methods/, or FILE.py
+    steps: int = 500  # rounds of collecting and updating
+    prompts: int | None = None  # prompts trained on per round
+    update_prompts: int | None = None  # prompts per optimizer step
+    group: int = 8  # responses per prompt; some methods put a demonstration in place of one
     gen_prompts: int | None = (
         None  # prompts that dynamic sampling draws at once; none = 2 x prompts
     )
-    max_rounds: int = 10  # dynamic sampling trains on what there is after so many
-    temperature: float | None = (
-        None  # of sampling and of the trained log-probs; none = the method's
-    )
-    max_new: int = 8192  # tokens a response, at most
-    max_prompt: int = 1024  # tokens a prompt; longer ones are dropped and counted
+    max_rounds: int = 10  # dynamic sampling trains on what there is after so many draws
+    temperature: float | None = None  # of sampling and of the trained log-probs
+    max_new: int = 8192  # tokens per response, at most
+    max_prompt: int = 1024  # tokens per prompt; longer ones are dropped and counted
     rows: int = 512  # responses in flight at once
-    micro_tokens: int = 16384  # tokens a micro-batch, padding included
-    lr: float | None = None  # learning rate, constant after the warm-up; none = the method's
+    micro_tokens: int = 16384  # tokens per micro-batch, padding included
+    lr: float | None = None  # learning rate, constant after the warm-up
     warmup: float = 0.0  # share of the steps with a rising learning rate
     weight_decay: float = 0.01  # decoupled, as AdamW
     clip: float = 1.0  # largest gradient norm
-    overlong: int = (
-        0  # soft punishment over the last so many tokens before max-new (DAPO); 0 = none
-    )
+    overlong: int = 0  # penalty over the last so many tokens before --max-new (DAPO); 0 = none
     seed: int = 0  # order of the prompts and every sampled token
     save_every: int = 0  # steps between checkpoints besides the evaluated ones; 0 = none
     eval_every: int = 20  # steps between evaluations; each is saved
-    eval_n: int = 4  # samples a problem at an evaluation
+    eval_n: int = 4  # samples per problem at an evaluation
     eval_temperature: float = 0.7  # of evaluation
-    max_flops: float = (
-        0.0  # stop once the run has used so much compute (the paper's count); 0 = never
-    )
-    until_share: float = (
-        0.0  # stop once this share of the gain is surely reached (lower end of 90%); 0 = never
-    )
-    keep: int = 0  # checkpoints to keep; 0 = all. The newest and the best one always stay
-    bf16: bool = False  # sample and compute in bfloat16; weights, gradients and optimizer stay fp32
-    recompute: bool = (
-        True  # keep no activations inside a block for the backward: less memory, 4/3 of the work
-    )
-    compile: bool = False  # torch.compile each block: a minute or two at first, then faster updates
+    max_flops: float = 0.0  # stop after so much compute (the paper's count); 0 = never
+    until_share: float = 0.0  # stop when this share of the gain is surely reached; 0 = never
+    keep: int = 0  # checkpoints to keep; 0 = all; the newest and the best always stay
+    bf16: bool = False  # sample and compute in bfloat16; weights and optimizer stay fp32
+    recompute: bool = True  # keep no activations inside a block: less memory, 4/3 of the work
+    compile: bool = False  # torch.compile each block: slow to start, then faster updates
     offload: bool = False  # several GPUs: weights and optimizer state wait in the CPU's memory
     gpus: int = 0  # of --dry-run: show the memory for so many; 0 = the processes there are
-    options: dict = field(default_factory=dict)
+    options: dict = field(default_factory=dict)  # of the method, as typed
+
+    optimizer = "adamw"
+    betas = (0.9, 0.999)
+    from_scratch = False
     refused = dict.fromkeys(
         ("--top-p", "--top-k"),
-        "the trainer's log-probs are those of the full distribution, so "
-        "training has to sample from it; evaluate.py has this flag",
+        "the trainer's log-probs are those of the full distribution, so training has to sample "
+        "from it; evaluate.py has this flag",
     )
 
     def __post_init__(self):
-        for name, value in SETTINGS[self.algo].items():
+        for name, value in methods.load(self.algo).settings.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         self.gen_prompts = self.gen_prompts or 2 * self.prompts
-        cli.require_positive(
-            self,
-            "prompts",
-            "update_prompts",
-            "gen_prompts",
-            "max_rounds",
-            "temperature",
-            "max_new",
-            "max_prompt",
-            "rows",
-            "micro_tokens",
-            "lr",
-            "clip",
-            "eval_every",
-            "eval_n",
-        )
-        if self.steps < 0:
-            raise UserError(
-                f"--steps is {self.steps}; give a number of steps, or 0 to evaluate --init only"
-            )
+        cli.require_positive(self, "prompts", "update_prompts", "gen_prompts", "max_rounds", "lr")
+        cli.require_positive(self, "temperature", "max_new", "max_prompt", "rows", "micro_tokens")
+        cli.require_positive(self, "clip", "eval_every", "eval_n")
+        cli.require_not_negative(self, "steps", "overlong", "save_every", "keep", "gpus")
+        cli.require_not_negative(self, "weight_decay", "max_flops", "eval_temperature")
+        cli.require_share(self, "warmup", "until_share")
         if self.prompts % self.update_prompts:
             fits = [d for d in range(1, self.prompts + 1) if self.prompts % d == 0]
             near = sorted(fits, key=lambda d: abs(d - self.update_prompts))[:2]
@@ -138,419 +115,252 @@ class Config:
                 f"use --update-prompts {near[0]} or {near[-1]}"
             )
         if self.group < 2:
-            raise UserError(f"--group {self.group}: needs at least 2 rows, or every advantage is 0")
+            raise UserError(f"--group {self.group}: needs at least 2, or every advantage is 0")
+        if self.eval_n > 1 and self.eval_temperature == 0:
+            raise UserError(
+                f"--eval-temperature 0 is greedy: {self.eval_n} samples would be the same; "
+                "use --eval-n 1"
+            )
 
 
 def preset(given: dict) -> dict:
     """What the built-in task uses instead of the defaults for real models."""
-    folder, algo = evaluate.built_in(given), given.get("algo", "dapo")
-    if folder is None:
-        return {}
-    plain = losses.OBJECTIVES[algo].demo == "none"  # the others need demonstrations
-    return {
-        "data": f"{folder}/{'rl' if plain else 'train'}.jsonl",
-        "val": f"{folder}/eval.jsonl",
-        "steps": 50,
-        "prompts": 64,
-        "update_prompts": 32,
-        "gen_prompts": 64,
-        "temperature": 1.0,
-        "max_new": 128,
-        "max_prompt": 64,
-        "micro_tokens": 4096,
-        "lr": 1e-4,
-        "eval_every": 5,
-        "eval_n": 2,
-        "recompute": False,
-    }
+    settings = tasks.preset("rl", given)
+    demonstrations = settings.pop("demonstrations", "")
+    if demonstrations and methods.load(given.get("algo", Config.algo)).demonstrations:
+        settings["data"] = demonstrations
+    return settings
 
 
-class Row(NamedTuple):
-    """One sequence of a group. response ends with EOS if finished; logp: the sampler's, 0 on expert tokens."""
+# ---- sample and score ----------------------------------------------------------------------------
+class Round(NamedTuple):
+    """What one step trains on, and the numbers of all that it sampled."""
 
-    prompt: list[int]
-    response: list[int]
-    logp: list[float]
-    correct: float  # 1 if right and finished: what dynamic sampling and gates look at
-    reward: float  # correct plus penalties: what advantages are made of
-    group: int  # number of the prompt in the endless stream
-    is_expert: bool = False
-    n_prefix: int = 0  # leading response tokens copied from the demonstration
-    finished: bool = True
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.response)
+    groups: list[list[Row]]
+    sampled: list[list[Row]]
+    records: list[dict]  # of all sampled responses, for samples.jsonl
+    stats: dict
 
 
-# ----------------------------------------------------------------------------------------------------------- collect
-def sample_round(
-    cfg, objective, net, tokenizer, pool, numbers, step: int, done: float
-) -> tuple[list, list, float]:
-    """Groups of rollouts for these prompts (numbers in the endless stream), the records of all responses, and the
-    seconds that judging them took.
-
-    A method with a demonstration row leaves it a place; Prefix-RFT's hybrid rollout starts with some of its tokens, the
-    fewer the more of the run is done (0..1).
-    """
-    problems = [pool[i] for i in data.plan(len(pool), cfg.seed, numbers[0], len(numbers))]
-    window = losses.prefix_window(done, 1.0)
-    requests, counts, prefixes, owners = [], [], [], []
-    for owner, (number, problem) in enumerate(zip(numbers, problems)):
-        prefix = []
-        if objective.demo == "prefix" and problem.expert:
-            u = torch.rand((), generator=ranks.generator(cfg.seed, "prefix", number)).item()
-            prefix = problem.expert[: losses.prefix_length(u, window, len(problem.expert))]
-        has_demo = bool(prefix) or objective.demo == "row" and bool(problem.expert)
-        for head, count in [([], cfg.group - has_demo)] + [(prefix, 1)] * bool(prefix):
-            (
-                requests.append(problem.prompt + head),
-                counts.append(count),
-                prefixes.append(head),
-                owners.append(owner),
-            )
-    sampled = rollout.generate(
-        net,
-        requests,
-        counts,
-        cfg.max_new,
-        cfg.temperature,
-        tokenizer.eos_ids,
-        ranks.seed_of(cfg.seed, "rollout", step, numbers[0]),
-        cfg.rows,
-    )
-    began, groups, records = time.monotonic(), [[] for _ in problems], []
-    for owner, prefix, responses in zip(owners, prefixes, sampled):
-        for r in responses:
-            r = r._replace(ids=prefix + r.ids, logp=[0.0] * len(prefix) + r.logp)
-            record = evaluate.judge(problems[owner], r, tokenizer)
-            correct = float(record["correct"] and r.finished)
-            penalty = (
-                losses.overlong_penalty(len(r.ids), cfg.max_new, cfg.overlong)
-                if cfg.overlong
-                else 0.0
-            )
-            groups[owner].append(
-                Row(
-                    problems[owner].prompt,
-                    r.ids,
-                    r.logp,
-                    correct,
-                    correct + penalty,
-                    numbers[owner],
-                    n_prefix=len(prefix),
-                    finished=r.finished,
-                )
-            )
-            records.append({**record, "reward": correct + penalty})
-    return groups, records, time.monotonic() - began
-
-
-def expert_row(problem, tokenizer, number: int) -> Row:
-    """The demonstration as a row of the group; the same verifier judges it, so its reward may be 0."""
-    response = rollout.Response(problem.expert, [0.0] * len(problem.expert), [], True)
-    correct = float(evaluate.judge(problem, response, tokenizer)["correct"])
-    return Row(
-        problem.prompt, problem.expert, response.logp, correct, correct, number, is_expert=True
-    )
-
-
-def collect(cfg, objective, net, tokenizer, pool, cursor: int, step: int, done: float) -> tuple:
-    """(groups to train on, new prompt cursor, numbers for the log, records and lengths of all responses)."""
-    records, generated, seconds, dynamic = [], [], [], objective.dynamic_sampling
+def collect(cfg: Config, method, policy, pool: list, run: Run) -> Round:
+    """Sample and score groups of responses until there are enough to train on."""
+    dynamic = method.dynamic_sampling
     n_prompts = cfg.gen_prompts if dynamic else cfg.prompts
+    began = time.monotonic()
+    scored = policy.score_s
+    sampled = []
+    records = []
+    chosen = []
+    n_rounds = 0
+    while len(chosen) < cfg.prompts and n_rounds < cfg.max_rounds:
+        problems = [pool[i] for i in data.plan(len(pool), cfg.seed, run.position, n_prompts)]
+        groups = {}  # rows by number of the prompt
+        for request, response, record in sample(cfg, method, policy, problems, run):
+            row = score(cfg, request, response, record)
+            groups.setdefault(row.group, []).append(row)
+            records.append({**record, "reward": row.reward})
+        for problem, rows in zip(problems, groups.values()):
+            sampled.append(rows)
+            # The reward before penalties: partial credit counts, a long right answer is right
+            rewards = [row.correct for row in rows]
+            if not dynamic or method.carries_signal(rewards, problem.expert):
+                chosen.append((problem, rows))
+        run.position += n_prompts
+        n_rounds += 1
+    discarded = len(sampled) - min(len(chosen), cfg.prompts)
 
-    def rounds():
-        while True:
-            first = cursor + len(generated)
-            numbers = range(first, first + n_prompts)
-            groups, judged, took = sample_round(
-                cfg, objective, net, tokenizer, pool, numbers, step, done
-            )
-            generated.extend(groups), records.extend(judged), seconds.append(took)
-            yield [(group, [row.correct for row in group]) for group in groups]
-
-    if dynamic:
-        groups, dropped, surplus, n_rounds, _ = losses.collect_informative(
-            rounds(), cfg.prompts, cfg.max_rounds
-        )
-    else:
-        groups, dropped, surplus, n_rounds = [group for group, _ in next(rounds())], [], [], 1
-    rows = [row for group in generated for row in group]
-    n = len(rows) / 100
-    agree = sum(len({row.correct for row in group}) == 1 for group in generated)
-    stats = {
-        "reward": sum(row.correct for row in rows) / n,
-        "signal": 100 * (1 - agree / len(generated)),
-        "rounds": n_rounds,
-        "discarded": len(dropped) + len(surplus),
-        "length": sum(len(row.response) for row in rows) / len(rows),
-        "truncated": sum(not row.finished for row in rows) / n,
-        "unparsed": sum(record["answer"] is None for record in records) / n,
-        "score_s": round(sum(seconds), 4),
-    }
-    if objective.demo in ("row", "gate"):
-        for group in groups:
-            problem = pool[data.plan(len(pool), cfg.seed, group[0].group, 1)[0]]
-            if problem.expert:
-                group.append(expert_row(problem, tokenizer, group[0].group))
-    return groups, cursor + len(generated), stats, records, [row.length for row in rows]
-
-
-# --------------------------------------------------------------------------------------------------- weigh and update
-def micro_batches(cfg, rows: list[Row]):
-    """(indices of the rows, ids (b, T), mask (b, T)) of each micro-batch of this process. Every process gets as many;
-    one that is short of rows takes part with no index and a row that trains nothing."""
-    for part in data.deal(
-        [row.length for row in rows], cfg.micro_tokens, ranks.rank(), ranks.world()
-    ):
-        yield part, *data.collate([data.Example(rows[i].prompt, rows[i].response) for i in part])
+    complete = []
+    for problem, rows in chosen[: cfg.prompts]:
+        expert = None
+        if method.demonstrations == "rows" and problem.expert:
+            expert = expert_row(cfg, policy, problem, rows[0].group)
+        complete.append(method.complete(rows, expert))
+    stats = losses.describe_groups(sampled) | {"rounds": n_rounds, "discarded": discarded}
+    unparsed = sum(record["answer"] is None for record in records)
+    stats["unparsed"] = unparsed / (len(records) / 100)
+    stats["score_s"] = round(policy.score_s - scored, 4)
+    stats["sample_s"] = round(time.monotonic() - began - stats["score_s"], 4)
+    return Round(complete, sampled, records, stats)
 
 
-def forward(
-    cfg, net, ids, mask, width: int, device, entropy: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs and entropies (0 if not asked for) of the responses at the sampling temperature, both (b, width)."""
-    logp, entropies, _ = model_file.response_logp(
-        net, ids.to(device), mask, cfg.temperature, entropy
+def sample(cfg: Config, method, policy, problems: list, run: Run) -> list:
+    """[(request, response, record)] of the responses that the method asks for to each problem."""
+    done = run.done_share(cfg.max_flops)
+    requests = []
+    for number, problem in enumerate(problems, run.position):
+        u = torch.rand((), generator=ranks.generator(cfg.seed, "prefix", number)).item()
+        for prefix, count in method.requests(problem.expert, cfg.group, done, u):
+            requests.append(evaluate.Request(problem, prefix, count, number))
+    seed = ranks.seed_of(cfg.seed, "rollout", run.step, run.position)
+    return policy.respond(requests, policy.sampling(cfg.temperature, seed))
+
+
+def score(cfg: Config, request: evaluate.Request, response, record: dict) -> Row:
+    """A row from a response and its judged record. A cut response earns nothing."""
+    correct = record["reward"] if response.finished else min(record["reward"], 0.0)
+    reward = correct
+    if cfg.overlong:
+        reward += losses.overlong_penalty(len(response.ids), cfg.max_new, cfg.overlong)
+    return Row(
+        prompt=request.problem.prompt,
+        response=response.ids,
+        logp=response.logp,
+        correct=correct,
+        reward=reward,
+        group=request.number,
+        n_prefix=len(request.prefix),
+        finished=response.finished,
     )
-    entropies = torch.zeros_like(logp) if entropies is None else entropies
-    return tuple(F.pad(x, (0, width - x.shape[1])) for x in (logp, entropies))
+
+
+def expert_row(cfg: Config, policy, problem, number: int) -> Row:
+    """The demonstration as a row of the group; the same reward judges it, and may give it 0."""
+    ids = problem.expert
+    demonstration = rollout.Response(ids, [0.0] * len(ids), [], True)
+    record = policy.judge(problem, demonstration)
+    row = score(cfg, evaluate.Request(problem, [], 1, number), demonstration, record)
+    return row._replace(reward=row.correct, is_expert=True)
+
+
+# ---- batches -------------------------------------------------------------------------------------
+class Update(NamedTuple):
+    """One optimizer step: rows, and their tensors in the same order."""
+
+    rows: list[Row]
+    batch: Batch
+
+
+def make_batches(cfg: Config, method, net, reference, groups: list) -> list[Update]:
+    """The round's optimizer steps, all made before the first of them changes the weights."""
+    updates = []
+    for first in range(0, len(groups), cfg.update_prompts):
+        rows = [row for group in groups[first : first + cfg.update_prompts] for row in group]
+        batch = losses.make_batch(rows, net.head.device, method.mask_truncated)
+        R = batch.mask.shape[1]
+        if method.needs_entropy:
+            old_logp, entropy = look(cfg, net, rows, R, entropy=True)
+            batch = batch._replace(old_logp=old_logp, entropy=entropy)
+        batch = losses.weigh(method, batch)
+
+        teaching = method.teaches(batch)
+        if not teaching.any():
+            continue
+        if not (method.entropy_coef or method.kl_coef):  # the other rows have no gradient
+            index = teaching.nonzero()[:, 0]
+            batch = losses.take(batch, index)
+            rows = [rows[i] for i in index.tolist()]
+
+        if first == 0:
+            batch = batch._replace(old_logp=None)  # it is the update's own forward
+        elif batch.old_logp is None:
+            batch = batch._replace(old_logp=look(cfg, net, rows, R)[0])
+        if reference is not None:
+            batch = batch._replace(ref_logp=look(cfg, reference, rows, R)[0])
+        updates.append(Update(rows, batch))
+    return updates
+
+
+def micro_batches(cfg: Config, rows: list[Row]) -> Iterator:
+    """(indices of rows, ids (b, T), mask (b, T)) of each micro-batch of this rank."""
+    examples = [data.Example(row.prompt, row.response) for row in rows]
+    return data.micro_batches(examples, cfg.micro_tokens, ranks.rank(), ranks.world())
+
+
+def forward(cfg: Config, net, ids, mask, width: int, entropy: bool = True) -> tuple:
+    """Log-probs and entropies of the responses at the sampling temperature, both (b, width)."""
+    ids = ids.to(net.head.device)
+    logp, spread, _ = model_file.response_logp(net, ids, mask, cfg.temperature, entropy)
+    spread = torch.zeros_like(logp) if spread is None else spread
+    missing = width - logp.shape[1]
+    return F.pad(logp, (0, missing)), F.pad(spread, (0, missing))
 
 
 @torch.no_grad()
-def forward_rows(
-    cfg, net, rows: list[Row], device, entropy: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs and entropies (B, R) of all rows under the weights as they are; R = the longest response."""
-    R = max(len(row.response) for row in rows)
-    values = torch.zeros(2, len(rows), R, device=device)
+def look(cfg: Config, net, rows: list[Row], R: int, entropy: bool = False) -> tuple:
+    """Log-probs and entropies (B, R) of all rows under the weights as they are."""
+    logp = torch.zeros(len(rows), R, device=net.head.device)
+    spread = torch.zeros_like(logp)
     for part, ids, mask in micro_batches(cfg, rows):
-        values[:, part] = torch.stack(forward(cfg, net, ids, mask, R, device, entropy))[
-            :, : len(part)
-        ]
-    return tuple(ranks.add_up(values))
+        values = forward(cfg, net, ids, mask, R, entropy)
+        logp[part] = values[0][: len(part)]
+        spread[part] = values[1][: len(part)]
+    return ranks.add_up(logp), ranks.add_up(spread)
 
 
-def weigh(
-    objective, rows: list[Row], entropy, device
-) -> tuple[torch.Tensor, losses.Rows, torch.Tensor]:
-    """(indices of rows that stay, what their losses need, weights (4, B)), made from all rows of one optimizer step.
+# ---- update --------------------------------------------------------------------------------------
+def train_on(cfg: Config, method, net, update: Update) -> dict:
+    """Forward and backward of one optimizer step; the gradient stays in the model.
 
-    entropy (B, R): of the policy before the update; Prefix-RFT ranks all demonstration tokens of the update by it.
+    Returns sums over its sampled tokens, named losses.SUMS.
     """
-
-    def column(values, dtype=torch.float32):
-        return torch.tensor(list(values), dtype=dtype, device=device)
-
-    rewards, correct = column(r.reward for r in rows), column(r.correct for r in rows)
-    groups, lengths = (
-        column(v, torch.long) for v in ((r.group for r in rows), (len(r.response) for r in rows))
-    )
-    is_expert, finished = (
-        column(v, torch.bool) for v in ((r.is_expert for r in rows), (r.finished for r in rows))
-    )
-    R = int(lengths.max())
-    mask = torch.arange(R, device=device) < lengths[:, None]  # (B, R)
-    logp = column(r.logp + [0.0] * (R - len(r.logp)) for r in rows)  # (B, R) the sampler's
-    is_prefix = losses.prefix_tokens(mask, column((r.n_prefix for r in rows), torch.long))
-    if objective.mask_truncated:
-        mask = (
-            mask & finished[:, None]
-        )  # first: what trains nothing takes no place in the ranking below either
-    stays, how = (
-        torch.ones_like(is_expert),
-        dict(normalize_std=objective.normalize_std, singleton=objective.singleton),
-    )
-    if objective.demo == "prefix":
-        keep = losses.most_uncertain(entropy, is_prefix & mask, objective.drop_ratio)
-        split = objective.prefix_adv == "split"
-        advantages = losses.prefix_advantages(rewards, groups, is_prefix, keep, split, **how)
-    elif objective.demo == "gate":  # the expert has no say in the rollouts' baseline
-        stays = losses.gate_rows(correct, groups, is_expert, objective.gate_gamma)
-        advantages = losses.group_advantages(
-            rewards, torch.where(is_expert, -1 - groups, groups), **how
-        )
-    else:
-        advantages = losses.group_advantages(rewards, groups, **how)
-    index = stays.nonzero()[:, 0]
-    batch = losses.take(
-        losses.Rows(
-            mask,
-            advantages,
-            rollout_logp=logp,
-            is_expert=is_expert,
-            is_prefix=is_prefix,
-            is_success=correct > 0.5,
-        ),
-        index,
-    )
-    return (
-        index,
-        batch,
-        losses.batch_weights(objective, batch.mask.sum(1), groups[index], is_expert[index]),
-    )
-
-
-def without_idle(objective, index, batch: losses.Rows, weights) -> tuple:
-    """weigh()'s answer without the rows that move nothing: advantage 0 (a group that agrees) and no other term in the
-    loss. The weights were made with them, so the gradient is the same for less work. Where all rows are idle they
-    stay: an optimizer with momentum moves on without a gradient."""
-    moves = batch.advantages.reshape(len(batch.mask), -1).ne(0).any(1)
-    if objective.demo != "none" or objective.entropy_coef or objective.kl_coef or not moves.any():
-        return index, batch, weights
-    keep = moves.nonzero()[:, 0]
-    return index[keep], losses.take(batch, keep), weights[:, keep]
-
-
-def plan_updates(
-    cfg, objective, net, reference, groups, device
-) -> tuple[list, list[int], list[int]]:
-    """The round's optimizer steps as (rows, batch, weights), all made before the first; the lengths of extra forwards;
-    the lengths of all rows that the method trains on."""
-    plans, extra, trained, over_batch = [], [], [], objective.entropy_weights == "batch"
-
-    def look(with_model, rows, width, entropy=False):
-        extra.extend(row.length for row in rows)
-        return tuple(
-            F.pad(x, (0, width - x.shape[1]))
-            for x in forward_rows(cfg, with_model, rows, device, entropy)
-        )
-
-    for first in range(0, len(groups), cfg.update_prompts):
-        rows = [row for group in groups[first : first + cfg.update_prompts] for row in group]
-        width, old, entropy = max(len(row.response) for row in rows), None, None
-        if objective.demo == "prefix" or over_batch:
-            old, entropy = look(net, rows, width, True)
-        index, batch, weights = weigh(objective, rows, entropy, device)
-        trained += [rows[i].length for i in index.tolist()]
-        index, batch, weights = without_idle(objective, index, batch, weights)
-        rows = [rows[i] for i in index.tolist()]
-        if first > 0:
-            batch = batch._replace(
-                old_logp=look(net, rows, width)[0] if old is None else old[index]
-            )
-        if over_batch:
-            batch = batch._replace(
-                mean_entropy=losses.mean_entropy(entropy[index], batch.mask, "batch")
-            )
-        if reference is not None:
-            batch = batch._replace(ref_logp=look(reference, rows, width)[0])
-        plans.append((rows, batch, weights))
-    return plans, extra, trained
-
-
-def train_on(cfg, objective, net, rows: list[Row], batch: losses.Rows, weights, device) -> dict:
-    """Forward and backward of one optimizer step; the gradient stays in the model. Returns sums over its tokens."""
-    names = ("loss", "n", "entropy", "clipped", "kl", "gap")
-    sums = torch.zeros(len(names), dtype=torch.float64, device=device)
-    low, high = 1 - (objective.clip_low or 1), 1 + (objective.clip_high or math.inf)
+    rows, batch = update
+    R = batch.mask.shape[1]
+    sums = torch.zeros(len(losses.SUMS), dtype=torch.float64, device=batch.mask.device)
     parts = list(micro_batches(cfg, rows))
     for n, (part, ids, mask) in enumerate(parts, 1):
         ranks.reduce_now(net, n == len(parts))
-        logp, entropy = forward(cfg, net, ids, mask, batch.mask.shape[1], device, True)  # (b, R)
-        if not part:  # only the collectives of the others
+        logp, entropy = forward(cfg, net, ids, mask, R)  # (b, R)
+        if not part:  # only the collectives that the other ranks wait for
             (logp.sum() * 0).backward()
             continue
-        mine = losses.take(batch, torch.tensor(part, device=device))
-        loss = losses.update_loss(objective, logp, entropy, mine, weights[:, part])
+        mine = losses.take(batch, part)
+        loss = losses.update_loss(method, logp, entropy, mine)
         loss.backward()
-        own = mine.mask & ~mine.is_expert[:, None] & ~mine.is_prefix  # sampled by the policy
-        logp, entropy = logp.detach(), entropy.detach()
-        log_ratio = losses.log_ratio(
-            objective, logp, logp if mine.old_logp is None else mine.old_logp, own
+        sums += torch.stack(
+            [loss.detach().double(), *losses.token_sums(method, logp, entropy, mine)]
         )
-        ratio = log_ratio.exp()
-        clipped, gap = (ratio > high) | (ratio < low), (logp - mine.rollout_logp).abs()
-        numbers = [
-            (x * own).sum().double() for x in (own, entropy, clipped, ratio - 1 - log_ratio, gap)
-        ]
-        sums += torch.stack([loss.detach().double(), *numbers])
-    return dict(zip(names, ranks.add_up(sums).tolist()))
+    return dict(zip(losses.SUMS, ranks.add_up(sums).tolist()))
 
 
-def update(cfg, objective, net, model, optimizers, plans, book, step, device) -> dict:
-    """Take the round's optimizer steps; numbers for the log."""
-    done, norms = [], []
-    for rows, batch, weights in plans:
-        done.append(train_on(cfg, objective, net, rows, batch, weights, device))
-        lr = optim.lr_at(step, cfg.steps, cfg.lr, "constant", cfg.warmup)
-        norms.append(optim.update(model, optimizers, lr, cfg.clip))
-        ranks.refresh(net, model)
-        book.watch(norms[-1], step + 1)
-    n = max(1, sum(d["n"] for d in done))
-    means = {name: sum(d[name] for d in done) / n for name in ("entropy", "clipped", "kl")}
-    gap = done[0]["gap"] / max(1, done[0]["n"])  # later the weights have moved
-    return {
-        "loss": sum(d["loss"] for d in done) / len(done),
-        "grad_norm": sum(norms) / len(norms),
-        "lr": lr,
-        "updates": len(done),
-        **means,
-        "clipped": 100 * means["clipped"],
-        "gap": gap,
-    }
-
-
-def flops_of(config, generated: list[int], trained: list[int], experts: list[int]) -> float:
-    """The paper's compute of a round (24)-(29) from real lengths, prompt included: one forward for each generated row,
-    three for each trained one, and for LUFFY and SRFT one more for the expert's rows (26)."""
-    count = model_file.forward_flops
-    return count(config, generated) + 3 * count(config, trained) + count(config, experts)
-
-
-# --------------------------------------------------------------------------------------------------------------- main
-def fit_so_far(book) -> ceiling.CeilingFit:
-    points = book.of_kind("eval")
-    return ceiling.fit(
-        [p["flops"] for p in points], [p["pass1"] for p in points], n=[p["n"] for p in points]
-    )
-
-
-def evaluate_now(cfg, book, step, net, tokenizer, problems, totals) -> None:
+# ---- evaluation ----------------------------------------------------------------------------------
+def evaluate_now(cfg: Config, run: Run, step: int, policy, problems: list) -> None:
     """pass@1 on the validation problems, and the ceiling as it looks now."""
-    seed = ranks.seed_of(cfg.seed, "eval")
-    summary, records = evaluate.evaluate(
-        net, tokenizer, problems, cfg.eval_n, cfg.eval_temperature, cfg.max_new, seed, cfg.rows
-    )
-    book.log(step, "eval", **totals, **summary)
-    book.log_samples(step, [{**record, "kind": "eval"} for record in records[:8]])
+    sampling = policy.sampling(cfg.eval_temperature, ranks.seed_of(cfg.seed, "eval"))
+    summary, records = evaluate.evaluate(policy, problems, cfg.eval_n, sampling)
+    run.log(step, "eval", **summary)
+    run.log_samples(step, [{**record, "kind": "eval"} for record in records[:8]])
+    fit = fit_so_far(run)
     print(
-        f"step {step:4d}  pass@1 {summary['pass1']:.1f} (se {summary['pass1_se']:.1f})  length "
-        f"{summary['length']:.0f}  cut {summary['truncated']:.1f}%  {describe(fit_so_far(book))}",
+        f"step {step:4d}  pass@1 {summary['pass1']:.1f} (se {summary['pass1_se']:.1f})  "
+        f"length {summary['length']:.0f}  cut {summary['truncated']:.1f}%  {fit.describe()}",
         flush=True,
     )
+    run.prune({evaluate.best_step(run.of_kind("eval"), run.saved())[0]})
 
 
-def describe(fit: ceiling.CeilingFit) -> str:
-    """The run so far against its ceiling in a few words; brackets are 90% intervals."""
-    if fit.status == "too few points":
-        return "ceiling: too few points yet"
-    if fit.status != "ok":
-        return f"{fit.status}: ceiling {fit.a_post:.1f}, the best before it"
-    return f"reached {fit.reached:.1f} / ceiling {fit.text('a_post', '.1f')} / share {fit.text('share', '.0%')}"
+def end_if_reached(cfg: Config, run: Run, step: int) -> None:
+    """--until-share: end the run where its evaluations say so, also those made before a resume."""
+    if cfg.until_share and ranks.any_of((fit_so_far(run).share_low or 0.0) >= cfg.until_share):
+        print(f"--until-share {cfg.until_share}: surely reached at step {step}")
+        run.end()
 
 
-def load_problems(cfg, objective, tokenizer) -> tuple[list, list]:
+def fit_so_far(run: Run) -> ceiling.CeilingFit:
+    points = run.of_kind("eval")
+    flops = [point["flops"] for point in points]
+    return ceiling.fit(flops, [p["pass1"] for p in points], n=[p["n"] for p in points])
+
+
+# ---- the script ----------------------------------------------------------------------------------
+def load_problems(cfg: Config, method, tokenizer) -> tuple[list, list]:
     """(problems to train on, problems to evaluate on)."""
-    pool, n_long = data.problems(cfg.data, tokenizer, cfg.max_prompt, reads=("numbers",))
+    columns = tasks.columns(cfg.reward)
+    pool, n_long = data.problems(cfg.data, tokenizer, cfg.max_prompt, **columns)
     if cfg.val:
-        val, _ = data.problems(cfg.val, tokenizer, cfg.max_prompt, reads=("numbers",))
+        val, _ = data.problems(cfg.val, tokenizer, cfg.max_prompt, **columns)
     else:
-        n_val = min(200, max(1, len(pool) // 10))
-        held_out = set(
-            data.plan(len(pool), ranks.seed_of("held out"), 0, n_val)
-        )  # the same problems whatever --seed is
-        val = [pool[i] for i in sorted(held_out)]
-        pool = [problem for i, problem in enumerate(pool) if i not in held_out] or pool
-        print(f"no --val: {n_val} problems of {cfg.data} held out for evaluation")
+        pool, val = data.hold_out(pool, 200)
+        print(f"no --val: {len(val)} problems of {cfg.data} held out for evaluation")
+    pool, n_cut = data.drop_long_experts(pool, cfg.max_new)
+    if n_cut and method.demonstrations:
+        print(f"{n_cut} demonstrations over --max-new {cfg.max_new} tokens dropped")
     experts = sum(problem.expert is not None for problem in pool)
     print(
-        f"{len(pool)} problems ({experts} with a demonstration; {n_long} prompts over {cfg.max_prompt} tokens "
-        f"dropped), {len(val)} for evaluation",
+        f"{len(pool)} problems ({experts} with a demonstration; {n_long} prompts over "
+        f"{cfg.max_prompt} tokens dropped), {len(val)} for evaluation",
         flush=True,
     )
-    if objective.demo != "none" and not experts:
+    if method.demonstrations and not experts:
         raise UserError(
             f"{cfg.data}: --algo {cfg.algo} needs demonstrations, and no row has a response; "
             "add a column response, or use --algo dapo"
@@ -558,151 +368,133 @@ def load_problems(cfg, objective, tokenizer) -> tuple[list, list]:
     return pool, val
 
 
-def main(cfg: Config) -> None:
-    device = ranks.start()
-    folder = evaluate.find(cfg.init, not cfg.dry_run)
-    tokenizer = evaluate.open_tokenizer(folder)
-    objective = replace(losses.OBJECTIVES[cfg.algo], **cfg.options)
-    pool, val = load_problems(cfg, objective, tokenizer)
-    differs = {k: v for k, v in vars(objective).items() if v != vars(losses.OBJECTIVES["grpo"])[k]}
+def show_plan(cfg: Config, method, pool: list, tokenizer, folder: Path, device) -> None:
+    """The run in one line, and what it will take."""
+    config = model_file.read_config(folder)
+    plain = vars(losses.GRPO())
+    differs = [
+        f"{name}={value}" for name, value in vars(method).items() if plain.get(name) != value
+    ]
     print(
-        f"{cfg.algo} on {ranks.world()} x {device}: {cfg.steps} steps x {cfg.prompts} prompts x {cfg.group} "
-        f"responses, {cfg.prompts // cfg.update_prompts} updates a step, temperature {cfg.temperature}, "
-        f"lr {cfg.lr:g}; GRPO with {', '.join(f'{k}={v}' for k, v in differs.items()) or 'its defaults'}",
+        f"{cfg.algo} on {ranks.world()} x {device}: {cfg.steps} steps x {cfg.prompts} prompts x "
+        f"{cfg.group} responses, {cfg.prompts // cfg.update_prompts} updates per step, temperature "
+        f"{cfg.temperature}, lr {cfg.lr:g}; GRPO with {', '.join(differs) or 'its defaults'}",
         flush=True,
     )
     longest = max(len(problem.prompt) for problem in pool) + cfg.max_new
-    evaluate.show_memory(cfg, folder, device, "adamw", 2, longest, bool(objective.kl_coef))
-    evaluate.show_disk(cfg, folder, cfg.steps, "adamw")
+    if longest > config.max_position_embeddings:
+        print(
+            f"hint: a prompt and --max-new {cfg.max_new} take up to {longest} positions, and the "
+            f"model was trained for {config.max_position_embeddings}: lower --max-new"
+        )
+    launch.show_memory(cfg, config, device, slots=longest, reference=bool(method.kl_coef))
+    launch.show_disk(cfg, config, cfg.steps, "adamw")
     if cfg.dry_run:
         print(f"first prompt: {tokenizer.decode(pool[0].prompt)}\nits answer: {pool[0].gold}")
+        print(evaluate.check_demonstrations(pool, tokenizer, tasks.load_reward(cfg.reward)))
+
+
+def main(cfg: Config) -> None:
+    device = ranks.start()
+    method = methods.load(cfg.algo)(**cfg.options)
+    folder = evaluate.find_start(cfg)
+    tokenizer = evaluate.open_tokenizer(folder)
+    pool, val = load_problems(cfg, method, tokenizer)
+    show_plan(cfg, method, pool, tokenizer, folder, device)
+    if cfg.dry_run:
         return
-    model = evaluate.open_trained(folder, device, cfg)
-    net = ranks.compute(model, cfg.bf16, cfg.recompute, cfg.compile)
-    reference = evaluate.open_frozen(folder, device, cfg) if objective.kl_coef else None
-    optimizers = optim.make_optimizers(model, "adamw", cfg.lr, (0.9, 0.999), cfg.weight_decay)
-    book = run.Run(cfg, cfg.resume, cfg.overwrite, start=str(folder))
-    totals, start, cursor, stop = (
-        {"tokens": 0, "flops": 0.0, "flops_hw": 0.0},
-        0,
-        0,
-        run.catch_signals(),
-    )
-    if book.resumed:
-        state = book.load(model, optimizers)
-        ranks.refresh(net, model)
-        start, cursor, totals = state["step"], state["cursor"], {k: state[k] for k in totals}
-        print(f"resuming {cfg.out} after step {start}, at prompt {cursor}", flush=True)
-        if start > cfg.steps:
-            raise UserError(
-                f"{cfg.out} is at step {start} already, beyond --steps {cfg.steps}; give more"
-            )
-    dtype, enough = torch.bfloat16 if cfg.bf16 else torch.float32, False
-    for step in range(start, cfg.steps + 1):
-        last = step == cfg.steps or 0 < cfg.max_flops <= totals["flops"]
-        due, stopping = step % cfg.eval_every == 0 or last, ranks.any_of(stop)
-        if due or stopping or (cfg.save_every and step % cfg.save_every == 0):
-            book.save(
-                step,
-                lambda to: evaluate.save_model(model, tokenizer, to, dtype),
-                model,
-                optimizers,
-                **totals,
-                cursor=cursor,
-                seed=cfg.seed,
-            )
-        if due:
-            if not any(row["step"] == step for row in book.of_kind("eval")):
-                evaluate_now(cfg, book, step, net, tokenizer, val, totals)
-                book.prune(
-                    cfg.keep, {max(book.of_kind("eval"), key=lambda row: row["pass1"])["step"]}
-                )
-            enough = cfg.until_share and (fit_so_far(book).share_low or 0.0) >= cfg.until_share
-            if enough:
-                print(f"--until-share {cfg.until_share}: surely reached at step {step}")
-        if last or stopping or ranks.any_of(enough):
+    run = Run(cfg, cfg.steps, folder, val_set=data.digest(val))
+    model, net, optimizers = evaluate.open_training(cfg, folder, tokenizer, device, run)
+    reference = evaluate.open_frozen(cfg, folder, device) if method.kl_coef else None
+    reward = tasks.load_reward(cfg.reward)
+    policy = evaluate.Policy(net, tokenizer, reward, cfg.max_new, cfg.rows)
+
+    for step in run.steps():
+        if 0 < cfg.max_flops <= run.totals["flops"]:
+            run.end()
+        run.checkpoint(step)
+        if run.due(step, "eval"):
+            evaluate_now(cfg, run, step, policy, val)
+        if step % cfg.eval_every == 0:
+            end_if_reached(cfg, run, step)
+        if run.over(step):
             break
+
+        collected = collect(cfg, method, policy, pool, run)
+        if step == run.first and collected.groups:
+            console.show_rollout(collected.groups[0][0], tokenizer)
         began = time.monotonic()
-        done = max(step / cfg.steps, totals["flops"] / cfg.max_flops if cfg.max_flops else 0.0)
-        groups, cursor, stats, records, generated = collect(
-            cfg, objective, net, tokenizer, pool, cursor, step, done
-        )
-        sampled = time.monotonic()
-        if step == start and groups:
-            show_first(groups[0][0], tokenizer)
-        book.log_samples(step + 1, [{**record, "kind": "train"} for record in records[:8]])
-        plans, extra, trained = plan_updates(cfg, objective, net, reference, groups, device)
+        updates = make_batches(cfg, method, net, reference, collected.groups)
         planned = time.monotonic()
-        result = (
-            update(cfg, objective, net, model, optimizers, plans, book, step, device)
-            if plans
-            else {"updates": 0}
-        )
-        rows = [row for rows, _, _ in plans for row in rows]
-        experts = [row.length for row in rows if row.is_expert and objective.demo == "row"]
-        passes = (4 if cfg.recompute else 3) * [
-            row.length for row in rows
-        ]  # a backward is two forwards
-        hw = model_file.hardware_flops(model.config, generated + extra + passes)
-        totals = {
-            "tokens": totals["tokens"] + sum(generated),
-            "flops_hw": totals["flops_hw"] + hw,
-            "flops": totals["flops"] + flops_of(model.config, generated, trained, experts),
-        }
-        line = {
-            **totals,
-            **stats,
-            **result,
-            "sample_s": round(sampled - began - stats["score_s"], 4),
-            "logp_s": round(planned - sampled, 4),
-            "update_s": round(time.monotonic() - planned, 4),
-            **run.peak_memory(device),
-        }
-        book.log(step + 1, "train", **line)
-        print_step(cfg, step + 1, line, book)
-    finish(cfg, book, stopping)
+        done = []
+        norms = []
+        lr = optim.lr_at(step, cfg.steps, cfg.lr, "constant", cfg.warmup)
+        for update in updates:
+            done.append(train_on(cfg, method, net, update))
+            norms.append(optim.update(model, optimizers, lr, cfg.clip))
+            ranks.refresh(net, model)
+            run.watch(norms[-1], step + 1)
+
+        numbers = {**collected.stats, **losses.describe_updates(done, norms), "lr": lr}
+        numbers["logp_s"] = round(planned - began, 4)
+        numbers["update_s"] = round(time.monotonic() - planned, 4)
+        log_step(cfg, method, run, collected, updates, numbers)
+    finish(cfg, run)
 
 
-def show_first(row: Row, tokenizer) -> None:
-    """The first rollout as text, the trained part between >> and <<."""
-    end = "<eos>" if row.finished else " [cut]"
-    print(
-        f"first rollout, the trained part between >> and <<:\n  {tokenizer.decode(row.prompt)}>>"
-        f"{tokenizer.decode(row.response)}{end}<<  reward {row.reward:g}\n",
-        flush=True,
-    )
+def compute_of(cfg: Config, method, config, collected: Round, updates: list) -> tuple:
+    """(tokens, FLOPs as the paper counts them, FLOPs of the machine) of one round.
+
+    The paper's (24)-(29): a forward per sampled row, three per trained one, and (26) for some
+    methods one more per expert row. The machine reads a prompt once per group.
+    """
+    sampled = [row.length for group in collected.sampled for row in group]
+    drawn = 0
+    cached = []
+    for group in collected.sampled:
+        for i, row in enumerate(group):
+            drawn += len(row.response) - row.n_prefix
+            cached.append(len(row.prompt) if i else 0)
+    work = model_file.flops(config, sampled, drawn, cached)
+    rows = [row for group in collected.groups for row in group]
+    trained = [row.length for row in rows]
+    experts = [row.length for row in rows if row.is_expert and method.expert_forward]
+    paper = work.paper + 3 * model_file.flops(config, trained).paper
+    paper += model_file.flops(config, experts).paper
+    machine = work.blocks + work.head
+    for n, update in enumerate(updates):
+        lengths = [row.length for row in update.rows]
+        work = model_file.flops(config, lengths, sum(len(row.response) for row in update.rows))
+        passes = 3  # a backward is two forwards
+        passes += method.needs_entropy or n > 0  # old_logp
+        passes += bool(method.kl_coef)  # ref_logp
+        machine += passes * (work.blocks + work.head) + cfg.recompute * work.blocks
+    return sum(sampled), paper, machine
 
 
-def print_step(cfg, step: int, row: dict, book) -> None:
-    by_flops = math.ceil(step * cfg.max_flops / row["flops"]) if cfg.max_flops else cfg.steps
-    steps = min(cfg.steps, max(step, by_flops))  # that the run is likely to have
-    head = f"step {step:4d}/{steps}  reward {row['reward']:5.1f}  signal {row['signal']:3.0f}%  "
-    if not row["updates"]:
-        print(
-            f"{head}no prompt had both right and wrong answers in {row['rounds']} rounds: no update",
-            flush=True,
-        )
+def log_step(cfg: Config, method, run: Run, collected: Round, updates: list, numbers: dict) -> None:
+    """Compute spent, samples, the step's line in metrics.jsonl, and the printed line."""
+    run.count(*compute_of(cfg, method, run.model.config, collected, updates))
+    step = run.step + 1
+    run.log_samples(step, [{**record, "kind": "train"} for record in collected.records[:8]])
+    run.log(step, "train", **numbers)
+    console.print_rl_step(cfg, run, step, numbers)
+    console.print_hints(cfg, run, numbers)
+
+
+def finish(cfg: Config, run: Run) -> None:
+    """Where the run stands, and the next command to type."""
+    if run.interrupted:
+        print(f"stopped and saved. Go on with: {cli.again()}")
         return
+    points = run.of_kind("eval")
+    best, why = evaluate.best_step(points, run.saved())
     print(
-        f"{head}rounds {row['rounds']}  length {row['length']:4.0f}  cut {row['truncated']:4.1f}%  unparsed "
-        f"{row['unparsed']:4.1f}%  entropy {row['entropy']:.3f}  grad {row['grad_norm']:.2f}  "
-        f"{row['sample_s']:.1f}+{row['logp_s'] + row['update_s']:.1f} s  {book.eta(step, steps)}",
-        flush=True,
-    )
-
-
-def finish(cfg, book, stopped: bool) -> None:
-    """Where the run stands and the next command to type."""
-    if stopped:
-        print(f"stopped and saved. Go on with: {run.again()}")
-        return
-    points = book.of_kind("eval")
-    best = max(points, key=lambda row: row["pass1"])
-    print(
-        f"done: pass@1 {points[0]['pass1']:.1f} -> {points[-1]['pass1']:.1f}, best {best['pass1']:.1f} at step "
-        f"{best['step']}; checkpoint {book.path(points[-1]['step'])}\nnext: python evaluate.py --init {cfg.out}"
+        f"done: pass@1 {points[0]['pass1']:.1f} -> {points[-1]['pass1']:.1f}; "
+        f"best checkpoint {run.folder(best)}, {why}\n"
+        f"next: python evaluate.py --init {cfg.out}@{best}{tasks.flags_for(cfg, val='--data')}"
     )
 
 
 if __name__ == "__main__":
-    cli.cli(main, Config, preset, losses.Objective)
+    cli.run(main, Config, preset, options=("algo", methods.load))

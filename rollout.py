@@ -1,36 +1,43 @@
-"""The sampler: prompts in, responses out, each token with its log-prob under the policy that chose it.
+"""The sampler: prompts in, responses out, with the log-prob of each token under the policy.
 
-    responses = generate(model, prompts, n=8, max_new=512, temperature=1.0, eos_ids=[2], seed=0)
+    responses = generate(model, prompts, n=8, Sampling(max_new=512, eos_ids=(2,), seed=0))
 
-Continuous batching. The cache has a fixed number of rows, and a row holds one response at a position of its own:
+Continuous batching. The cache has a fixed number of rows; a row holds one response at its own
+position:
 
-    step      1  2  3  4  5  6  7  8  9 ...          waiting: request 4, request 5, ...
-    row 0     a  a  a  a  EOS|4  4  4  4             ended at step 5, so request 4 decodes in it at step 6
-    row 1     b  b  EOS|3  3  3  3  3  EOS|5         a static batch would idle here until row 2 is through
-    row 2     c  c  c  c  c  c  c  c  c
+    step    1  2  3  4  5  6  7  8  9 ...        waiting: request 4, request 5, ...
+    row 0   a  a  a  a  EOS|4  4  4  4           ended at step 5: request 4 decodes in it at step 6
+    row 1   b  b  EOS|3  3  3  3  3  EOS|5       a static batch would idle here until row 2 ends
+    row 2   c  c  c  c  c  c  c  c  c
+
 Each turn of the loop in generate() does three things:
-    fit       the cache grows by a block when the longest live row reaches its end, within the memory given: where that
-              leaves fewer rows, the last ones wait, with what they have drawn
-    admit     free rows take waiting requests. A prompt is read once (prefill, several prompts at a time), all but its
-              last token, and its keys and values are copied to the rows of its group
-    step      each live row feeds its newest token (a new row: the prompt's last) and draws the next one. Rows that
-              ended are handed back, and the last rows move into their places: a step computes live rows only
-Nothing is padded on the left, and attention reads as far as the longest live row, however large max_new is.
+    fit     the cache grows when the longest running row reaches its end. Where the memory then
+            holds fewer rows, the last ones return to the queue, with what they have drawn
+    admit   waiting requests get the free rows. A prompt is read once (prefill, several prompts at
+            a time) except for its last token; its keys and values are copied to its group's rows
+    step    each running row feeds its newest token (at first the prompt's last) and draws the next
+            one. Rows that ended are removed and the last rows take their places, so only running
+            rows are computed
 
-Choices: 1) EOS is a chosen token like any other: it is returned with its log-prob, and the trainer learns to choose it.
-2) A response depends on (weights, prompt, seed, request number) only: each request has a stream of uniform numbers, and
-the token is where the cumulated distribution passes the next of them. Neighbours, order and row numbers change nothing
-but rounding. 3) So a row that had to wait reads its own tokens like a prompt and goes on, as in vLLM. 4) Log-probs are
-those of softmax(logits / temperature). top_p and top_k draw from another distribution, which the trainer does not have:
-they are for evaluation, and rl.py does not pass them. 5) # differs from vLLM: no paged cache. A row's slots are
-contiguous, so attention is one kernel of PyTorch; growing by blocks bounds what stands empty. 6) This file schedules
-and draws; the network's step, its cache and CUDA graphs are decode.py's.
-Shapes: R rows in the cache, n of them live, D hidden width, V vocabulary. Log-probs and entropies in nats.
+Choices: 1) EOS is a token like any other: it is returned with its log-prob, and the trainer learns
+to choose it. 2) A response depends on (weights, prompt, seed, request number) alone: each request
+has its own stream of uniform numbers. Neighbours, order and rows change nothing but rounding.
+3) So a request that returned to the queue reads its own tokens like a prompt and continues, as in
+vLLM. 4) Log-probs are those of softmax(logits / temperature). top_p and top_k draw from another
+distribution, which the trainer does not have: they are for evaluation. 5) # differs from vLLM:
+no paged cache. The slots of a row are contiguous, so attention is one PyTorch kernel.
+The network's step, its cache and CUDA graphs are in core/decode.py.
+Shapes: n running rows, V vocabulary, P prompts read at once, T tokens. Log-probs and entropies in
+nats.
 """
 
 import json
+import os
+import re
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -38,37 +45,394 @@ import torch
 import torch.nn.functional as F
 
 from core import ranks
-from core.decode import Cache, Decoder, Graphs, decoder_of
+from core.decode import GRAPH_BYTES, MAX_GRAPHS, Cache, Decoder, Graphs, decoder_of
 from core.errors import UserError
 
 BLOCK = 64  # slots by which the cache grows
 PREFILL = 2048  # prompt tokens read at once, padding included; at least one prompt
 PIECE = 128  # tokens of the vocabulary whose probabilities are summed first, see draw()
-KINDS = (
-    np.int32,
-    np.float32,
-    np.float32,
-)  # of a response's ids, log-probs and entropies between processes
-DRAWN = (
-    2**18
-)  # logits worked on at once on the CPU: 1 MB, so that a core's own cache holds what draw() makes
+DRAW_LOGITS = 2**18  # logits that draw() takes at once on the CPU: 1 MB, to stay in a core's cache
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn, and within which limits."""
+
+    max_new: int | list[int] = 512  # tokens, EOS included: one number, or one per request
+    temperature: float = 1.0  # 0 = greedy, with log-probs at temperature 1
+    eos_ids: tuple | list = ()  # tokens that end a response
+    seed: int = 0  # with the request number it fixes every draw
+    rows: int = 512  # responses that run at once, at most
+    top_p: float = 1.0  # draw among the fewest tokens that reach this probability
+    top_k: int = 0  # draw among the likeliest top_k tokens; 0 = all
+    cache_bytes: int | None = None  # for keys and values; None: of the free memory 90% on CUDA, or
+    # half on the CPU, shared by all processes
+    bucketed: bool | None = None  # round sizes up, as CUDA graphs need it; None: on CUDA only
+
+
+@dataclass
+class Hooks:
+    """Functions that generate() calls on the way."""
+
+    progress: Callable | None = None  # (n_done, n_total) whenever responses have ended
+    on_response: Callable | None = None  # (index of the prompt, response) as each one ends
+    on_forward: Callable | None = None  # ("read" or "step", rows, cache) before each forward
 
 
 class Response(NamedTuple):
-    """ids end with EOS if finished; logp and entropy: one number a token, of the sampling distribution."""
+    """One response. logp and entropy: one number per token, of the sampling distribution."""
 
-    ids: list[int]
+    ids: list[int]  # the last one is an EOS if finished
     logp: list[float]
     entropy: list[float]
     finished: bool
 
 
-class Request(NamedTuple):
-    """One response that is asked for. number counts through all prompts' requests and seeds its stream."""
+@dataclass
+class Request:
+    """One response that is asked for."""
 
-    prompt: int
-    number: int
+    prompt: int  # index of its prompt
+    number: int  # counted through all prompts; seeds the stream of its draws
     limit: int  # tokens, EOS included
+    tokens: list[int]  # the prompt, and what was drawn before the request returned to the queue
+    n_prompt: int
+    drawn: tuple = ((), (), ())  # ids, logp, entropy of those
+    source: tuple = ()  # equal where the tokens are: a group's requests, until they have drawn
+    began: int = 0  # steps before its first token, as if all were drawn in its present row
+
+
+def requests_of(
+    prompts: list[list[int]], n: int | list[int], max_new: int | list[int]
+) -> list[Request]:
+    """n requests per prompt (one number, or one each), in the order of their numbers.
+
+    Raises UserError where a prompt is empty, or max_new has a wrong length or a number below 1.
+    """
+    counts = [n] * len(prompts) if isinstance(n, int) else n
+    limits = [max_new] * sum(counts) if isinstance(max_new, int) else max_new
+    if len(limits) != sum(counts) or min(limits, default=1) < 1:
+        raise UserError(
+            f"max_new: {len(limits)} numbers for {sum(counts)} requests, the least "
+            f"{min(limits, default=0)}; give one number for all, or one each, and 1 at least"
+        )
+    requests = []
+    for i, (tokens, count) in enumerate(zip(prompts, counts, strict=True)):
+        if not tokens:
+            raise UserError(f"prompt {i} has no tokens; a prompt needs at least one")
+        for _ in range(count):
+            number = len(requests)
+            request = Request(i, number, limits[number], tokens, len(tokens), source=(i,))
+            requests.append(request)
+    return requests
+
+
+@torch.no_grad()
+def generate(
+    model,
+    prompts: list[list[int]],
+    n: int | list[int],
+    sampling: Sampling,
+    hooks: Hooks | None = None,
+) -> list[list[Response]]:
+    """Sample n responses (one number, or one per prompt) to each prompt: one list per prompt.
+
+    Several processes share the prompts, and each returns all responses. Raises UserError where a
+    prompt is empty or one request alone exceeds the memory. A KeyboardInterrupt passes through;
+    the model is then as it was before.
+    """
+    hooks = hooks or Hooks()
+    requests = requests_of(prompts, n, sampling.max_new)
+    mine = [r for r in requests if r.prompt % ranks.world() == ranks.rank()]  # groups stay whole
+    responses: list = [None] * len(requests)
+    n_done = 0
+    was_training = model.training
+    model.eval()
+    try:
+        with decoder_of(model) as decoder:
+            batch = ContinuousBatch(decoder, mine, sampling, hooks.on_forward)
+            while batch.waiting or batch.running:
+                batch.fit()
+                batch.admit()
+                ended = batch.step()
+                for request, response in ended:
+                    responses[request.number] = response
+                    if hooks.on_response:
+                        hooks.on_response(request.prompt, response)
+                n_done += len(ended)
+                if hooks.progress and ended:
+                    hooks.progress(n_done, len(mine))
+            del batch  # frees its cache before the weights return to their own layout
+    finally:
+        model.train(was_training)
+    if ranks.world() > 1:
+        numbered = [(r.number, responses[r.number]) for r in mine]
+        for packed in ranks.gather_bytes(_pack(numbered)):
+            for number, response in _unpack(packed):
+                responses[number] = response
+    groups: list[list[Response]] = [[] for _ in prompts]
+    for request, response in zip(requests, responses):
+        groups[request.prompt].append(response)
+    return groups
+
+
+def _pack(numbered: list[tuple[int, Response]]) -> bytes:
+    """Numbered responses for the other ranks, 12 bytes per token (JSON takes 50): a line of JSON,
+    then for each response its ids, log-probs and entropies."""
+    head = [(number, len(r.ids), r.finished) for number, r in numbered]
+    parts = [json.dumps(head).encode(), b"\n"]
+    for _, r in numbered:
+        parts.append(np.array(r.ids, np.int32).tobytes())
+        parts.append(np.array([r.logp, r.entropy], np.float32).tobytes())
+    return b"".join(parts)
+
+
+def _unpack(packed: bytes) -> Iterator[tuple[int, Response]]:
+    """The reverse of _pack()."""
+    head, _, body = packed.partition(b"\n")
+    at = 0
+    for number, n, finished in json.loads(head):
+        ids = np.frombuffer(body, np.int32, n, at).tolist()
+        logp, entropy = np.frombuffer(body, np.float32, 2 * n, at + 4 * n).reshape(2, n).tolist()
+        yield number, Response(ids, logp, entropy, finished)
+        at += 12 * n
+
+
+class ContinuousBatch:
+    """The requests that wait and the ones that run, with the state of the running ones.
+
+    Row r of the cache and of each tensor below serves running[r]. At each step a request feeds the
+    token at position n_prompt - 1 + steps - began.
+    """
+
+    def __init__(self, decoder: Decoder, requests: list[Request], sampling: Sampling, on_forward):
+        device = decoder.device
+        self.decoder = decoder
+        self.device = device
+        self.sampling = sampling
+        self.on_forward = on_forward or (lambda what, rows, cache: None)
+        self.waiting = deque(sorted(requests, key=lambda r: (-len(r.tokens), r.number)))
+        self.running: list[Request] = []
+        self.steps = 0  # steps done so far
+        self.rows = min(sampling.rows, len(requests))
+        # The last token drawn is never fed.
+        self.slots = max((len(r.tokens) + r.limit - 1 for r in requests), default=0)
+        c = decoder.config
+        per_layer = 2 * c.num_key_value_heads * c.head_dim * decoder.dtype.itemsize
+        self.slot_bytes = per_layer * c.num_hidden_layers
+        self.budget = cache_budget(decoder, self.rows, sampling)
+        if self.slots * self.slot_bytes > self.budget:
+            worst = max(requests, key=lambda r: len(r.tokens) + r.limit)
+            raise UserError(
+                f"prompt {worst.prompt}: {len(worst.tokens)} tokens and max_new {worst.limit} "
+                f"need {self.slots * self.slot_bytes / 1e6:.1f} MB of cache, and "
+                f"{self.budget / 1e6:.1f} MB are given; lower max_new or give more"
+            )
+        self.cache = Cache(c, 0, 0, decoder.dtype, device)
+        self.prompt_cache: Cache | None = None
+        self.prompt_row: dict[tuple, int] = {}  # row of prompt_cache in which a source was read
+        bucketed = sampling.bucketed
+        self.bucketed = device.type == "cuda" if bucketed is None else bucketed
+        self.graphs: Graphs | None = None  # of steps on the present cache, where sizes are bucketed
+
+        width = max((r.limit for r in requests), default=0)
+        per_row = (self.rows,)
+        per_token = (self.rows, width)
+        self.token = torch.zeros(per_row, dtype=torch.long, device=device)  # the newest
+        self.position = torch.zeros(per_row, dtype=torch.long, device=device)  # of that token
+        self.drawn = torch.zeros(per_row, dtype=torch.long, device=device)  # tokens drawn so far
+        self.limit = torch.zeros(per_row, dtype=torch.long, device=device)
+        self.alive = torch.zeros(per_row, dtype=torch.long, device=device)  # 1 = serves a request
+        self.ended = torch.zeros(per_row, dtype=torch.bool, device=device)
+        self.uniform = torch.zeros(per_token, dtype=torch.float64, device=device)
+        self.ids = torch.zeros(per_token, dtype=torch.long, device=device)
+        self.logp = torch.zeros(per_token, dtype=torch.float32, device=device)
+        self.entropy = torch.zeros(per_token, dtype=torch.float32, device=device)
+        self.eos_ids = torch.tensor(sorted(sampling.eos_ids), dtype=torch.long, device=device)
+
+    def top(self) -> int:
+        """1 + the largest position of the coming step, known without asking the device."""
+        return max((r.n_prompt + self.steps - r.began for r in self.running), default=0)
+
+    def fit(self) -> None:
+        """Give the cache the slots of the coming step, and the rows that the memory then holds.
+
+        Rows without memory return to the queue. The cache shrinks when waiting requests could use
+        the memory of slots that no row fills any more.
+        """
+        longest = self.top()
+        if self.waiting and len(self.running) < self.rows:
+            longest = max(longest, len(self.waiting[0].tokens))
+        slots = min(-(-longest // BLOCK) * BLOCK, self.slots)
+        rows = min(self.rows, len(self.running) + len(self.waiting))
+        starved = self.waiting and self.cache.rows < rows
+        if slots <= self.cache.slots and not (starved and slots <= self.cache.slots // 2):
+            return
+        # Growing by a half keeps copies and new sizes few, where the memory holds it for all rows.
+        half_more = -(-self.cache.slots * 3 // 2 // BLOCK) * BLOCK
+        roomy = min(max(slots, half_more), self.slots)
+        if slots > self.cache.slots and rows * roomy * self.slot_bytes <= self.budget:
+            slots = roomy
+        rows = min(rows, self.budget // (slots * self.slot_bytes))
+        if len(self.running) > rows:
+            for request, drawn in self.remove(list(range(rows, len(self.running)))):
+                request.drawn = drawn
+                request.tokens = request.tokens[: request.n_prompt] + drawn[0]
+                request.source = (request.prompt, request.number, len(drawn[0]))
+                self.waiting.append(request)
+            self.waiting = deque(sorted(self.waiting, key=lambda r: (-len(r.tokens), r.number)))
+        self.cache.used = min(self.cache.used, self.top())
+        self.cache.resize(rows, slots)
+        if self.bucketed:
+            self.graphs = Graphs(self.device)
+
+    def admit(self) -> None:
+        """Begin waiting requests in free rows."""
+        while self.waiting and len(self.running) < self.cache.rows:
+            if self.waiting[0].source not in self.prompt_row:
+                self._prefill()
+            begun: list[Request] = []
+            n_free = self.cache.rows - len(self.running)
+            while self.waiting and len(begun) < n_free:
+                if self.waiting[0].source not in self.prompt_row:
+                    break
+                begun.append(self.waiting.popleft())
+            first = len(self.running)
+            self.running += begun
+            rows = torch.arange(first, len(self.running), device=self.device)
+            prompt_rows = [self.prompt_row[r.source] for r in begun]
+            index = torch.tensor(prompt_rows, device=self.device)
+            self.cache.put(rows, self.prompt_cache, index, max(len(r.tokens) for r in begun) - 1)
+            values = [(r.tokens[-1], len(r.tokens) - 1, len(r.drawn[0]), r.limit, 1) for r in begun]
+            columns = torch.tensor(values, device=self.device).T
+            state = (self.token, self.position, self.drawn, self.limit, self.alive)
+            for tensor, column in zip(state, columns):
+                tensor[first : len(self.running)] = column
+            for row, r in enumerate(begun, first):
+                r.began = self.steps - len(r.drawn[0])
+                # Drawn on the CPU, so that a GPU draws the same tokens.
+                stream = ranks.generator(self.sampling.seed, "request", r.number)
+                uniform = torch.rand(r.limit, generator=stream, dtype=torch.float64)
+                self.uniform[row, : r.limit] = uniform.to(self.device)
+                for store, earlier in zip((self.ids, self.logp, self.entropy), r.drawn):
+                    store[row, : len(earlier)] = torch.tensor(earlier, dtype=store.dtype)
+
+    def _prefill(self) -> None:
+        """Read the next waiting prompts except for their last tokens, padded to the longest.
+
+        The longest is the first. What padding writes into the cache lies beyond the row's position:
+        it is never seen, and the response overwrites it.
+        """
+        T = len(self.waiting[0].tokens) - 1
+        chosen = []
+        self.prompt_row = {}
+        for request in self.waiting:
+            if request.source in self.prompt_row:
+                continue
+            if chosen and (len(chosen) + 1) * T > PREFILL:
+                break
+            self.prompt_row[request.source] = len(chosen)
+            known = request.tokens[:-1]
+            chosen.append(known + [0] * (T - len(known)))
+        config = self.decoder.config
+        self.prompt_cache = Cache(config, len(chosen), T, self.decoder.dtype, self.device)
+        if T:
+            self.on_forward("read", len(chosen), self.prompt_cache)
+            ids = torch.tensor(chosen, device=self.device)  # (P, T)
+            self.decoder.read(ids, self.prompt_cache)
+
+    def step(self) -> list[tuple[Request, Response]]:
+        """Feed each running row its newest token and draw the next. Returns what has ended."""
+        n = len(self.running)
+        rows = n
+        top = self.top()
+        if self.bucketed:  # few sizes, so that few graphs serve; free rows decode at position 0
+            rows = 1 << (n - 1).bit_length() if n <= 64 else -(-n // 32) * 32
+            rows = min(rows, self.cache.rows)
+            top = min(-(-top // BLOCK) * BLOCK, self.cache.slots)
+        self.on_forward("step", rows, self.cache)
+        if self.bucketed:
+            self.graphs.run((rows, top), lambda: self._advance(rows, top))
+        else:
+            self._advance(rows, top)
+        self.steps += 1
+        ended = self.ended[:n].nonzero()[:, 0].tolist()  # waits for the device, once per step
+        if not ended:
+            return []
+        finished = []
+        for request, (ids, logp, entropy) in self.remove(ended):
+            response = Response(ids, logp, entropy, ids[-1] in self.sampling.eos_ids)
+            finished.append((request, response))
+        return finished
+
+    def _advance(self, n: int, top: int) -> None:
+        """The first n rows draw a token each. A CUDA graph may hold this: all tensors stay."""
+        token = self.token[:n]  # a view, like the next two
+        position = self.position[:n]
+        drawn = self.drawn[:n]
+        s = self.sampling
+        logits = self.decoder.step(token, position, self.cache, top)  # (n, V)
+        uniform = self.uniform[:n].gather(1, drawn[:, None])[:, 0]
+        chosen, logp, entropy = draw(logits, uniform, s.temperature, s.top_p, s.top_k)  # (n,) each
+        self.ids[:n].scatter_(1, drawn[:, None], chosen[:, None])
+        self.logp[:n].scatter_(1, drawn[:, None], logp[:, None])
+        self.entropy[:n].scatter_(1, drawn[:, None], entropy[:, None])
+        token.copy_(chosen)
+        position += self.alive[:n]
+        drawn += self.alive[:n]
+        is_eos = (token[:, None] == self.eos_ids).any(1)
+        torch.logical_or(drawn == self.limit[:n], is_eos, out=self.ended[:n])
+
+    def remove(self, rows: list[int]) -> list[tuple[Request, tuple[list, list, list]]]:
+        """Take these rows (ascending) out of the batch; the last rows move into their places.
+
+        Returns the request of each one with (ids, logp, entropy) of all tokens that it has drawn.
+        """
+        index = torch.tensor(rows, device=self.device)
+        stores = [x.index_select(0, index).cpu() for x in (self.ids, self.logp, self.entropy)]
+        removed = []
+        for i, row in enumerate(rows):
+            request = self.running[row]
+            n_drawn = self.steps - request.began
+            drawn = tuple(store[i, :n_drawn].tolist() for store in stores)
+            removed.append((request, drawn))
+        n = len(self.running) - len(rows)
+        holes = [row for row in rows if row < n]
+        movers = sorted(set(range(n, len(self.running))) - set(rows))
+        for hole, mover in zip(holes, movers):
+            self.running[hole] = self.running[mover]
+        del self.running[n:]
+        if holes:
+            to = torch.tensor(holes, device=self.device)
+            source = torch.tensor(movers, device=self.device)
+            self.cache.put(to, self.cache, source, min(self.top(), self.cache.slots))
+            state = (self.token, self.position, self.drawn, self.limit, self.uniform)
+            for x in (*state, self.ids, self.logp, self.entropy):
+                x.index_copy_(0, to, x.index_select(0, source))
+        for x in (self.alive, self.position, self.drawn):  # a padded step computes free rows too
+            x[n:] = 0
+        return removed
+
+
+def cache_budget(decoder: Decoder, rows: int, sampling: Sampling) -> int:
+    """Bytes for keys and values of the running rows."""
+    if sampling.cache_bytes is not None:
+        return sampling.cache_bytes
+    if decoder.device.type == "cuda":
+        torch.cuda.empty_cache()  # what training has left in PyTorch's own store counts as free
+        free, _ = torch.cuda.mem_get_info(decoder.device)
+        # Logits and what draw() makes of them, in the memory of the graphs and outside.
+        per_logit = 96 if sampling.top_p < 1 or sampling.top_k else 36  # bytes
+        scratch = per_logit * rows * decoder.config.vocab_size
+        graphs = MAX_GRAPHS * GRAPH_BYTES * decoder.config.num_hidden_layers
+        return int(0.9 * free) - scratch - graphs
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        available = re.search(r"MemAvailable: *(\d+) kB", meminfo.read_text())
+        free = 1024 * int(available[1])
+    else:  # macOS: half of the memory counts as available
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return free // (2 * ranks.world())
 
 
 def draw(
@@ -77,454 +441,62 @@ def draw(
     temperature: float,
     top_p: float = 1.0,
     top_k: int = 0,
-) -> tuple[torch.Tensor, ...]:
-    """One token a row. logits (n, V), uniform (n,) float64 in [0, 1) -> token (n,), logp (n,), entropy (n,).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One token per row: logits (n, V), uniform (n,) float64 in [0, 1) -> token, logp, entropy.
 
-    The token is the first whose cumulated probability exceeds uniform: sought among sums over pieces of the vocabulary,
-    then within one piece, so that no running sum over V is made. Temperature 0 is greedy and reports log-probs at 1.
+    All three are (n,). The token is the first whose cumulated probability exceeds uniform; see
+    _find(). Temperature 0 is greedy and reports log-probs at temperature 1.
     """
-    rows = max(1, DRAWN // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
-    if (
-        len(logits) > rows
-    ):  # 64 x 32,000 at once: 14 ms, most of it for fresh pages of memory; in parts 5 ms
-        parts = [
-            draw(*part, temperature, top_p, top_k)
-            for part in zip(logits.split(rows), uniform.split(rows))
-        ]
-        return tuple(torch.cat(values) for values in zip(*parts))
+    n, V = logits.shape
+    at_once = max(1, DRAW_LOGITS // V) if logits.device.type == "cpu" else n
+    if n > at_once:  # 64 x 32,000 at once: 14 ms, most of it for new pages of memory; in parts 5 ms
+        pairs = zip(logits.split(at_once), uniform.split(at_once))
+        parts = [draw(part, u, temperature, top_p, top_k) for part, u in pairs]
+        token, logp, entropy = (torch.cat(values) for values in zip(*parts))
+        return token, logp, entropy
     z = logits.float() - logits.amax(-1, keepdim=True)  # (n, V) <= 0
     if temperature not in (0, 1):
         z /= temperature
     p = z.exp()  # not yet divided by its sum
-    mass = _pieces(p).sum(-1).double()  # (n, V / 128)
+    pieces = F.pad(p, (0, -V % PIECE)).view(n, -1, PIECE)  # (n, V / 128, 128)
+    mass = pieces.sum(-1).double()  # (n, V / 128)
     total = mass.sum(-1)
-    entropy = (
-        total.log() - torch.linalg.vecdot(p, z.clamp_min_(-1e4)) / total
-    )  # clamped: 0 * -inf is NaN
+    # Clamped, because 0 * -inf is NaN.
+    entropy = total.log() - torch.linalg.vecdot(p, z.clamp_min_(-1e4)) / total
     if temperature == 0:
         token = logits.argmax(-1)
     else:
         if top_p < 1 or top_k:
             p = _cut(p, total, top_p, top_k)
-            mass = _pieces(p).sum(-1).double()
-        token = _pass(p, mass, uniform)
-    return token, (z.gather(1, token[:, None])[:, 0] - total.log()).float(), entropy.float()
+            pieces = F.pad(p, (0, -V % PIECE)).view(n, -1, PIECE)
+            mass = pieces.sum(-1).double()
+        token = _find(pieces, mass, uniform)
+    logp = z.gather(1, token[:, None])[:, 0] - total.log()
+    return token, logp.float(), entropy.float()
 
 
-def _pieces(p: torch.Tensor) -> torch.Tensor:
-    """p (n, V) cut along V into pieces of 128, zeros behind the last token: (n, V / 128, 128)."""
-    n, V = p.shape
-    return (F.pad(p, (0, -V % PIECE)) if V % PIECE else p).view(n, -1, PIECE)
+def _find(pieces: torch.Tensor, mass: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The token (n,) at which the cumulated probability exceeds uniform (n,).
 
-
-def _pass(p: torch.Tensor, mass: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Where the cumulated p (n, V) passes uniform (n,) times its sum; mass (n, V / 128) float64: the pieces' sums. They
-    are fp32 of 128 terms, everything above them is float64: fp32 alone drifts over 150,000 tokens."""
-    pieces, mass = _pieces(p), mass.cumsum(-1)
+    pieces (n, V / 128, 128) are probabilities times any factor, mass (n, V / 128) their sums. The
+    piece is sought first and then the token inside it, so no running sum over V is made. A piece
+    is summed in fp32 and everything else in float64: fp32 alone drifts over 150,000 tokens.
+    """
+    mass = mass.cumsum(-1)
     aim = uniform[:, None] * mass[:, -1:]
     piece = torch.searchsorted(mass, aim, right=True).clamp_max(mass.shape[1] - 1)  # (n, 1)
-    inside = (
-        pieces.gather(1, piece[:, :, None].expand(-1, 1, PIECE))[:, 0].double().cumsum(-1)
-    )  # (n, 128)
+    inside = pieces.gather(1, piece[:, :, None].expand(-1, 1, PIECE))[:, 0]  # (n, 128)
+    inside = inside.double().cumsum(-1)
     rest = aim - F.pad(mass, (1, 0)).gather(1, piece)
     rest = rest.minimum(inside[:, -1:] * (1 - 1e-12))  # rounding must not pass the last possible
     return (piece * PIECE + torch.searchsorted(inside, rest, right=True))[:, 0]
 
 
 def _cut(p: torch.Tensor, total: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
-    """p (n, V) with 0 outside the top_k likeliest tokens (0 = all) and outside the fewest that reach top_p."""
+    """p (n, V) with 0 outside the top_k likeliest tokens (0 = all) and the fewest with top_p."""
     ranked, order = p.sort(-1, descending=True)
-    beyond = (
-        ranked.cumsum(-1, dtype=torch.float64) - ranked >= top_p * total[:, None]
-    )  # the first token always stays
+    before = ranked.cumsum(-1, dtype=torch.float64) - ranked  # so the first token always stays
+    is_out = before >= top_p * total[:, None]
     if top_k:
-        beyond[:, top_k:] = True
-    return torch.zeros_like(p).scatter(-1, order, ranked.masked_fill(beyond, 0.0))
-
-
-@torch.no_grad()
-def generate(
-    model,
-    prompts: list[list[int]],
-    n: int | list[int] = 1,
-    max_new: int | list[int] = 512,
-    temperature: float = 1.0,
-    eos_ids=(),
-    seed: int = 0,
-    rows: int = 512,
-    top_p: float = 1.0,
-    progress=None,
-    top_k: int = 0,
-    cache_bytes: int | None = None,
-    on_response: Callable[[int, Response], None] | None = None,
-    on_forward=None,
-    bucketed: bool | None = None,
-) -> list[list[Response]]:
-    """Sample n responses (one number for all prompts, or one each) to each prompt (token ids): one list per prompt.
-    Several processes share the prompts out and all return all responses.
-
-    | max_new     | tokens, EOS included; one number, or one for each request. Cut there, finished = False             |
-    | seed        | with the request number (counted through all prompts' responses) it fixes every draw               |
-    | rows        | responses in flight at once, at most                                                               |
-    | cache_bytes | for keys and values of the rows in flight; None: most of what is free on CUDA, no bound on the CPU |
-    | progress    | progress(done, total), called whenever responses have ended                                        |
-    | on_response | on_response(number of the prompt, response), called as each one ends: what is to survive a Ctrl-C  |
-    | on_forward  | on_forward("read" or "step", rows computed, the cache), called before each: for meters           |
-    | bucketed    | round a step's rows and attention length up, as CUDA graphs need it; None: on CUDA only            |
-
-    Raises ValueError where a prompt is empty or one request alone does not fit cache_bytes. KeyboardInterrupt passes
-    through, with the model as it was before.
-    """
-    requests = _requests(prompts, n, max_new)
-    mine = [
-        r for r in requests if r.prompt % ranks.world() == ranks.rank()
-    ]  # a group stays together
-    responses: list = [None] * len(requests)
-    done, was_training = 0, model.training
-    model.eval()
-    try:
-        with decoder_of(model) as decoder:
-            flight = Flight(
-                decoder,
-                prompts,
-                mine,
-                rows,
-                cache_bytes,
-                seed,
-                eos_ids,
-                (temperature, top_p, top_k),
-            )
-            flight.bucketed = decoder.device.type == "cuda" if bucketed is None else bucketed
-            flight.on_forward = on_forward or flight.on_forward
-            waiting = flight.queue(mine)
-            while waiting or flight.live:
-                flight.fit(waiting)
-                flight.admit(waiting)
-                ended = flight.step()
-                for request, response in flight.release(ended):
-                    responses[request.number] = response
-                    if on_response:
-                        on_response(request.prompt, response)
-                done += len(ended)
-                if progress and ended:
-                    progress(done, len(mine))
-            del flight  # its cache makes room for the weights' own layout
-    finally:
-        model.train(was_training)
-    if ranks.world() > 1:
-        for others in ranks.gather_bytes(_pack([(r.number, responses[r.number]) for r in mine])):
-            responses = [old or new for old, new in zip(responses, _unpack(others, len(requests)))]
-    groups: list[list[Response]] = [[] for _ in prompts]
-    for request, response in zip(requests, responses):
-        groups[request.prompt].append(response)
-    return groups
-
-
-def _pack(ended: list[tuple[int, Response]]) -> bytes:
-    """Numbered responses for the other processes, 12 bytes a token: JSON takes 50 and seconds a round."""
-    head = [[number, len(r.ids), r.finished] for number, r in ended]
-    parts = [
-        np.asarray([x for _, r in ended for x in r[part]], kind).tobytes()
-        for part, kind in enumerate(KINDS)
-    ]
-    return b"".join([json.dumps(head).encode(), b"\n", *parts])
-
-
-def _unpack(packed: bytes, n: int) -> list[Response | None]:
-    """The reverse, each response at its number of n."""
-    head, _, body = packed.partition(b"\n")
-    found, total, first = [None] * n, len(body) // (3 * 4), 0
-    ids, logp, entropy = (
-        np.frombuffer(body, kind, total, 4 * part * total) for part, kind in enumerate(KINDS)
-    )
-    for number, length, finished in json.loads(head):
-        part = slice(first, first + length)
-        found[number] = Response(
-            ids[part].tolist(), logp[part].tolist(), entropy[part].tolist(), finished
-        )
-        first += length
-    return found
-
-
-def _requests(prompts, n, max_new) -> list[Request]:
-    """All requests in the order of their numbers."""
-    if any(len(p) == 0 for p in prompts):
-        raise UserError(
-            f"prompt {[len(p) for p in prompts].index(0)} has no tokens; a prompt needs at least one"
-        )
-    counts = [n] * len(prompts) if isinstance(n, int) else n
-    owners = [i for i, count in zip(range(len(prompts)), counts, strict=True) for _ in range(count)]
-    limits = [max_new] * len(owners) if isinstance(max_new, int) else max_new
-    if len(limits) != len(owners) or min(limits, default=1) < 1:
-        raise UserError(
-            f"max_new: {len(limits)} numbers for {len(owners)} requests, the least {min(limits)}; "
-            "give one number for all, or one each, and 1 at least"
-        )
-    return [Request(i, number, limit) for number, (i, limit) in enumerate(zip(owners, limits))]
-
-
-class Live(NamedTuple):
-    """A request in its row. Its position is `ahead` + the number of steps done so far."""
-
-    request: Request
-    began: int  # steps done before its first token, as if it had drawn all of them in this row
-    ahead: int
-
-
-class Flight:
-    """The responses in flight: rows 0..n-1 of the cache and of every tensor below, row r serving live[r]."""
-
-    def __init__(self, decoder: Decoder, prompts, requests, rows, cache_bytes, seed, eos_ids, how):
-        config, self.device = decoder.config, decoder.device
-        self.decoder, self.prompts, self.seed, self.how, self.eos = (
-            decoder,
-            prompts,
-            seed,
-            how,
-            set(eos_ids),
-        )
-        self.slot_bytes = (
-            2
-            * config.num_hidden_layers
-            * config.num_key_value_heads
-            * config.head_dim
-            * decoder.dtype.itemsize
-        )
-        if cache_bytes is None and self.device.type == "cuda":
-            torch.cuda.empty_cache()  # what training has left in torch's own store counts as free
-            # logits and what draw() makes of them, bytes a token of the vocabulary: in the graphs' memory, and outside
-            scratch = (
-                (96 if how[1] < 1 or how[2] else 36) * min(rows, len(requests)) * config.vocab_size
-            )
-            cache_bytes = int(0.9 * torch.cuda.mem_get_info(self.device)[0]) - scratch
-        self.budget = cache_bytes
-        worst = max(requests, key=self._slots, default=Request(0, 0, 1))
-        self.most = self._slots(worst) if requests else 0  # no row is ever longer
-        if cache_bytes is not None and self.most * self.slot_bytes > cache_bytes:
-            raise UserError(
-                f"prompt {worst.prompt}: {len(prompts[worst.prompt])} tokens and max_new {worst.limit} "
-                f"need {self.most * self.slot_bytes / 1e6:.1f} MB of cache, and "
-                f"{cache_bytes / 1e6:.1f} MB are given; lower max_new or give more"
-            )
-        self.rows, width = min(rows, len(requests)), max((r.limit for r in requests), default=0)
-        self.live: list[Live] = []
-        self.steps = 0
-        self.cache = self._new_cache(0, 0)
-        self.graphs, self.bucketed, self.on_forward = Graphs(self.device), False, lambda *what: None
-        self.kept: dict[
-            int, list
-        ] = {}  # by request: [ids, logp, entropy] of those that had to make room
-        self.ready: dict[
-            tuple, int
-        ] = {}  # what was read ahead (see _source), and its row in self.prompt_cache
-
-        def per_row(*shape, dtype=torch.long):
-            return torch.zeros(self.rows, *shape, dtype=dtype, device=self.device)
-
-        self.token, self.position, self.drawn, self.limit = (per_row() for _ in range(4))
-        self.alive, self.ended = (
-            per_row(),
-            per_row(dtype=torch.bool),
-        )  # alive: 1 where the row serves a request
-        self.uniform = per_row(width, dtype=torch.float64)
-        self.out = [
-            per_row(width, dtype=dtype) for dtype in (torch.long, torch.float32, torch.float32)
-        ]
-        self.moved = [self.token, self.position, self.drawn, self.limit, self.uniform, *self.out]
-        self.eos_ids = torch.tensor(sorted(self.eos), dtype=torch.long, device=self.device)
-
-    def _new_cache(self, rows: int, slots: int) -> Cache:
-        return Cache(self.decoder.config, rows, slots, self.decoder.dtype, self.device)
-
-    def _slots(self, request: Request) -> int:
-        """Slots that a request fills at most: the last token drawn is never fed."""
-        return len(self.prompts[request.prompt]) + request.limit - 1
-
-    def _index(self, rows) -> torch.Tensor:
-        return torch.tensor(list(rows), dtype=torch.long, device=self.device)
-
-    def _drawn(self, request: Request) -> list[int]:
-        """What a request that is waiting has drawn already: nothing, unless it had to make room."""
-        return self.kept[request.number][0] if request.number in self.kept else []
-
-    def _length(self, request: Request) -> int:
-        """Tokens to read before a waiting request draws its next one."""
-        return len(self.prompts[request.prompt]) + len(self._drawn(request))
-
-    def _source(self, request: Request) -> tuple:
-        """What is read for it: the same for all requests to a prompt, but for those that have drawn already."""
-        n = len(self._drawn(request))
-        return (request.prompt, request.number, n) if n else (request.prompt,)
-
-    def queue(self, requests) -> deque[Request]:
-        """The longest first: those read together are of like length, and the cache finds its size early."""
-        return deque(sorted(requests, key=lambda r: (-self._length(r), r.number)))
-
-    def fit(self, waiting: deque[Request]) -> None:
-        """Give the cache the slots that the coming step needs, and the rows that the memory then holds. Rows for which
-        there is no memory any more go back to the queue. When waiting requests could use the memory of slots that
-        nobody fills any more, the cache is cut back."""
-        longest = self.top()
-        if waiting and len(self.live) < self.rows:
-            longest = max(longest, self._length(waiting[0]))
-        slots, cache = min(-(-longest // BLOCK) * BLOCK, self.most), self.cache
-        starved = waiting and cache.rows < min(self.rows, len(self.live) + len(waiting))
-        if slots <= cache.slots and not (starved and slots <= cache.slots // 2):
-            return
-        rows = min(self.rows, len(self.live) + len(waiting))
-        if self.budget is not None:
-            rows = min(rows, self.budget // (slots * self.slot_bytes))
-        if len(self.live) > rows:
-            back = [row.request for row in self.live[rows:]]
-            self.kept |= {
-                r.number: parts for r, parts in zip(back, self._take(range(rows, len(self.live))))
-            }
-            del self.live[rows:]
-            again = self.queue([*back, *waiting])
-            waiting.clear(), waiting.extend(again)
-        self.graphs.forget()
-        if not self.live:
-            self.cache = self._new_cache(rows, slots)
-            return
-        cache.used = min(self.top(), cache.used)
-        if rows != cache.rows:
-            cache.select(torch.arange(rows, device=self.device).clamp_max(cache.rows - 1))
-        cache.grow(slots)
-
-    def top(self) -> int:
-        """1 + the largest position of the coming step, known without asking the device."""
-        return self.steps + max((row.ahead for row in self.live), default=-self.steps - 1) + 1
-
-    def admit(self, waiting: deque[Request]) -> None:
-        """Begin waiting requests in free rows."""
-        while waiting and len(self.live) < self.cache.rows:
-            if self._source(waiting[0]) not in self.ready:
-                self._prefill(waiting)
-            first, index = len(self.live), []
-            while (
-                waiting
-                and len(self.live) < self.cache.rows
-                and self._source(waiting[0]) in self.ready
-            ):
-                request = waiting.popleft()
-                self.live.append(
-                    Live(
-                        request,
-                        self.steps - len(self._drawn(request)),
-                        self._length(request) - 1 - self.steps,
-                    )
-                )
-                index.append(self.ready[self._source(request)])
-            begun, rows = [row.request for row in self.live[first:]], slice(first, len(self.live))
-            self.cache.put(
-                self._index(range(first, len(self.live))),
-                self.prompt_cache,
-                self._index(index),
-                max(map(self._length, begun)) - 1,
-            )
-            self.token[rows] = self._index(
-                (self._drawn(r) or self.prompts[r.prompt])[-1] for r in begun
-            )
-            self.position[rows] = self._index(self._length(r) - 1 for r in begun)
-            self.limit[rows] = self._index(r.limit for r in begun)
-            self.drawn[rows], self.alive[rows] = self._index(len(self._drawn(r)) for r in begun), 1
-            for row, r in enumerate(
-                begun, first
-            ):  # on the CPU's generator, so that a GPU draws the same
-                stream = ranks.generator(self.seed, "request", r.number)
-                self.uniform[row, : r.limit] = torch.rand(
-                    r.limit, generator=stream, dtype=torch.float64
-                ).to(self.device)
-                for store, values in zip(self.out, self.kept.pop(r.number, ())):
-                    store[row, : len(values)] = torch.tensor(values, dtype=store.dtype)
-
-    def _prefill(self, waiting: deque[Request]) -> None:
-        """Read the next prompts of the queue, but for their last tokens, padded on the right to the longest, the first.
-
-        What padding writes into the cache stands beyond the row's position: never seen, overwritten by the response.
-        """
-        T, chosen, self.ready = self._length(waiting[0]) - 1, [], {}
-        for request in waiting:
-            if self._source(request) not in self.ready:
-                if chosen and (len(chosen) + 1) * T > PREFILL:
-                    break
-                self.ready[self._source(request)] = len(chosen)
-                chosen.append([*self.prompts[request.prompt], *self._drawn(request)][:-1])
-        self.prompt_cache = self._new_cache(len(chosen), T)
-        ids = torch.tensor(
-            [known + [0] * (T - len(known)) for known in chosen],
-            dtype=torch.long,
-            device=self.device,
-        )  # (P, T)
-        if T:
-            self.on_forward("read", len(chosen), self.prompt_cache)
-            self.decoder.read(ids, self.prompt_cache)
-
-    def step(self) -> list[int]:
-        """Feed every live row its newest token and draw the next one. Returns the rows that ended, ascending."""
-        live, top = len(self.live), self.top()
-        rows = live
-        if (
-            self.bucketed
-        ):  # few different sizes, so that few graphs serve: free rows decode at position 0, in vain
-            rows = min(1 << (live - 1).bit_length(), self.cache.rows)
-            top = min(-(-top // BLOCK) * BLOCK, self.cache.slots)
-        self.on_forward("step", rows, self.cache)
-        self.graphs.run((rows, top), lambda: self._advance(rows, top))
-        self.steps += 1
-        return self.ended[:live].nonzero()[:, 0].tolist()  # the one wait for the device a step
-
-    def _advance(self, n: int, top: int) -> None:
-        """The first n rows by a token. Everything it reads and writes stays where it is: a CUDA graph may hold it."""
-        token, position, drawn, alive = (
-            self.token[:n],
-            self.position[:n],
-            self.drawn[:n],
-            self.alive[:n],
-        )  # views
-        logits = self.decoder.step(token, position, self.cache, top)  # (n, V)
-        uniform = self.uniform[:n].gather(1, drawn[:, None])[:, 0]
-        chosen = draw(logits, uniform, *self.how)  # token, logp, entropy: (n,) each
-        for store, values in zip(self.out, chosen):
-            store[:n].scatter_(1, drawn[:, None], values[:, None])
-        token.copy_(chosen[0])
-        position += alive
-        drawn += alive
-        torch.logical_or(
-            drawn == self.limit[:n], (token[:, None] == self.eos_ids).any(1), out=self.ended[:n]
-        )
-
-    def release(self, ended: list[int]) -> list[tuple[Request, Response]]:
-        """Take the responses of these rows out, and move the last rows into their places."""
-        if not ended:
-            return []
-        requests, taken, gone = [self.live[r].request for r in ended], self._take(ended), set(ended)
-        n = len(self.live) - len(ended)
-        holes, last = (
-            [r for r in ended if r < n],
-            [r for r in range(n, len(self.live)) if r not in gone],
-        )
-        for hole, row in zip(holes, last):
-            self.live[hole] = self.live[row]
-        del self.live[n:]
-        if holes:
-            to, source = self._index(holes), self._index(last)
-            self.cache.put(to, self.cache, source, min(self.top(), self.cache.slots))
-            for x in self.moved:
-                x.index_copy_(0, to, x.index_select(0, source))
-        # free rows: a padded step computes them at position 0. fit() gives the cache no row that is not taken at once
-        self.alive[n:] = self.position[n:] = self.drawn[n:] = 0
-        return [
-            (request, Response(*parts, parts[0][-1] in self.eos))
-            for request, parts in zip(requests, taken)
-        ]
-
-    def _take(self, rows) -> list[list[list]]:
-        """[ids, logp, entropy] that each of these rows has drawn so far."""
-        values = [
-            store.index_select(0, self._index(rows)).cpu() for store in self.out
-        ]  # (rows, width) each
-        return [
-            [x[i, : self.steps - self.live[r].began].tolist() for x in values]
-            for i, r in enumerate(rows)
-        ]
+        is_out[:, top_k:] = True
+    return torch.zeros_like(p).scatter(-1, order, ranked.masked_fill(is_out, 0.0))

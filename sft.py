@@ -1,26 +1,27 @@
 """Supervised fine-tuning on expert trajectories, through the regimes of its validation loss.
 
-    torchrun sft.py                                    built-in problems, tiny model, no download -> runs/sft
+    torchrun sft.py                                  built-in problems, tiny model -> runs/sft
     torchrun sft.py --init Qwen/Qwen2.5-0.5B --data train.jsonl --val val.jsonl --out runs/q
 
-One batch, end to end: plan() picks the rows of the step -> cut() makes micro-batches of like length -> hidden (B, T, D)
--> log-probs of the response tokens -> minus their sum over the number of response tokens of the WHOLE step -> backward
--> clip -> AdamW. Every --eval-every steps: save, validate, name the regime (phases.py): adaptive, stable, mild, severe.
-Start RL from the minimum.
+One step: plan() picks rows -> deal() cuts micro-batches of like length -> hidden states (B, T, D)
+-> log-probs of the response tokens -> minus their sum over the number of response tokens of the
+WHOLE step -> backward -> clip -> optimizer step. Every --eval-every steps: save, validate, name the
+regime (phases.py): adaptive, stable, mild, severe. RL starts from the minimum of that loss.
 
-Choices: 1) The loss is a mean over all response tokens of the optimizer step, however the step is cut (the paper's code
-averages micro-batch means). 2) Only responses and their EOS are trained; prompts are read. 3) The built-in task keeps
-its learning rate constant, so that no schedule imitates saturation; real models default to the paper's cosine.
-4) Without --init a tiny base model is made first, once, by this same file on plain text (runs/base).
-Shapes: B rows, T tokens, D model width. Losses in nats a token; compute in FLOPs.
+Choices: 1) The loss is a mean over all response tokens of the step, however it is cut into
+micro-batches (the paper's code averages their means). 2) Only responses and their EOS are trained.
+3) The built-in task keeps its learning rate constant, so that no schedule looks like saturation;
+real models default to the paper's cosine. 4) Without --init a tiny base model is made first, once,
+by this same file on plain text (runs/base).
+
+Shapes: B rows, T tokens, D model width. Losses in nats per token; compute in FLOPs.
 """
 
-import hashlib
 import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -28,391 +29,324 @@ import data
 import evaluate
 import model as model_file
 import phases
-from core import cli, files, optim, ranks, run
+import tasks
+from core import cli, console, launch, optim, ranks
 from core.errors import UserError
-from tasks import countdown
+from core.files import write_json
+from core.run import Run
 
-BASE = Path("runs/base")
-TINY = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": True,
-    "torch_dtype": "float32",
-}
+BASE = Path("runs/base")  # the tiny base model
 
 
 @dataclass
 class Config:
-    init: str = ""  # model folder, checkpoint, run directory or hub name; empty = the built-in base
-    data: str = ""  # trajectories: .jsonl, .parquet or a folder of countdown.py; empty = built-in
-    val: str = (
-        ""  # validation trajectories; empty = 199 rows (10% if under 1,990) held out of --data
-    )
+    init: str = ""  # model folder, checkpoint, run directory or hub name; empty = built-in base
+    data: str = ""  # trajectories: .jsonl, .parquet or a task's folder; empty = built-in
+    val: str = ""  # validation trajectories; empty = 199 rows (at most 10%) held out of --data
     problems: str = ""  # problems to sample answers for at each validation; empty = none
+    reward: str = "math"  # judges those answers: math, text, a task, or FILE.py:FUNCTION
     out: str = "runs/sft"  # run directory
     overwrite: bool = False  # delete an earlier run in --out
     resume: bool = False  # go on from the newest checkpoint in --out
     dry_run: bool = False  # show model, data and plan, then stop
-    from_scratch: bool = False  # random weights: take only config.json and tokenizer from --init
+    from_scratch: bool = False  # random weights: take only config.json and tokenizer of --init
     steps: int = 0  # optimizer steps; 0 = --epochs
     epochs: float = 8.0  # passes over the data
-    batch: int = 512  # trajectories an optimizer step
-    micro_tokens: int = 16384  # tokens a micro-batch, padding included
-    max_len: int = 16384  # tokens an example; longer ones are dropped and counted
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: Muon on the matrices, AdamW on the rest
+    batch: int = 512  # trajectories per optimizer step
+    micro_tokens: int = 16384  # tokens per micro-batch, padding included
+    max_len: int = 16384  # tokens per example; longer ones are dropped and counted
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on the matrices, AdamW on the rest
     lr: float = 1e-5  # learning rate
     schedule: Literal["cosine", "constant"] = "cosine"  # after warm-up
     warmup: float = 0.1  # share of the steps with a rising learning rate
     weight_decay: float = 0.01  # decoupled, as AdamW
     clip: float = 1.0  # largest gradient norm
     bf16: bool = False  # compute in bfloat16; weights, gradients and optimizer stay fp32
-    recompute: bool = (
-        True  # keep no activations inside a block for the backward: less memory, 4/3 of the work
-    )
-    compile: bool = False  # torch.compile each block: a minute or two at first, then faster steps
+    recompute: bool = True  # keep no activations inside a block: less memory, 4/3 of the work
+    compile: bool = False  # torch.compile each block: slow to start, then faster steps
     offload: bool = False  # several GPUs: weights and optimizer state wait in the CPU's memory
     gpus: int = 0  # of --dry-run: show the memory for so many; 0 = the processes there are
     seed: int = 0  # order of the data
     save_every: int = 0  # steps between checkpoints besides the validated ones; 0 = none
     log_every: int = 1  # steps between printed lines; metrics.jsonl has every step
-    eval_every: int = 360  # steps between validations; each is saved
-    keep: int = 0  # checkpoints to keep; 0 = all. The newest and the minimum-loss one always stay
-    until: Literal["", "stable", "mild", "severe"] = ""  # stop once this regime is reached for good
-    max_new: int = 1024  # tokens a response when sampling --problems
+    eval_every: int = 0  # steps between validations; each is saved; 0 = ten in the run
+    keep: int = 0  # checkpoints to keep; 0 = all; the newest and the best always stay
+    until: Literal["", "stable", "mild", "severe"] = ""  # stop once this regime is reached
+    max_new: int = 1024  # tokens per response when sampling --problems
+    betas = (0.9, 0.95)  # of AdamW, as the paper's
 
     def __post_init__(self):
-        cli.require_positive(
-            self,
-            "batch",
-            "micro_tokens",
-            "max_len",
-            "eval_every",
-            "log_every",
-            "epochs",
-            "lr",
-            "clip",
-            "max_new",
-        )
-        if self.steps < 0:
-            raise UserError(f"--steps is {self.steps}; give a number of steps, or 0 for --epochs")
+        cli.require_positive(self, "batch", "micro_tokens", "max_len", "log_every", "max_new")
+        cli.require_positive(self, "epochs", "lr", "clip")
+        cli.require_not_negative(self, "steps", "eval_every", "save_every", "keep", "gpus")
+        cli.require_not_negative(self, "weight_decay")
+        cli.require_share(self, "warmup")
 
 
 def preset(given: dict) -> dict:
     """What the built-in task uses instead of the defaults for real models."""
-    folder = evaluate.built_in(given)
-    if folder is None:
-        if "init" not in given:
-            raise UserError(
-                f"--data {given['data']} needs --init: a model folder or a hub name to start from"
-            )
-        return {}
-    return {
-        "data": f"{folder}/train.jsonl",
-        "val": f"{folder}/val.jsonl",
-        "problems": f"{folder}/eval.jsonl",
-        "steps": 0 if "epochs" in given else 1000,
-        "batch": 32,
-        "micro_tokens": 4096,
-        "max_len": 256,
-        "max_new": 128,
-        "optimizer": "muon",
-        "lr": 2e-3,
-        "schedule": "constant",
-        "warmup": 0.0,
-        "eval_every": 100,
-        "log_every": 25,
-        "recompute": False,
-    }
+    settings = tasks.preset("sft", given)
+    if not settings and "init" not in given:
+        raise UserError(
+            f"--data {given['data']} needs --init: a model folder or a hub name to start from"
+        )
+    if "epochs" in given:
+        settings.pop("steps", None)
+    return settings
 
 
+# ---- the built-in base model ---------------------------------------------------------------------
 def base_config() -> Config:
     """The run that makes the tiny base model: plain text, random start."""
-    folder = evaluate.BUILT_IN
-    return replace(
-        Config(**preset({})),
-        init=str(folder),
-        data=f"{folder}/base.jsonl",
-        val="",
-        problems="",
-        out=str(BASE),
-        from_scratch=True,
-        steps=704,
-        lr=3e-3,
-        eval_every=352,
-        keep=1,
-        resume=BASE.exists(),
-    )
+    task = tasks.load(tasks.BUILT_IN)
+    settings = tasks.preset("base", {})
+    return Config(**settings, init=str(task.FOLDER), out=str(BASE), resume=BASE.exists())
 
 
-def write_built_in(folder: Path) -> None:
-    countdown.write(folder)
-    words = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
-    files.write_json(folder / "config.json", {**TINY, "vocab_size": words})
+def write_built_in(task) -> None:
+    task.write(task.FOLDER)
+    vocabulary = json.loads((task.FOLDER / "tokenizer.json").read_text())["model"]["vocab"]
+    write_json(task.FOLDER / "config.json", {**task.BASE_MODEL, "vocab_size": len(vocabulary)})
 
 
 def make_built_in(cfg: Config) -> Config:
-    """Write the built-in problems and train the tiny base model, each once; returns cfg with the base as its init."""
-    folder = evaluate.BUILT_IN
-    if not ranks.from_first(lambda: (folder / "countdown.json").exists()):
-        print(f"writing the built-in problems and expert trajectories to {folder}", flush=True)
-        ranks.from_first(lambda: write_built_in(folder))
-    if not (BASE / "checkpoints" / f"step_{base_config().steps:06d}").exists():
-        print(
-            f"no base model in {BASE}: making it once, from plain text (about a minute)", flush=True
-        )
-        if not main(base_config()):
+    """Write the built-in problems and train the tiny base model, each once; cfg with it as init."""
+    task = tasks.load(tasks.BUILT_IN)
+    marker = task.FOLDER / f"{tasks.BUILT_IN}.json"
+    if not ranks.from_first(marker.exists):
+        print(f"writing the built-in problems and expert trajectories to {task.FOLDER}", flush=True)
+        ranks.from_first(lambda: write_built_in(task))
+    base = base_config()
+    if not (BASE / "checkpoints" / f"step_{base.steps:06d}").exists():
+        print(f"no base model in {BASE}: making it once, from plain text (about a minute)")
+        if not main(base):
             raise SystemExit(0)  # Ctrl-C: the base is saved and will be resumed
         print(f"the base model is made; now SFT -> {cfg.out}\n", flush=True)
     return replace(cfg, init=str(BASE))
 
 
-# ----------------------------------------------------------------------------------------------------------------- data
-def load_examples(cfg: Config, tokenizer) -> tuple[list, list, str]:
-    """(training examples, validation examples, hash of the validation set)."""
-    train, n_long = data.sft_examples(cfg.data, tokenizer, cfg.max_len, reads=("numbers",))
+# ---- data ----------------------------------------------------------------------------------------
+def load_examples(cfg: Config, tokenizer) -> tuple[list, list]:
+    """(training examples, validation examples)."""
+    reads = tasks.columns(cfg.reward)["reads"]
+    train, n_long = data.sft_examples(cfg.data, tokenizer, cfg.max_len, reads)
     if cfg.val:
-        val, n_long_val = data.sft_examples(cfg.val, tokenizer, cfg.max_len, reads=("numbers",))
+        val, n_long_val = data.sft_examples(cfg.val, tokenizer, cfg.max_len, reads)
     else:
-        n_val, n_long_val = min(199, max(1, len(train) // 10)), 0
-        held_out = set(
-            data.plan(len(train), ranks.seed_of("held out"), 0, n_val)
-        )  # the same rows whatever --seed is
-        val = [train[i] for i in sorted(held_out)]
-        train = [row for i, row in enumerate(train) if i not in held_out] or val
-        print(f"no --val: {n_val} rows of {cfg.data} held out for validation")
+        train, val = data.hold_out(train, 199)
+        n_long_val = 0
+        print(f"no --val: {len(val)} rows of {cfg.data} held out for validation")
     print(
         f"{len(train)} training and {len(val)} validation examples; "
         f"{n_long + n_long_val} over {cfg.max_len} tokens dropped",
         flush=True,
     )
-    digest = hashlib.sha256(repr([tuple(map(tuple, row)) for row in val]).encode()).hexdigest()[:16]
-    return train, val, digest
+    return train, val
 
 
-def show_example(example, tokenizer) -> None:
-    """The first row as the model sees it, the trained part between >> and <<."""
+def load_problems(cfg: Config, tokenizer) -> list:
+    """The problems whose answers are sampled at each validation."""
+    if not cfg.problems:
+        return []
+    columns = tasks.columns(cfg.reward)
+    problems, _ = data.problems(cfg.problems, tokenizer, cfg.max_len, **columns)
+    return problems
+
+
+class Batch(NamedTuple):
+    """The rows of one optimizer step, cut for this rank."""
+
+    parts: list  # (ids (B, T), mask (B, T)) of each micro-batch
+    lengths: list[int]  # tokens of all rows, on all ranks
+    n_trained: int  # response tokens of all rows, on all ranks
+
+
+def make_batch(rows: list, micro_tokens: int, pin: bool = False) -> Batch:
+    """Micro-batches of like length; every rank gets as many. pin: for asynchronous copies."""
+    parts = []
+    for _, ids, mask in data.micro_batches(rows, micro_tokens, ranks.rank(), ranks.world()):
+        parts.append((ids.pin_memory() if pin else ids, mask))
+    lengths = [len(row.prompt) + len(row.response) for row in rows]
+    return Batch(parts, lengths, sum(len(row.response) for row in rows))
+
+
+def show_plan(cfg: Config, train: list, tokenizer, folder: Path, device, steps: int) -> None:
+    """The run in one line, the first row as the model sees it, and what it will take."""
+    config = model_file.read_config(folder)
+    lengths = [len(row.prompt) + len(row.response) for row in train]
     print(
-        f"first example: {len(example.prompt)} tokens read, {len(example.response)} trained (marked >> <<):"
+        f"{steps} steps x {cfg.batch} = {steps * cfg.batch / len(train):.1f} epochs on "
+        f"{ranks.world()} x {device}, validates every {cfg.eval_every} steps; "
+        f"mean length {sum(lengths) / len(lengths):.0f} tokens, longest {max(lengths)}"
     )
-    *response, eos = example.response
+    prompt, (*response, eos) = train[0]
+    end = tokenizer.backend.id_to_token(eos)
     print(
-        f"  {tokenizer.decode(example.prompt)}>>{tokenizer.decode(response)}{tokenizer.backend.id_to_token(eos)}<<\n",
+        f"first example: {len(prompt)} tokens read, {len(response) + 1} trained (marked >> <<):\n"
+        f"  {tokenizer.decode(prompt)}>>{tokenizer.decode(response)}{end}<<\n",
         flush=True,
     )
+    launch.show_memory(cfg, config, device)
+    launch.show_disk(cfg, config, steps, cfg.optimizer)
+    if cfg.dry_run:
+        world = cfg.gpus or ranks.world()
+        first = [lengths[i] for i in data.plan(len(train), cfg.seed, 0, cfg.batch)]
+        n_parts = len(data.deal(first, cfg.micro_tokens, 0, world))
+        print(
+            f"first step: {sum(first):,} tokens in {n_parts} micro-batches on each of {world} "
+            f"processes, {data.padding(first, cfg.micro_tokens):.1f}% padding\n"
+            "tokenizing prompt and response as one text would change the ids of "
+            f"{data.joint_mismatch(cfg.data, tokenizer):.1f}% of the rows"
+        )
+        with_gold, _ = data.problems(cfg.data, tokenizer, cfg.max_len, needs_gold=False)
+        print(evaluate.check_demonstrations(with_gold, tokenizer, tasks.load_reward(cfg.reward)))
 
 
-# ---------------------------------------------------------------------------------------------------------------- maths
-def batch_loss(net, batch, denominator: int, device) -> torch.Tensor:
-    """Scalar: minus the summed log-prob of the response tokens of a micro-batch, over `denominator` (nats a token).
+# ---- loss ----------------------------------------------------------------------------------------
+def batch_loss(net, ids, mask, n_trained: int) -> torch.Tensor:
+    """Scalar: minus the summed log-prob of a micro-batch's response tokens, over the response
+    tokens of the whole step (nats per token).
 
-    # differs: equation 10 of the paper sums over a response; ours is a mean over all tokens of the step."""
-    ids, mask = batch  # (B, T), (B, T)
-    return -model_file.response_logp_sum(net, ids.to(device, non_blocking=True), mask) / denominator
-
-
-def micro_batches(rows, micro_tokens: int, pin: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """This process's share of the rows, as (ids, mask) of like length; every process gets as many."""
-    parts = data.deal(
-        [len(r.prompt) + len(r.response) for r in rows], micro_tokens, ranks.rank(), ranks.world()
-    )
-    batches = [data.collate([rows[i] for i in part]) for part in parts]
-    return [(ids.pin_memory(), mask) for ids, mask in batches] if pin else batches
+    # differs: equation 10 of the paper sums over a response; ours is a mean over the step's tokens.
+    """
+    ids = ids.to(net.head.device, non_blocking=True)  # (B, T)
+    return -model_file.response_logp_sum(net, ids, mask) / n_trained
 
 
 @torch.no_grad()
-def validation_loss(net, rows, micro_tokens: int, device) -> float:
-    """Mean loss over all response tokens of the validation set, nats a token."""
-    n_tokens = sum(len(r.response) for r in rows)
-    return ranks.totals(
-        sum(
-            batch_loss(net, batch, n_tokens, device).item()
-            for batch in micro_batches(rows, micro_tokens, False)
-        )
-    )[0]
+def validation_loss(net, rows: list, micro_tokens: int) -> float:
+    """Mean loss over all response tokens of the validation set, nats per token."""
+    batch = make_batch(rows, micro_tokens)
+    loss = 0.0
+    for ids, mask in batch.parts:
+        loss += batch_loss(net, ids, mask, batch.n_trained).item()
+    return ranks.total(loss)
 
 
-def train_step(
-    cfg: Config, net, model, optimizers, batches, n_trained: int, lr: float, device
-) -> dict:
-    """One optimizer step over these micro-batches; its numbers for the log, the loss in nats a token."""
-    began, total = time.monotonic(), torch.zeros((), dtype=torch.float64, device=device)
-    for n, batch in enumerate(batches, 1):
-        ranks.reduce_now(net, n == len(batches))
-        loss = batch_loss(net, batch, n_trained, device)
-        loss.backward()
-        total += loss.detach()
-    loss = ranks.add_up(total).item()  # the step's one wait for the device, but for the norm
-    trained = time.monotonic()
-    norm = optim.update(model, optimizers, lr, cfg.clip)
-    ranks.refresh(net, model)
-    return {
-        "loss": loss,
-        "grad_norm": norm,
-        "lr": lr,
-        "train_s": round(trained - began, 4),
-        "update_s": round(time.monotonic() - trained, 4),
-        **run.peak_memory(device),
-    }
-
-
-# ----------------------------------------------------------------------------------------------------------------- main
-def validate(cfg, book, step, net, tokenizer, val, problems, device, totals) -> None:
-    """Validation loss, the regime it is in so far, and pass@1 on --problems; logged as a val and an eval line."""
-    lines = {"val": {**totals, "val_loss": validation_loss(net, val, cfg.micro_tokens, device)}}
+def validate(cfg: Config, run: Run, step: int, policy, val: list, problems: list) -> None:
+    """Validation loss, the regime so far, and pass@1 on --problems; a val and an eval line."""
+    loss = validation_loss(policy.net, val, cfg.micro_tokens)
+    lines = {"val": {"val_loss": loss}}
     shown = ""
     if problems:
-        seed = ranks.seed_of(cfg.seed, "eval")
-        summary, records = evaluate.evaluate(net, tokenizer, problems, 1, 0.7, cfg.max_new, seed)
-        lines["eval"] = {**totals, **summary}
-        shown = f"  pass@1 {summary['pass1']:.1f} (se {summary['pass1_se']:.1f})"
-        book.log_samples(step, records[:20])
-    book.log_together(step, lines)
-    found = diagnose(book)
+        sampling = policy.sampling(0.7, ranks.seed_of(cfg.seed, "eval"))
+        lines["eval"], records = evaluate.evaluate(policy, problems, 1, sampling)
+        shown = f"  pass@1 {lines['eval']['pass1']:.1f} (se {lines['eval']['pass1_se']:.1f})"
+        run.log_samples(step, records[:20])
+    run.log_together(step, lines)
+    found = diagnose(run)
     regime = found.regimes[-1]
-    if (
-        regime == "stable" and not found.saturated
-    ):  # the lowest so far is Stable by definition; is it a minimum yet?
-        regime = (
-            "adaptive" if "stable" not in found.regimes[:-1] else "stable"
-        ) + ", still improving"
-    print(f"step {step:5d}  val loss {lines['val']['val_loss']:.4f}  {regime}{shown}", flush=True)
+    if regime == "stable" and not found.saturated:  # the lowest so far: is it a minimum yet?
+        regime = "stable" if "stable" in found.regimes[:-1] else "adaptive"
+        regime += ", still improving"
+    print(f"step {step:5d}  val loss {loss:.4f}  {regime}{shown}", flush=True)
+    run.prune({found.recommended_step})
 
 
-def diagnose(book) -> phases.Diagnosis:
+def diagnose(run: Run) -> phases.Diagnosis:
     """Regimes, saturation and recommended checkpoint of the validations so far."""
-    points = book.of_kind("val")
-    saved = {int(folder.name[5:]) for folder in book.checkpoints.glob("step_*[0-9]")}
-    return phases.diagnose(
-        [p["step"] for p in points], [p["val_loss"] for p in points], saved=saved
-    )
+    points = run.of_kind("val")
+    steps = [point["step"] for point in points]
+    return phases.diagnose(steps, [point["val_loss"] for point in points], saved=run.saved())
 
 
+# ---- the script ----------------------------------------------------------------------------------
 def main(cfg: Config) -> bool:
     """Train; False when a signal or --dry-run ended it early."""
     device = ranks.start()
     if not cfg.init:
         cfg = make_built_in(cfg)
-    folder = evaluate.find(cfg.init, not cfg.dry_run)
+    folder = evaluate.find_start(cfg)
     tokenizer = evaluate.open_tokenizer(folder)
-    train, val, val_set = load_examples(cfg, tokenizer)
-    problems = data.problems(cfg.problems, tokenizer, cfg.max_len, reads=("numbers",))[0] if cfg.problems else []
+    train, val = load_examples(cfg, tokenizer)
+    problems = load_problems(cfg, tokenizer)
     steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch))
-    lengths = [len(r.prompt) + len(r.response) for r in train]
-    print(
-        f"{steps} steps x {cfg.batch} = {steps * cfg.batch / len(train):.1f} epochs on {ranks.world()} x {device}; "
-        f"mean length {sum(lengths) / len(lengths):.0f} tokens, longest {max(lengths)}"
-    )
-    show_example(train[0], tokenizer)
-    first = [lengths[i] for i in data.plan(len(train), cfg.seed, 0, cfg.batch)]
-    parts = data.deal(first, cfg.micro_tokens, 0, cfg.gpus or ranks.world())
-    evaluate.show_memory(cfg, folder, device, cfg.optimizer, len(parts))
-    evaluate.show_disk(cfg, folder, steps, cfg.optimizer)
+    cfg = replace(cfg, eval_every=cfg.eval_every or max(1, steps // 10))
+    show_plan(cfg, train, tokenizer, folder, device, steps)
     if cfg.dry_run:
-        print(
-            f"first step: {sum(first):,} tokens in {len(parts)} micro-batches on each of {cfg.gpus or ranks.world()} "
-            f"processes, {data.padding(first, cfg.micro_tokens):.1f}% padding"
-        )
-        print(
-            f"tokenizing prompt and response as one text would change the ids of "
-            f"{data.joint_mismatch(cfg.data, tokenizer):.1f}% of the rows"
-        )
         return False
-    model = evaluate.open_trained(folder, device, cfg, cfg.seed if cfg.from_scratch else None)
-    net = ranks.compute(model, cfg.bf16, cfg.recompute, cfg.compile)
-    optimizers = optim.make_optimizers(model, cfg.optimizer, cfg.lr, weight_decay=cfg.weight_decay)
-    book = run.Run(cfg, cfg.resume, cfg.overwrite, val_set=val_set, base=cfg.init)
-    totals, start, stop = {"tokens": 0, "flops": 0.0, "flops_hw": 0.0}, 0, run.catch_signals()
-    if book.resumed:
-        state = book.load(model, optimizers)
-        ranks.refresh(net, model)
-        start, totals = state["step"], {k: state[k] for k in totals}
-        if start > steps:
-            raise UserError(
-                f"{cfg.out} is at step {start} already, beyond the {steps} asked for; give more --steps"
-            )
-        print(f"resuming {cfg.out} after step {start}", flush=True)
+    run = Run(cfg, steps, folder, val_set=data.digest(val))
+    model, net, optimizers = evaluate.open_training(cfg, folder, tokenizer, device, run)
+    reward = tasks.load_reward(cfg.reward)
+    policy = evaluate.Policy(net, tokenizer, reward, cfg.max_new)
 
-    def save(step):
-        dtype = torch.bfloat16 if cfg.bf16 else torch.float32
-        return book.save(
-            step,
-            lambda to: evaluate.save_model(model, tokenizer, to, dtype),
-            model,
-            optimizers,
-            **totals,
-            seed=cfg.seed,
-        )
+    def prepare(position: int) -> Batch:
+        rows = [train[i] for i in data.plan(len(train), cfg.seed, position, cfg.batch)]
+        return make_batch(rows, cfg.micro_tokens, pin=device.type == "cuda")
 
-    def prepare(step):
-        rows = [train[i] for i in data.plan(len(train), cfg.seed, step * cfg.batch, cfg.batch)]
-        return rows, micro_batches(rows, cfg.micro_tokens, device.type == "cuda")
+    last = run.position + (steps - run.first) * cfg.batch
+    coming = data.prefetch(prepare, range(run.position, last, cfg.batch))
 
-    coming = data.prefetch(prepare, range(start, steps))
-    for step in range(start, steps + 1):
-        stopping = ranks.any_of(stop)
-        if step % cfg.eval_every == 0 or step == steps:
-            save(step)
-            if not any(row["step"] == step for row in book.of_kind("val")):
-                validate(cfg, book, step, net, tokenizer, val, problems, device, totals)
-                book.prune(cfg.keep, {diagnose(book).recommended_step})
-            if cfg.until and ranks.any_of(phases.reached(diagnose(book), cfg.until)):
-                print(f"--until {cfg.until}: reached at step {step}")
-                break
-        elif stopping or (cfg.save_every and step % cfg.save_every == 0):
-            save(step)
-        if step == steps or stopping:
+    for step in run.steps():
+        run.checkpoint(step)
+        if run.due(step, "val"):
+            validate(cfg, run, step, policy, val, problems)
+        if cfg.until and ranks.any_of(phases.reached(diagnose(run), cfg.until)):
+            print(f"--until {cfg.until}: reached at step {step}")
+            run.end()
+        if run.over(step):
             break
-        began = time.monotonic()
-        rows, batches = next(coming)
-        waited = time.monotonic() - began
-        sizes = [len(r.prompt) + len(r.response) for r in rows]
+
+        clock = [time.monotonic()]
+        batch = next(coming)  # made while the one before was trained
+        clock.append(time.monotonic())
+        loss = torch.zeros((), dtype=torch.float64, device=device)
+        for n, (ids, mask) in enumerate(batch.parts, 1):
+            ranks.reduce_now(net, n == len(batch.parts))
+            part = batch_loss(net, ids, mask, batch.n_trained)
+            part.backward()
+            loss += part.detach()
+        loss = ranks.add_up(loss).item()  # the step's one wait for the device, besides the norm
+        clock.append(time.monotonic())
+
         lr = optim.lr_at(step, steps, cfg.lr, cfg.schedule, cfg.warmup)
-        n_trained = sum(len(r.response) for r in rows)
-        done = train_step(cfg, net, model, optimizers, batches, n_trained, lr, device)
-        book.watch(done["grad_norm"], step + 1)
-        passes = 4 if cfg.recompute else 3  # a backward is two forwards
-        totals = {
-            "tokens": totals["tokens"] + sum(sizes),
-            "flops": totals["flops"] + 3 * model_file.forward_flops(model.config, sizes),
-            "flops_hw": totals["flops_hw"]
-            + passes * model_file.hardware_flops(model.config, sizes),
-        }
-        epoch = (step + 1) * cfg.batch / len(train)
-        book.log(step + 1, "train", **totals, **done, epoch=epoch, data_s=round(waited, 4))
-        if (step + 1) % cfg.log_every == 0:
-            print(
-                f"step {step + 1:5d}/{steps}  loss {done['loss']:.4f}  grad {done['grad_norm']:.2f}  lr {lr:.1e}  "
-                f"epoch {epoch:.2f}  {totals['tokens'] / max(1e-9, book.seconds):,.0f} tok/s  "
-                f"{book.eta(step + 1, steps)}",
-                flush=True,
-            )
-    finish(cfg, book, stopping)
-    return not stopping
+        norm = optim.update(model, optimizers, lr, cfg.clip)
+        ranks.refresh(net, model)
+        run.watch(norm, step + 1)
+        clock.append(time.monotonic())
+
+        run.position += cfg.batch
+        numbers = {"loss": loss, "grad_norm": norm, "lr": lr, "epoch": run.position / len(train)}
+        log_step(cfg, run, step + 1, numbers, batch, clock)
+    finish(cfg, run)
+    return not run.interrupted
 
 
-def finish(cfg: Config, book, stopped: bool) -> None:
-    """Where the run stands, which checkpoint RL should start from, and the next command to type."""
-    if stopped:
-        print(f"stopped and saved. Go on with: {run.again()}")
+def log_step(cfg: Config, run: Run, step: int, numbers: dict, batch: Batch, clock: list) -> None:
+    """The step's line in metrics.jsonl and, every --log-every steps, on the terminal.
+
+    clock: when data, forward and backward, update began, and when the update ended.
+    """
+    work = model_file.flops(run.model.config, batch.lengths, batch.n_trained)
+    run.count(
+        tokens=sum(batch.lengths),
+        flops=3 * work.paper,  # a backward is two forwards
+        flops_hw=3 * (work.blocks + work.head) + cfg.recompute * work.blocks,
+    )
+    spent = {}
+    for name, began, ended in zip(("data_s", "train_s", "update_s"), clock, clock[1:]):
+        spent[name] = round(ended - began, 4)
+    run.log(step, "train", **numbers, **spent)
+    if step % cfg.log_every == 0:
+        console.print_sft_step(run, step, numbers)
+
+
+def finish(cfg: Config, run: Run) -> None:
+    """Where the run stands, which checkpoint RL should start from, and the next command."""
+    if run.interrupted:
+        print(f"stopped and saved. Go on with: {cli.again()}")
         return
     if Path(cfg.out) == BASE:
         return
-    end = diagnose(book)
-    print("regimes: " + "  ".join(f"{s} {r}" for s, r in zip(end.steps, end.regimes)))
+    end = diagnose(run)
+    passed = [f"{step} {regime}" for step, regime in zip(end.steps, end.regimes)]
+    print(f"regimes: {'  '.join(passed)}")
     if end.recommended_step is not None:
         print(
-            f"start RL from {book.path(end.recommended_step)}: {end.reason}\nnext: torchrun rl.py --init {cfg.out}"
+            f"start RL from {run.folder(end.recommended_step)}: {end.reason}\n"
+            f"next: torchrun rl.py --init {cfg.out}{tasks.flags_for(cfg, data='--data')}"
         )
 
 
 if __name__ == "__main__":
-    cli.cli(main, Config, preset)
+    cli.run(main, Config, preset)

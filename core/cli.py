@@ -1,99 +1,176 @@
-"""A script's command line: one flat dataclass whose fields are the flags."""
+"""A script's command line: one flat dataclass whose fields are the flags.
+
+    save_every: int = 0  # steps between checkpoints     becomes     --save-every INT
+so a flag, its type, its default and its help text are written once. bool: --x, --no-x.
+"""
 
 import argparse
 import dataclasses
+import difflib
 import inspect
+import json
 import os
 import re
+import shlex
 import sys
 import time
 import types
 import typing
+from pathlib import Path
 
 from core import ranks
 from core.errors import UserError
 
 
+# ---- parse ---------------------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise UserError(
-            f"{message}; --help lists the flags"
-        )  # argparse would print two screens of usage above it
+        # argparse would print two screens of usage above it
+        raise UserError(f"{message}; --help lists the flags")
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """One line per flag."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=25, width=119)
+
+    def _format_action_invocation(self, action) -> str:
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return action.option_strings[0]  # --x; that --no-x exists is said once
+        return super()._format_action_invocation(action)
 
 
 def parse(Config, argv: list[str] | None = None, preset=None, options=None):
-    """A dataclass as command line: `save_every: int = 0  # text` becomes `--save-every INT  text`; bool: --x, --no-x.
+    """The Config of a command line.
 
-    preset(given: dict) -> dict of values that replace defaults (never what the user typed); used for the built-in task.
-    options: a second dataclass whose fields are flags too; those that were typed go into Config.options as a dict.
-    Config.refused: {"--flag": why it does not exist}, for flags that users of other trainers will try.
+    preset(given): {name: value} that replace defaults, never what the user typed.
+    options: (flag, load): load(value of that flag) is a second dataclass whose fields are flags
+        too; those that were typed go into Config.options. Its `settings` are defaults of Config's
+        own flags.
+    Config.refused: {"--flag": why it does not exist}, for flags of other trainers.
+    With --resume the defaults are the settings that the run was begun with.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    saved = saved_settings(argv, Config)
     parser = Parser(
+        usage=f"python {os.path.basename(sys.argv[0])} [--flag value ...]",
         description=inspect.getdoc(sys.modules[Config.__module__]),
         allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Formatter,
     )
-    _add_flags(parser, Config)
+    Options = None
     if options:
-        _add_flags(
-            parser.add_argument_group(
-                "options of the objective (losses.py; the default is --algo's)"
-            ),
-            options,
-        )
+        flag, load = options
+        Options = load(peek(argv, flag, saved.get(flag, getattr(Config, flag))))
+    flags = parser.add_argument_group("flags (default in brackets; --no-x switches x off)")
+    add_flags(flags, Config, getattr(Options, "settings", {}))
+    if Options:
+        add_flags(parser.add_argument_group("options of this --algo"), Options)
     known, unknown = parser.parse_known_args(argv)
     if unknown:
-        why = getattr(Config, "refused", {}).get(unknown[0], "--help lists the flags there are")
-        raise UserError(f"{unknown[0]}: no such flag; {why}")
+        refuse(unknown[0].split("=")[0], parser, getattr(Config, "refused", {}))
     given = vars(known)
-    extra = (
-        {f.name: given.pop(f.name) for f in dataclasses.fields(options) if f.name in given}
-        if options
-        else {}
-    )
-    values = (
-        preset(given) if preset else {}
-    )  # may take a flag out of `given` that it has understood
-    if "data" in values and not int(os.environ.get("RANK", 0)):
-        chosen = [
-            "--"
-            + "no-" * (value is False)
-            + name.replace("_", "-")
-            + f" {value}" * (value is not False)
-            for name, value in values.items()
-            if name not in given
-        ]
-        print(f"the built-in task, with {' '.join(chosen)}", flush=True)
-    values |= given
-    return Config(**values, options=extra) if options else Config(**values)
+    chosen = saved.pop("options", {})
+    if Options:
+        for field in dataclasses.fields(Options):
+            if field.name in given:
+                chosen[field.name] = given.pop(field.name)
+    values = saved
+    if preset and not saved:  # it may take a flag that it understood out of `given`
+        values = preset(given)
+        values = {name: value for name, value in values.items() if name not in given}
+        if "data" in values and not int(os.environ.get("RANK", 0)):
+            print(f"the built-in task, with {as_flags(values)}", flush=True)
+    values = values | given
+    return Config(**values, options=chosen) if Options else Config(**values)
 
 
-def _add_flags(parser, Config) -> None:
-    source = "".join(
-        inspect.getsource(each) for each in Config.__mro__ if dataclasses.is_dataclass(each)
-    )
-    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", source, re.M))
+def saved_settings(argv: list[str], Config) -> dict:
+    """The settings in run.json of the run that --resume goes on with; {} where there is none."""
+    if "--resume" not in argv or "--no-resume" in argv:
+        return {}
+    path = Path(peek(argv, "out", getattr(Config, "out", ""))) / "run.json"
+    if not path.exists():
+        return {}
+    try:
+        config = json.loads(path.read_text())["config"]
+    except (ValueError, KeyError):
+        raise UserError(f"{path}: not the settings of a run; restore it") from None
+    fields = {field.name for field in dataclasses.fields(Config)}
+    dropped = ("resume", "overwrite", "dry_run", "out")
+    return {name: v for name, v in config.items() if name in fields and name not in dropped}
+
+
+def peek(argv: list[str], name: str, default: str) -> str:
+    """The value of one flag, before the others are known."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{name}", default=default)
+    return getattr(parser.parse_known_args(argv)[0], name)
+
+
+def refuse(flag: str, parser, refused: dict) -> None:
+    """Raise UserError for a flag that does not exist, with the one that was meant."""
+    if flag in refused:
+        raise UserError(f"{flag}: no such flag; {refused[flag]}")
+    there = [name for action in parser._actions for name in action.option_strings]
+    aliases = {"--learning-rate": "--lr", "--model": "--init", "--output-dir": "--out"}
+    near = [aliases[flag]] if flag in aliases else difflib.get_close_matches(flag, there, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UserError(f"{flag}: no such flag; {hint}--help lists the flags there are")
+
+
+def as_flags(values: dict) -> str:
+    """{name: value} as it would be typed."""
+    words = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words.append(f"--{flag} {value}")
+    return " ".join(words)
+
+
+def add_flags(parser, Config, defaults: dict | None = None) -> None:
+    """A flag per field. defaults: shown instead of the field's own."""
     hints = typing.get_type_hints(Config)
+    comments = field_comments(Config)
     for field in dataclasses.fields(Config):
-        kind, options = hints[field.name], {}
+        kind = hints[field.name]
         if kind is dict:
             continue
+        settings = {}
         if isinstance(kind, types.UnionType):  # X | None
-            inner = next(k for k in kind.__args__ if k is not type(None))
-            kind = _or_none(inner)
+            kind = or_none(next(k for k in kind.__args__ if k is not type(None)))
         if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
+            settings["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is typing.Literal:
-            options["choices"] = list(kind.__args__)
+            settings["choices"] = typing.get_args(kind)
+            settings["metavar"] = "WORD"
         else:
-            options |= {"type": kind, "metavar": kind.__name__.upper()}
-        text = f"{comments.get(field.name, '')} (default: {field.default!r})".replace("%", "%%")
-        parser.add_argument(
-            "--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **options
-        )
+            settings |= {"type": kind, "metavar": kind.__name__.upper()}
+        default = (defaults or {}).get(field.name, field.default)
+        text = comments.get(field.name, "")
+        if "choices" in settings:
+            text += f": {', '.join(choice or 'none' for choice in settings['choices'])}"
+        text += f" ({'none' if default is None else default!r})"
+        flag = "--" + field.name.replace("_", "-")
+        text = text.replace("%", "%%")
+        parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **settings)
 
 
-def _or_none(kind):
+def field_comments(Config) -> dict[str, str]:
+    """{field: its trailing comment} of a dataclass; a subclass's comment counts."""
+    comments = {}
+    for each in reversed(Config.__mro__):
+        if dataclasses.is_dataclass(each):
+            source = inspect.getsource(each)
+            comments |= re.findall(r"^    (\w+): [^#]*?# *([^\n]*)$", source, re.M)
+    return comments
+
+
+def or_none(kind):
     """A converter that also takes the word none."""
 
     def convert(text):
@@ -103,46 +180,75 @@ def _or_none(kind):
     return convert
 
 
-def cli(main, Config, preset=None, options=None) -> None:
+def require_positive(cfg, *names: str) -> None:
+    """Raise UserError for the first of these fields that is not above 0."""
+    for name in names:
+        value = getattr(cfg, name)
+        if not value > 0:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+
+
+def require_not_negative(cfg, *names: str) -> None:
+    """Raise UserError for the first of these fields that is below 0."""
+    for name in names:
+        value = getattr(cfg, name)
+        if not value >= 0:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; give 0 or more")
+
+
+def require_share(cfg, *names: str) -> None:
+    """Raise UserError for the first of these fields that is not a share of the whole."""
+    for name in names:
+        value = getattr(cfg, name)
+        if not 0 <= value <= 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it is a share, from 0 to 1")
+
+
+# ---- run -----------------------------------------------------------------------------------------
+def run(main, Config, preset=None, options=None) -> None:
     """Run a script: parse, then main(cfg).
 
     A UserError or an OSError is one line and exit code 2. Every other exception is a bug and keeps
     its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 is no reason to die
+        stream.reconfigure(errors="backslashreplace")
     try:
         main(parse(Config, preset=preset, options=options))
     except KeyboardInterrupt:
         what_now = "; checkpoints on disk are whole: --resume goes on from the newest"
-        _give_up(f"stopped at once{what_now if hasattr(Config, 'resume') else ''}", 130)
+        give_up(f"stopped at once{what_now if hasattr(Config, 'resume') else ''}", 130)
     except (UserError, OSError) as error:
-        _give_up(f"error: {str(error).splitlines()[0]}", 2)
-    except RuntimeError as error:  # gloo's and NCCL's word for it
-        if ranks.world() == 1 or not re.search(r"(?i)gloo|nccl|connection|peer|socket", str(error)):
+        give_up(f"error: {str(error).splitlines()[0]}", 2)
+    except RuntimeError as error:
+        first_line = str(error).splitlines()[0][:120]
+        lost = re.search(r"(?i)gloo|nccl|connection|peer|socket", first_line)
+        if ranks.world() == 1 or not lost:
             raise
-        _give_up(
-            f"error: process {ranks.rank()} lost another one ({str(error).splitlines()[0][:120]}); what that one "
-            "said last is above. --resume goes on from the newest checkpoint",
+        give_up(
+            f"error: process {ranks.rank()} lost another one ({first_line}); what that one printed "
+            "last is above. --resume goes on from the newest checkpoint",
             1,
         )
     ranks.stop()
 
 
-def _give_up(message: str, code: int) -> None:
-    """One line on stderr, and the end. All processes make the same mistake; the first one says it, and another only if
-    it is the only one left a while later."""
+def give_up(message: str, code: int) -> None:
+    """One line on stderr, and the end. All ranks make the same mistake; rank 0 prints it, and
+    another rank only if it is still there a while later."""
     sys.stdout.flush()
     if ranks.rank():
         time.sleep(5)
     print(f"\n{message}", file=sys.stderr, flush=True)
-    os._exit(code) if ranks.world() > 1 else sys.exit(
-        code
-    )  # an exit that waits for no thread of a broken group
+    if ranks.world() > 1:
+        os._exit(code)  # waits for no thread of a broken group
+    sys.exit(code)
 
 
-def require_positive(cfg, *names: str) -> None:
-    """Raise ValueError for the first of these fields that is not above 0."""
-    for name in names:
-        if getattr(cfg, name) <= 0:
-            raise UserError(
-                f"--{name.replace('_', '-')} is {getattr(cfg, name)}; it must be above 0"
-            )
+def again() -> str:
+    """The command that goes on with this run."""
+    given = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
+    start = ["python"]
+    if ranks.world() > 1:
+        start = ["torchrun", f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"]
+    return shlex.join([*start, *given, "--resume"])

@@ -1,41 +1,48 @@
-"""One decode step for many rows: the network of model.py once more, laid out for sampling.
+"""One decode step for many rows: the network of model.py, laid out for sampling.
 
     with decoder_of(model) as decoder:
         cache = Cache(model.config, rows=8, slots=512)
-        decoder.read(prompts, cache)                                  # (P, T) ids to slots 0..T-1 of rows 0..P-1
-        logits = decoder.step(token, position, cache, top)            # (n,) and (n,), each row at its own -> (n, V)
+        decoder.read(prompts, cache)  # (B, T) ids into slots 0..T-1 of rows 0..B-1
+        logits = decoder.step(token, position, cache, top)  # (n,), (n,) -> (n, V)
 
-Why twice: training needs modules, gradients and shards, and a step of n rows x one token needs few and fast operations.
-Here one product makes q, k and v, one more gate and up, and one rotation turns q and k. A test holds both to equality.
-1) On the CPU in fp32 the weights are laid out in panels of at most 256 columns, (N / 256, K, 256): MKL copies what it
-multiplies by, and copies short rows that stand together faster. A step of 8 to 32 rows takes 15-25% less so, to the
-same bits. The parameters are given up meanwhile and come back afterwards: there is never a second copy of the model.
-2) Elsewhere (CUDA, bf16, FSDP2's gathered storage) the weights are used where they lie.
-3) On CUDA a step is some 20 kernels a layer, each shorter than its launch. Graphs records the step once for each (rows,
-attention length) and replays it in one launch. No GPU was at hand when this was written: the recorded function runs in
-the tests, on the CPU, with the same padded rows; the recording itself has not run yet.
-Shapes: n rows, T tokens, D hidden width, H query heads, Hkv key/value heads, K head width, V vocabulary.
+Training needs modules, gradients and shards; a step of n rows with one token each needs few, fast
+operations. Here one product computes q, k and v, another one gate and up, and one rotation turns
+q and k. A test compares the logits with those of model.py.
+
+Where the weights are:
+  CPU, fp32   in panels (class Matrix). The parameters are empty meanwhile and are restored
+              afterwards, so there is never a second copy of the model.
+  elsewhere   (CUDA, bf16, parameters gathered by FSDP2) where the model has them.
+On CUDA a layer takes about 20 kernels, each shorter than its launch. Graphs records a step once
+for each (rows, attention length) and then replays it in one launch.
+
+Shapes: B or n rows, T tokens, D width, V vocabulary, H query heads, Hkv key/value heads, K head
+width.
 """
 
 import math
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from core.errors import UserError
 from model import ModelConfig, head_logits, rotate
 
-PANEL = 256  # columns; 192-320 measure alike, 512 and more lose half of the gain at 8 rows
+MAX_GRAPHS = 64  # recorded at once
+GRAPH_BYTES = 2**16  # allowed per layer of a recorded step, apart from the shared scratch
+PANEL = 256  # columns; 192 to 320 take equally long, 512 lose half of the gain at 8 rows
 
 
 class Cache:
-    """Keys and values of `rows` sequences with `slots` positions each; k and v are lists over layers of tensors
-    (rows, Hkv, slots, K). The token at position p of a row lives in slot p; used = 1 + the largest position written so
-    far, and no more is ever read. Fresh slots are zero: a masked slot weighs 0, but 0 x NaN would still be NaN.
-    Under torch.no_grad() only: writing in place would break a backward."""
+    """Keys and values of `rows` sequences with `slots` positions each.
+
+    k and v are lists over layers of tensors (rows, Hkv, slots, K). The token at position p of a row
+    has slot p. used = 1 + the largest position written so far; nothing beyond it is read. New slots
+    are zero: a masked slot has weight 0, but 0 x NaN would be NaN. For use under torch.no_grad().
+    """
 
     def __init__(
         self,
@@ -45,98 +52,100 @@ class Cache:
         dtype: torch.dtype = torch.float32,
         device="cpu",
     ):
-        shape = rows, config.num_key_value_heads, slots, config.head_dim
-        self.k = [
-            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)
-        ]
-        self.v = [
-            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)
-        ]
-        self.rows, self.slots, self.used = rows, slots, 0
+        shape = (rows, config.num_key_value_heads, slots, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.rows = rows
+        self.slots = slots
+        self.used = 0
 
-    def select(self, index: Tensor) -> "Cache":
-        """Keep, repeat or reorder rows, in place: row i becomes what row index[i] was; index (n,) long. Returns the
-        cache itself."""
-        return self._rebuild(lambda old: old.index_select(0, index), len(index), self.slots)
-
-    def grow(self, slots: int) -> "Cache":
-        """Make room for positions 0..slots-1 (at least `used`), in place. Returns the cache itself."""
-        return self._rebuild(lambda old: old, self.rows, slots)
+    def resize(self, rows: int, slots: int) -> None:
+        """Change the size in place. The first rows keep their positions below `used`."""
+        assert self.used <= slots, f"positions up to {self.used - 1} do not fit {slots} slots"
+        kept = min(rows, self.rows)
+        for tensors in (self.k, self.v):
+            for i, old in enumerate(tensors):  # in turn: only one tensor exists in both sizes
+                new = old.new_zeros(rows, old.shape[1], slots, old.shape[3])
+                new[:kept, :, : self.used] = old[:kept, :, : self.used]
+                tensors[i] = new
+        self.rows = rows
+        self.slots = slots
 
     def put(self, rows: Tensor, source: "Cache", index: Tensor, slots: int) -> None:
-        """Row rows[i] takes over positions 0..slots-1 of the source's row index[i]; both (n,) long. The source may be
-        this cache, where no row is read after it was written."""
+        """Copy positions 0..slots-1 of the source's rows index (n,) to rows (n,) of this cache.
+
+        The source may be this cache itself.
+        """
         for mine, other in zip(self.k + self.v, source.k + source.v):
             mine[:, :, :slots].index_copy_(0, rows, other[:, :, :slots].index_select(0, index))
         self.used = max(self.used, slots)
 
-    def _rebuild(self, choose, rows: int, slots: int) -> "Cache":
-        for tensors in (self.k, self.v):
-            for i, old in enumerate(
-                tensors
-            ):  # tensor by tensor: the peak is one tensor above the result
-                tensors[i] = old.new_zeros(rows, old.shape[1], slots, old.shape[3])
-                tensors[i][:, :, : self.used] = choose(old[:, :, : self.used])
-        self.rows, self.slots = rows, slots
-        return self
 
-
+@dataclass
 class Matrix:
-    """The weights (N_i, K) of several modules over one input, as one: x (n, K) -> (n, N), N = sum of N_i."""
+    """The weights (N_i, K) of modules with the same input as one matrix: x (n, K) -> (n, N).
 
-    def __init__(self, modules: list, panels: bool, taken: list["Matrix"]):
-        self.weights = [m.weight for m in modules]
-        biases = [m.bias for m in modules if getattr(m, "bias", None) is not None]
-        self.bias, self.panels = torch.cat(biases) if biases else None, None
-        if panels:
-            whole = (
-                torch.cat([w.data for w in self.weights])
-                if len(modules) > 1
-                else self.weights[0].data
-            )  # (N, K)
-            self.sizes, N = [len(w) for w in self.weights], len(whole)
-            wide = max((d for d in range(PANEL // 4, PANEL + 1) if N % d == 0), default=N)
-            self.panels = (
-                whole.view(-1, wide, whole.shape[1]).transpose(1, 2).contiguous()
-            )  # (N / wide, K, wide)
-            taken.append(self)  # from here on give_back() works
-            for w in self.weights:
-                w.data = w.data.new_empty(0)
+    N is the sum of N_i. Panels are the weights as (N / 256, K, 256): MKL copies what it multiplies
+    by, and short rows that are stored together are copied faster. A step of a 39M model with a
+    vocabulary of 32,000 takes 10 to 18% less CPU time, most of it in the head.
+    """
+
+    modules: list[nn.Module]
+    panels: Tensor | None = None
+    bias: Tensor | None = None  # (N,) of the panels
+
+    def lay_out(self) -> None:
+        """Move the weights into panels. Until give_back() the parameters are empty."""
+        weights = [m.weight.data for m in self.modules]
+        biases = [m.bias for m in self.modules if getattr(m, "bias", None) is not None]
+        whole = torch.cat(weights) if len(weights) > 1 else weights[0]  # (N, K)
+        N, K = whole.shape
+        width = max((d for d in range(PANEL // 4, PANEL + 1) if N % d == 0), default=N)
+        self.bias = torch.cat(biases) if biases else None
+        self.panels = whole.view(-1, width, K).transpose(1, 2).contiguous()  # (N / width, K, width)
+        for m in self.modules:
+            m.weight.data = whole.new_empty(0, K)
 
     def give_back(self) -> None:
-        """The parameters as they were, and no panels any more."""
-        whole = self.panels.transpose(1, 2).contiguous().view(-1, self.panels.shape[1])
+        """Restore the parameters from the panels, if there are any."""
+        if self.panels is None:
+            return
+        whole = self.panels.transpose(1, 2).contiguous().view(-1, self.panels.shape[1])  # (N, K)
         self.panels = None
-        for w, part in zip(self.weights, whole.split(self.sizes)):
-            w.data = part.clone() if len(self.sizes) > 1 else part
+        if len(self.modules) == 1:
+            self.modules[0].weight.data = whole
+            return
+        sizes = [m.out_features for m in self.modules]
+        for m, part in zip(self.modules, whole.split(sizes)):
+            m.weight.data = part.clone()
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.panels is None:
-            y = (
-                torch.cat([x @ w.T for w in self.weights], -1)
-                if len(self.weights) > 1
-                else x @ self.weights[0].T
-            )
-            return y if self.bias is None else y + self.bias
-        P = self.panels
-        if len(P) == 1:
-            return x @ P[0] if self.bias is None else torch.addmm(self.bias, x, P[0])
-        y = x.new_empty(len(x), len(P) * P.shape[2])
-        torch.bmm(x.expand(len(P), *x.shape), P, out=y.view(len(x), len(P), -1).transpose(0, 1))
+            parts = [m(x) for m in self.modules]
+            return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+        if len(self.panels) == 1:
+            panel = self.panels[0]
+            return x @ panel if self.bias is None else torch.addmm(self.bias, x, panel)
+        P, K, width = self.panels.shape
+        n = len(x)
+        y = x.new_empty(n, P * width)
+        out = y.view(n, P, width).transpose(0, 1)  # each panel writes its own columns
+        torch.bmm(x.expand(P, n, K), self.panels, out=out)
         return y if self.bias is None else y.add_(self.bias)
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Rows of the weight, as an embedding: ids (n,) -> (n, K)."""
+        """Rows of the matrix, for an embedding that is also the head: ids (n,) -> (n, K)."""
         if self.panels is None:
-            return F.embedding(ids, self.weights[0])
-        wide = self.panels.shape[2]
-        return self.panels[ids // wide, :, ids % wide]
+            return F.embedding(ids, self.modules[0].weight)
+        width = self.panels.shape[2]
+        return self.panels[ids // width, :, ids % width]
 
 
 class Layer(NamedTuple):
     norm: Tensor
     qkv: Matrix
-    qk_norm: Tensor | None  # (H + Hkv, K)
+    qk_norm: Tensor | None  # (H + Hkv, K) fp32
     out: Matrix
     mlp_norm: Tensor
     gate_up: Matrix
@@ -144,176 +153,196 @@ class Layer(NamedTuple):
 
 
 class Decoder:
-    """The network for sampling. A decoder is made by decoder_of() and lives as long as its with-block."""
+    """The network for sampling. decoder_of() makes one; it is valid inside that with-block."""
 
-    def __init__(self, model, panels: bool, taken: list[Matrix]):
-        c = self.config = model.config
-        self.shape = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.angles, self.final_norm = model.angles, model.model.norm.weight
-        self.device, self.dtype = model.head.device, model.head.dtype
-        H, Hkv, K = self.shape
-
-        def matrix(*modules):
-            return Matrix(modules, panels, taken)
-
+    def __init__(self, model):
+        config = model.config
+        self.config = config
+        self.shape = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        self.device = model.head.device
+        self.dtype = model.head.dtype
+        self.angles = model.angles
+        self.final_norm = model.model.norm.weight
+        tied = config.tie_word_embeddings
+        self.head = Matrix([model.model.embed_tokens if tied else model.lm_head])
+        self.embed = self.head.rows if tied else model.model.embed_tokens
+        self.matrices = [self.head]
         self.layers = []
+        H, Hkv, K = self.shape
         for block in model.model.layers:
-            a, mlp = block.self_attn, block.mlp
-            qk_norm = (
-                torch.cat((a.q_norm.weight.expand(H, K), a.k_norm.weight.expand(Hkv, K)))
-                if c.qk_norm
-                else None
+            attention = block.self_attn
+            mlp = block.mlp
+            norm = block.post_attention_layernorm if config.post_norm else block.input_layernorm
+            mlp_norm = block.post_attention_layernorm
+            if config.post_norm:
+                mlp_norm = block.post_feedforward_layernorm
+            qk_norm = None
+            if config.qk_norm:  # one head's weights for each of them, or all heads' own
+                q_norm = attention.q_norm.weight.view(-1, K).expand(H, K)
+                k_norm = attention.k_norm.weight.view(-1, K).expand(Hkv, K)
+                qk_norm = torch.cat((q_norm, k_norm)).float()
+            layer = Layer(
+                norm.weight,
+                Matrix([attention.q_proj, attention.k_proj, attention.v_proj]),
+                qk_norm,
+                Matrix([attention.o_proj]),
+                mlp_norm.weight,
+                Matrix([mlp.gate_proj, mlp.up_proj]),
+                Matrix([mlp.down_proj]),
             )
-            self.layers.append(
-                Layer(
-                    block.input_layernorm.weight,
-                    matrix(a.q_proj, a.k_proj, a.v_proj),
-                    qk_norm,
-                    matrix(a.o_proj),
-                    block.post_attention_layernorm.weight,
-                    matrix(mlp.gate_proj, mlp.up_proj),
-                    matrix(mlp.down_proj),
-                )
-            )
-        self.head = matrix(model.model.embed_tokens if c.tie_word_embeddings else model.lm_head)
-        self.embed = self.head.rows if c.tie_word_embeddings else model.model.embed_tokens
+            self.layers.append(layer)
+            self.matrices += [layer.qkv, layer.out, layer.gate_up, layer.down]
 
     def read(self, ids: Tensor, cache: Cache) -> Tensor:
-        """Prompts ids (B, T) into slots 0..T-1 of the cache's first B rows -> hidden (B, T, D). Causal along the row:
-        what stands behind a prompt's last token is invisible to it, so ragged prompts are padded on the right."""
+        """Prompts ids (B, T) into slots 0..T-1 of the cache's first B rows -> hidden (B, T, D).
+
+        Attention is causal along the row: what stands behind a prompt's last token is invisible to
+        it, so prompts of unequal length are padded on the right.
+        """
         B, T = ids.shape
-        _check(cache, B, T)
-
-        def attend(i, q, k, v):  # (B T, H or Hkv, K)
-            q, k, v = (x.view(B, T, -1, x.shape[-1]).transpose(1, 2) for x in (q, k, v))
-            cache.k[i][:B, :, :T], cache.v[i][:B, :, :T] = k, v
-            return F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, enable_gqa=True
-            ).transpose(1, 2)
-
-        return self._layers(
-            ids.flatten(), torch.arange(T, device=ids.device).repeat(B), attend
-        ).view(B, T, -1)
+        position = torch.arange(T, device=ids.device).expand(B, T)
+        hidden = self._layers(ids, position, cache, T)
+        return hidden.view(B, T, -1)
 
     def step(self, token: Tensor, position: Tensor, cache: Cache, top: int) -> Tensor:
-        """token, position (n,) -> logits (n, V) in fp32. Row i's keys and values are written at slot position[i], and
-        its query sees the slots 0..position[i]; top is greater than all positions, and no slot beyond it is read."""
-        n, (H, Hkv, K) = len(token), self.shape
-        _check(cache, n, top)
-        rows = torch.arange(n, device=token.device)
-        seen = (
-            torch.arange(top, device=token.device) <= position[:, None, None, None]
-        )  # (n, 1, 1, top)
-        # added to the scores: from booleans, every layer would make these numbers again
-        mask = torch.zeros(seen.shape, dtype=self.dtype, device=token.device).masked_fill_(
-            ~seen, -math.inf
-        )
+        """token, position (n,) -> logits (n, V) in fp32, one more token of each row.
 
-        def attend(i, q, k, v):
-            cache.k[i][rows, :, position] = k
-            cache.v[i][rows, :, position] = v
-            # the query heads that share a key head are laid along the query axis: the cache is read once, never copied
-            return F.scaled_dot_product_attention(
-                q.reshape(n, Hkv, H // Hkv, K),
-                cache.k[i][:n, :, :top],
-                cache.v[i][:n, :, :top],
-                attn_mask=mask,
-            )
-
-        return self.logits(self._layers(token, position, attend))
+        The keys and values of row i are written to slot position[i], and its query sees the slots
+        0..position[i]. top is greater than all positions; no slot from top on is read.
+        """
+        slots = torch.arange(top, device=token.device)
+        unseen = slots > position[:, None, None, None]  # (n, 1, 1, top)
+        # Added to the scores. From booleans, each layer would make these numbers again.
+        mask = torch.zeros(unseen.shape, dtype=self.dtype, device=token.device)
+        mask.masked_fill_(unseen, -math.inf)
+        return self.logits(self._layers(token[:, None], position[:, None], cache, top, mask))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (n, D) -> (n, V) in fp32."""
-        return (
-            self.head(hidden)
-            if self.head.panels is not None
-            else head_logits(hidden, self.head.weights[0])
-        )
+        if self.head.panels is not None:
+            return self.head(hidden)
+        return head_logits(hidden, self.head.modules[0].weight)
 
-    def _layers(self, ids: Tensor, position: Tensor, attend) -> Tensor:
-        """ids, position (N,) -> hidden (N, D)."""
-        N, (H, Hkv, K) = len(ids), self.shape
-        x = self.embed(ids)
-        cos, sin = self.angles(position, x.dtype)  # (N, 1, K)
-        for i, layer in enumerate(self.layers):
-            heads = layer.qkv(self._norm(x, layer.norm)).view(N, H + 2 * Hkv, K)
-            qk, v = heads[:, : H + Hkv], heads[:, H + Hkv :]
-            if layer.qk_norm is not None:
-                qk = self._norm(qk, layer.qk_norm)
-            qk = rotate(qk, cos, sin)
-            x = x + layer.out(attend(i, qk[:, :H], qk[:, H:], v).reshape(N, H * K))
-            gate, up = layer.gate_up(self._norm(x, layer.mlp_norm)).chunk(2, -1)
-            x = x + layer.down(F.silu(gate).mul_(up))
-        return self._norm(x, self.final_norm)
-
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _layers(
+        self, ids: Tensor, position: Tensor, cache: Cache, top: int, mask: Tensor | None = None
+    ) -> Tensor:
+        """ids, position (B, T) -> hidden (B T, D). Without a mask: causal among the T tokens."""
+        B, T = ids.shape
+        H, Hkv, K = self.shape
         eps = self.config.rms_norm_eps
-        if weight.ndim == 1:
-            return F.rms_norm(x, x.shape[-1:], weight, eps)
-        return (weight.float() * F.rms_norm(x.float(), x.shape[-1:], eps=eps)).to(
-            x.dtype
-        )  # rounded once, as there
-
-
-def _check(cache: Cache, rows: int, top: int) -> None:
-    if rows > cache.rows or top > cache.slots:
-        raise UserError(
-            f"{rows} rows up to position {top - 1} do not fit a cache of {cache.rows} rows x "
-            f"{cache.slots} slots; select() the rows or grow() the slots first"
+        assert B <= cache.rows and top <= cache.slots, (
+            f"{B} rows up to position {top - 1} do not fit a cache of "
+            f"{cache.rows} rows x {cache.slots} slots"
         )
-    cache.used = max(cache.used, top)
+        cache.used = max(cache.used, top)
+        rows = torch.arange(B, device=ids.device)[:, None]
+        x = self.embed(ids.flatten())  # (B T, D)
+        D = x.shape[1:]
+        post = self.config.post_norm  # norms behind attention and MLP instead of before them
+        rotary = self.config.rotary_layers or [True] * len(self.layers)
+        cos, sin = self.angles(position.flatten(), x.dtype)  # (B T, 1, K)
+        for i, layer in enumerate(self.layers):
+            normed = x if post else F.rms_norm(x, D, layer.norm, eps)
+            heads = layer.qkv(normed).view(B * T, H + 2 * Hkv, K)
+            qk = heads[:, : H + Hkv]
+            if layer.qk_norm is not None:  # in fp32, rounded once, as in model.py
+                qk = (layer.qk_norm * self._normed_heads(qk.float())).to(x.dtype)
+            if rotary[i]:
+                qk = rotate(qk, cos, sin)
+            q = qk[:, :H].view(B, T, H, K)
+            k = qk[:, H:].view(B, T, Hkv, K)
+            v = heads[:, H + Hkv :].view(B, T, Hkv, K)
+            cache.k[i][rows, :, position] = k
+            cache.v[i][rows, :, position] = v
+            if mask is None:
+                if k.is_cuda and k.dtype == torch.float32:
+                    # No fused kernel of CUDA shares key heads in fp32; without one, all scores
+                    # (B, H, T, T) would be held.
+                    k = k.repeat_interleave(H // Hkv, 2)
+                    v = v.repeat_interleave(H // Hkv, 2)
+                q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+                y = y.transpose(1, 2)  # (B, T, H, K)
+            else:
+                # The query heads that share a key head are laid along the query axis: the cache is
+                # read once and never copied.
+                q = q.reshape(B, Hkv, H // Hkv, K)
+                k = cache.k[i][:B, :, :top]
+                v = cache.v[i][:B, :, :top]
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            y = layer.out(y.reshape(B * T, H * K))
+            x = x + (F.rms_norm(y, D, layer.norm, eps) if post else y)
+            normed = x if post else F.rms_norm(x, D, layer.mlp_norm, eps)
+            gate, up = layer.gate_up(normed).chunk(2, -1)
+            y = layer.down(F.silu(gate).mul_(up))
+            x = x + (F.rms_norm(y, D, layer.mlp_norm, eps) if post else y)
+        return F.rms_norm(x, D, self.final_norm, eps)
+
+    def _normed_heads(self, qk: Tensor) -> Tensor:
+        """qk (N, H + Hkv, K), normed per head or, in OLMo 2, over all heads of q and all of k."""
+        eps = self.config.rms_norm_eps
+        if not self.config.joint_qk_norm:
+            return F.rms_norm(qk, qk.shape[2:], eps=eps)
+        H, Hkv, _ = self.shape
+        parts = [F.rms_norm(part, part.shape[1:], eps=eps) for part in qk.split((H, Hkv), 1)]
+        return torch.cat(parts, 1)
 
 
 @contextmanager
 def decoder_of(model):
-    """The model's Decoder. FSDP2: all parameters are gathered for the with-block, so that no step communicates and the
-    processes may take unequal numbers of steps. Whatever ends the block, the model is then as it was."""
+    """The model's Decoder. Whatever ends the block, the model is then as it was.
+
+    FSDP2: all parameters are gathered for the with-block, so that no step communicates and the
+    processes may take unequal numbers of steps.
+    """
     sharded = [m for m in model.modules() if hasattr(m, "unshard")]
-    taken: list[Matrix] = []
+    matrices = []
     try:
         for m in sharded:
             m.set_reshard_after_forward(False, recurse=False)
             m.unshard()
-        head = model.head
-        yield Decoder(
-            model, not sharded and head.device.type == "cpu" and head.dtype == torch.float32, taken
-        )
+        decoder = Decoder(model)
+        matrices = decoder.matrices
+        if not sharded and decoder.device.type == "cpu" and decoder.dtype == torch.float32:
+            for matrix in matrices:
+                matrix.lay_out()
+        yield decoder
     finally:
-        while taken:
-            taken.pop().give_back()
+        for matrix in matrices:
+            matrix.give_back()
         for m in sharded:
-            m.set_reshard_after_forward(
-                m is not model, recurse=False
-            )  # the head is used after the model's forward
+            # The root stays gathered after its forward: the head is used then.
+            m.set_reshard_after_forward(m is not model, recurse=False)
             m.reshard()
 
 
 class Graphs:
-    """Functions recorded as CUDA graphs, by key. A function runs as it is the first time, so that libraries allocate
-    what they need, is recorded the second time and replayed from then on. It must return nothing, write its results in
-    place into tensors that outlive it, and ask the device nothing. On the CPU it is simply called."""
+    """Functions recorded as CUDA graphs, by key; at most MAX_GRAPHS of them, the latest used ones.
+
+    A function runs as it is the first time, so that libraries allocate what they need; it is
+    recorded the second time and replayed from then on. It must return nothing, write its results in
+    place into tensors that outlive it, and not wait for the device. On the CPU it is simply called.
+    When a tensor that the functions use is replaced, make a new Graphs.
+    """
 
     def __init__(self, device: torch.device):
-        self.on = device.type == "cuda"
-        self.forget()
+        self.on_cuda = device.type == "cuda"
+        self.recorded: dict = {}  # from the one used longest ago to the latest; None: ran once
+        self.pool = torch.cuda.graph_pool_handle() if self.on_cuda else None  # shared scratch
 
     def run(self, key, function) -> None:
-        if not self.on or key not in self.graphs:
-            self.graphs[key] = None
+        is_first = key not in self.recorded
+        graph = self.recorded.pop(key, None)
+        self.recorded[key] = graph
+        if len(self.recorded) > MAX_GRAPHS:
+            del self.recorded[next(iter(self.recorded))]
+        if is_first or not self.on_cuda:
             function()
             return
-        if self.graphs[key] is None:
-            self.graphs[key] = torch.cuda.CUDAGraph()
-            # runs nothing; what other threads ask of the device meanwhile is no business of the recording's
-            with torch.cuda.graph(
-                self.graphs[key], pool=self.pool, capture_error_mode="thread_local"
-            ):
+        if graph is None:
+            graph = torch.cuda.CUDAGraph()
+            # Recording executes nothing. Other threads may use the device meanwhile.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 function()
-        self.graphs[key].replay()
-
-    def forget(self) -> None:
-        """To be called where a tensor that the functions use was replaced."""
-        self.graphs: dict = {}
-        self.pool = (
-            torch.cuda.graph_pool_handle() if self.on else None
-        )  # scratch memory that all graphs share
+            self.recorded[key] = graph
+        graph.replay()

@@ -19,9 +19,11 @@ def write_json(path: Path, value) -> None:
 
 
 def read_jsonl(path: Path, broken_tail: bool = False) -> Iterator[dict]:
-    """Rows of a JSONL file, one after another, as a million trajectories need more memory than their model does.
-    broken_tail: a last line cut short by a kill is passed over instead of refused."""
-    with open(path, "rb") as lines:  # bytes end lines at \\n alone: U+2028 may stand in a string
+    """Rows of a JSONL file, one at a time: a million trajectories may not fit in memory.
+
+    broken_tail: a last line that was cut short by a kill is passed over, not refused.
+    """
+    with open(path, "rb") as lines:  # in bytes, lines end at \\n alone: U+2028 may be in a string
         for n, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -29,7 +31,8 @@ def read_jsonl(path: Path, broken_tail: bool = False) -> Iterator[dict]:
                 yield json.loads(line.decode())
             except UnicodeDecodeError as error:
                 raise UserError(
-                    f"{path}:{n}: not UTF-8 text (byte {error.start} of the line); save the file as UTF-8"
+                    f"{path}:{n}: not UTF-8 text (byte {error.start} of the line); "
+                    "save the file as UTF-8"
                 ) from None
             except json.JSONDecodeError as error:
                 if broken_tail and not any(rest.strip() for rest in lines):

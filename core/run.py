@@ -1,194 +1,294 @@
-"""What surrounds a training loop: the command line, the run directory, metrics, checkpoints, seeds, optimizers.
+"""What surrounds a training loop: the run directory, metrics, checkpoints, signals, the time left.
 
-One dataclass per script is its command line: `cfg = cli.parse(Config)`. A field's trailing comment is its --help text,
-so a flag is written once. Nothing here knows a loss or a token.
+    run = Run(cfg, steps, start, ...)            looks at the directory cfg.out, refuses, or resumes
+    run.attach(model, optimizers, write_model)   loads the checkpoint it goes on from; begins
+    for step in run.steps():                     the number of steps done so far
+        run.checkpoint(step)                     saves when an evaluation, a signal or a flag asks
+        if run.due(step, "eval"): ...            evaluate, then run.log(step, "eval", ...)
+        if run.over(step): break
+        ...                                      one training step, then run.log(step + 1, "train")
 
-    runs/sft/run.json         every field as used, argv, world size, versions
-    runs/sft/metrics.jsonl    one object a line: step kind tokens flops seconds ...; kind = train | val | eval
+    runs/sft/run.json         every field as used, argv, number of ranks, versions
+    runs/sft/metrics.jsonl    one object per line: step kind tokens flops seconds ...
     runs/sft/samples.jsonl    what the model wrote, and how it was judged
-    runs/sft/checkpoints/step_000400/
-        config.json model.safetensors tokenizer.json ...     a Hugging Face model folder
-        trainer/state-00000-of-00001.safetensors             fp32 weights and optimizer state, a file a process
-        trainer.json                                         step, counters, every file's size: a cut one is seen
+    runs/sft/checkpoints/     see checkpoint.py
 
-Choices: 1) a checkpoint is written beside its place, flushed to disk, then renamed: a folder without .tmp is whole.
-2) No random state is stored. Every draw has a generator seeded from (seed, use, step, row), so a resumed run, or one on
-   another number of processes, draws the same. 3) No pickle anywhere: safetensors and JSON. 4) Of several processes the
-first one writes the run directory and speaks; all of them know its contents and decide alike. On several nodes it has
-to lie on a file system that all of them see.
+Rank 0 writes the directory and prints; all ranks know its contents and decide alike. On several
+nodes it has to lie on a file system that all of them see.
 """
 
 import dataclasses
+import fcntl
 import json
 import math
 import os
-import shlex
 import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
-from core import ranks
+from core import checkpoint, ranks
 from core.errors import UserError
 from core.files import read_jsonl, write_aside, write_json
 
-UMASK = os.umask(0o022)  # the only way to read it is to set it
-os.umask(UMASK)
-
-
-# seeds
-def catch_signals() -> list:
-    """A list that fills on Ctrl-C or SIGTERM, so that the loop ends its step, saves and says how to go on."""
-    caught, first = [], 0.0
-
-    def remember(number, frame):
-        nonlocal first
-        if (
-            caught and time.monotonic() - first > 3
-        ):  # torchrun passes the terminal's Ctrl-C on: two at once are one
-            raise KeyboardInterrupt
-        if not caught:
-            first = time.monotonic()
-            caught.append(signal.Signals(number).name)
-            print(
-                f"\n{caught[0]}: finishing this step, then saving (again after 3 s: stop at once)",
-                flush=True,
-            )
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, remember)
-    return caught
-
-
-def again() -> str:
-    """The command that goes on with this run."""
-    given = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
-    start = (
-        f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"
-        if ranks.world() > 1
-        else "python"
-    )
-    return shlex.join([*start.split(), *given, "--resume"])
-
-
-def peak_memory(device) -> dict:
-    """{"peak_mb": the most that tensors have taken on this GPU so far}; nothing on the CPU, where the system knows."""
-    return (
-        {"peak_mb": round(torch.cuda.max_memory_allocated(device) / 2**20)}
-        if device.type == "cuda"
-        else {}
-    )
+LOCK = ".lock"  # held by the process that writes in the directory
+FIXED = ("init", "data", "val", "reward", "algo")  # settings that a resumed run cannot change
+PER_CALL = ("resume", "overwrite", "dry_run", "out")  # settings that belong to one call
+ALLOWED_SKIPS = 4  # updates in a row with a NaN or infinite gradient; one more ends the run
 
 
 class Run:
-    """One run directory: metrics, samples, checkpoints. `resumed`: trainer.json of the one to go on from, or None."""
+    """One run directory and the loop that fills it."""
 
-    def __init__(self, cfg, resume: bool = False, overwrite: bool = False, **facts):
+    def __init__(self, cfg, last: int, start: Path, **facts):
+        """Read the directory, if there is one; nothing is written before attach().
+
+        cfg: out, resume, overwrite, eval_every, save_every, keep ... last: the step it ends at.
+        start: the model folder that the run begins from. facts: more for run.json; a resumed run
+        must have the same ones.
+        """
+        self.cfg = cfg
+        self.last = last
+        self.start = start
         self.dir = Path(cfg.out)
         self.checkpoints = self.dir / "checkpoints"
+        self.totals = {"tokens": 0, "flops": 0.0, "flops_hw": 0.0}  # logged and saved
+        self.step = 0  # steps done
+        self.position = 0  # rows (SFT) or prompts (RL) taken from the data so far
+        self.facts = facts
+        self.resumed = ranks.from_first(self._examine)
+        self.first = self.resumed["step"] if self.resumed else 0
+        if self.first > last:
+            raise UserError(
+                f"{self.dir} is at step {self.first} already, beyond the {last} asked for; "
+                "give more --steps"
+            )
+        self.metrics = []
+        self.interrupted = False
+        self._ended = False
+        self._skipped = 0
+        self._hinted = set()
+        self._signals = catch_signals()
+
+    # ---- the directory ---------------------------------------------------------------------------
+    def _examine(self) -> dict | None:
+        """trainer.json of the checkpoint to go on from, or None; on rank 0. Changes nothing."""
+        if not self.dir.exists() or not any(self.dir.iterdir()):
+            return None
+        if self.cfg.overwrite:
+            if not (self.dir / "run.json").exists():
+                raise UserError(
+                    f"{self.dir} is not a run directory (no run.json): --overwrite leaves it "
+                    "alone; pick another --out"
+                )
+            if self.start.resolve().is_relative_to(self.dir.resolve()):
+                raise UserError(
+                    f"--overwrite would delete the model that this run starts from, {self.start}; "
+                    "pick another --out"
+                )
+            return None
+        if not self.cfg.resume:
+            raise UserError(
+                f"{self.dir} exists already: --resume goes on with it, --overwrite starts anew, "
+                "--out names another"
+            )
+        self._compare(recorded(self.dir))
+        resumed = checkpoint.newest_whole(self.checkpoints)
+        log = self.dir / "metrics.jsonl"
+        if not resumed and log.exists() and log.stat().st_size:
+            raise UserError(
+                f"{self.dir} has metrics but no whole checkpoint to go on from; put one back, "
+                "or start anew with --overwrite"
+            )
+        return resumed
+
+    def _compare(self, before: dict) -> None:
+        """Refuse to go on with other data or another model; say which settings are now others."""
+        for name, fact in self.facts.items():
+            if before.get(name, fact) != fact:
+                raise UserError(
+                    f"{self.dir}: {name} is {fact} and was {before[name]} when the run began: give "
+                    "back the same files and flags, or start anew in another --out"
+                )
+        changed = []
+        now = dataclasses.asdict(self.cfg)
+        for name, value in before.get("config", {}).items():
+            if name in PER_CALL or now.get(name, value) == value:
+                continue
+            flag = "--" + name.replace("_", "-")
+            if name in FIXED:
+                raise UserError(
+                    f"{flag} {now[name]}: {self.dir} was begun with {value or 'none'}; leave the "
+                    "flag out to go on, or start anew in another --out"
+                )
+            changed.append(f"{flag} {value} -> {now[name]}")
+        if changed:
+            print(f"resuming with other settings than before: {', '.join(changed)}", flush=True)
+
+    def _begin(self) -> list[dict]:
+        """Make the directory ready, on rank 0; returns the metrics up to the step we go on from."""
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self._lock = lock(self.dir)
+        if self.cfg.overwrite:
+            for path in self.dir.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path.name != LOCK:
+                    path.unlink()
+        self.checkpoints.mkdir(exist_ok=True)
+        last = self.first if self.resumed else -1
+        metrics = self._cut("metrics.jsonl", last)
+        self._cut("samples.jsonl", last)
         about = {
-            "config": dataclasses.asdict(cfg),
+            "config": dataclasses.asdict(self.cfg),
+            "start": str(self.start),
+            **self.facts,
             "argv": sys.argv,
             "world_size": ranks.world(),
             "torch": torch.__version__,
             "python": sys.version.split()[0],
-            **facts,
         }
-        self.resumed, self.metrics = ranks.from_first(lambda: self._open(resume, overwrite, about))
-        self.skipped, self._opened, self._first = (
-            0,
-            time.monotonic(),
-            self.resumed["step"] if self.resumed else 0,
-        )
-        self._started = self._opened - (self.metrics[-1]["seconds"] if self.metrics else 0.0)
-
-    def _open(self, resume: bool, overwrite: bool, about: dict) -> tuple[dict | None, list[dict]]:
-        """(trainer.json of the checkpoint to go on from, metrics up to it), with the directory made ready."""
-        resumed = None
-        if self.dir.exists() and any(self.dir.iterdir()):
-            if overwrite:
-                if not (self.dir / "run.json").exists():
-                    raise UserError(
-                        f"{self.dir} is not a run directory (no run.json): --overwrite leaves it alone; "
-                        "pick another --out"
-                    )
-                shutil.rmtree(self.dir)
-            elif resume:
-                resumed = self._newest_whole()
-                self._compare(about["config"])
-                log = self.dir / "metrics.jsonl"
-                if not resumed and log.exists() and log.stat().st_size:
-                    raise UserError(
-                        f"{self.dir} has metrics but no whole checkpoint to go on from; put one back, "
-                        "or start anew with --overwrite"
-                    )
-            else:
-                raise UserError(
-                    f"{self.dir} exists already: --resume goes on with it, --overwrite starts anew, "
-                    "--out names another"
-                )
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        last = resumed["step"] if resumed else -1
-        metrics, _ = self._cut("metrics.jsonl", last), self._cut("samples.jsonl", last)
         write_json(self.dir / "run.json", about)
-        return resumed, metrics
-
-    def _compare(self, config: dict) -> None:
-        """Say which settings of the run to go on with are now others."""
-        path = self.dir / "run.json"
-        before = json.loads(path.read_text())["config"] if path.exists() else {}
-        changed = [
-            f"--{name.replace('_', '-')} {value} -> {config[name]}"
-            for name, value in before.items()
-            if name in config and config[name] != value and name not in ("resume", "overwrite")
-        ]
-        if changed:
-            print(f"resuming with other settings than before: {', '.join(changed)}", flush=True)
-
-    def _newest_whole(self) -> dict | None:
-        """trainer.json of the newest whole checkpoint (files as long as written down); damaged ones are named."""
-        for folder in sorted(self.checkpoints.glob("step_*[0-9]"), reverse=True):
-            damage = damaged(folder)
-            if not damage:
-                return json.loads((folder / "trainer.json").read_text())
-            print(f"{folder} is damaged ({damage}): going on from the one before", flush=True)
-        return None
+        return metrics
 
     def _cut(self, name: str, last: int) -> list[dict]:
-        """Keep the lines up to step `last` (a killed run may have written more), and return them."""
+        """Keep the lines up to step `last` (a killed run may have written more); return them."""
         path = self.dir / name
-        kept = (
-            [row for row in read_jsonl(path, broken_tail=True) if row["step"] <= last]
-            if path.exists()
-            else []
-        )
+        kept = []
+        if path.exists():
+            kept = [row for row in read_jsonl(path, broken_tail=True) if row["step"] <= last]
         write_aside(path, "".join(json.dumps(row) + "\n" for row in kept))
         return kept
+
+    # ---- the loop --------------------------------------------------------------------------------
+    def attach(self, model, optimizers: list, write_model) -> None:
+        """Begin: weights, optimizer state and counters of a resumed run are put in place, then the
+        directory is made ready. write_model(folder) writes the Hugging Face folder."""
+        self.model = model
+        self._optimizers = optimizers
+        self._write_model = write_model
+        if self.resumed:
+            folder = self.folder(self.first)
+            checkpoint.load_state(folder / "trainer", model, optimizers)
+            self.totals = {name: self.resumed[name] for name in self.totals}
+            self.position = self.resumed["position"]
+        self.metrics = ranks.from_first(self._begin)
+        if self.resumed:
+            print(f"resuming {self.dir} after step {self.first}", flush=True)
+        self._opened = time.monotonic()
+        self._before = self.metrics[-1]["seconds"] if self.metrics else 0.0
+        self._clock = self._opened  # when the last lap ended
+        self._spent = {"steps": 0.0, "evaluations": 0.0}  # seconds of this process
+
+    def steps(self) -> Iterator[int]:
+        """The number of steps done when the body begins: from where the run stands to the last."""
+        self._clock = time.monotonic()
+        for step in range(self.first, self.last + 1):
+            self.step = step
+            yield step
+
+    def done_share(self, max_flops: float = 0.0) -> float:
+        """Share of the run that is done, 0..1: of its steps or, if that is more, of its compute."""
+        by_compute = self.totals["flops"] / max_flops if max_flops else 0.0
+        return max(self.step / self.last, by_compute)
+
+    def due(self, step: int, kind: str) -> bool:
+        """Whether a line of this kind ("val", "eval") is to be made now: every eval_every steps and
+        at the end, unless a run that was killed had made it already."""
+        if step % self.cfg.eval_every and not self._at_end(step):
+            return False
+        return not any(row["step"] == step for row in self.of_kind(kind))
+
+    def checkpoint(self, step: int) -> None:
+        """Save where an evaluation follows, where --save-every asks, and on a signal."""
+        self.interrupted = ranks.any_of(self._signals)
+        on_schedule = self.cfg.save_every and step % self.cfg.save_every == 0
+        evaluated = step % self.cfg.eval_every == 0 or self._at_end(step)
+        if evaluated or on_schedule or self.interrupted:
+            self.save(step)
+
+    def over(self, step: int) -> bool:
+        """Whether the run ends here: its last step, end(), or a signal."""
+        self._lap("evaluations")
+        return self._at_end(step) or self.interrupted
+
+    def end(self) -> None:
+        """Make the present step the run's last one."""
+        self._ended = True
+
+    def _at_end(self, step: int) -> bool:
+        return step == self.last or self._ended
+
+    def watch(self, norm: float, step: int) -> None:
+        """Name a skipped update (gradient norm NaN or infinite); five in a row stop the run."""
+        if math.isfinite(norm):
+            self._skipped = 0
+            return
+        self._skipped += 1
+        print(
+            f"step {step}: gradient norm is {norm}, update skipped ({self._skipped} in a row)",
+            flush=True,
+        )
+        if self._skipped > ALLOWED_SKIPS:
+            raise UserError(
+                f"{self._skipped} updates in a row had NaN or infinite gradients, up to step "
+                f"{step}; lower --lr, then --resume from the last checkpoint in {self.checkpoints}"
+            )
+
+    def eta(self, step: int, last: int | None = None) -> str:
+        """Time left at this process's pace, as "ETA 1m20s": steps, and evaluations still due."""
+        last = last or self.last
+        every = self.cfg.eval_every
+        pace = self._spent["steps"] / max(1, step - self.first)
+        behind = step // every - (self.first - 1) // every  # evaluations made by this process
+        evaluation = self._spent["evaluations"] / max(1, behind)
+        left = pace * (last - step) + evaluation * (last // every - step // every)
+        return f"ETA {int(left // 60)}m{int(left % 60):02d}s"
+
+    def _lap(self, use: str) -> None:
+        """The time since the last lap went into this: "steps" or "evaluations" (and saving)."""
+        now = time.monotonic()
+        self._spent[use] += now - self._clock
+        self._clock = now
+
+    # ---- metrics ---------------------------------------------------------------------------------
+    def count(self, tokens: int, flops: float, flops_hw: float) -> None:
+        """Add to the run's totals. flops: the paper's count; flops_hw: what was computed."""
+        self.totals = {
+            "tokens": self.totals["tokens"] + tokens,
+            "flops": self.totals["flops"] + flops,
+            "flops_hw": self.totals["flops_hw"] + flops_hw,
+        }
 
     @property
     def seconds(self) -> float:
         """Wall time of the run so far, its earlier parts included."""
-        return time.monotonic() - self._started
+        return self._before + time.monotonic() - self._opened
+
+    def of_kind(self, kind: str) -> list[dict]:
+        return [row for row in self.metrics if row["kind"] == kind]
 
     def log(self, step: int, kind: str, **numbers) -> None:
-        """Append one line to metrics.jsonl. Infinite and NaN become null, which every JSON reader accepts."""
+        """Append one line to metrics.jsonl. Infinite and NaN become null, which JSON knows."""
         self.log_together(step, {kind: numbers})
 
     def log_together(self, step: int, kinds: dict[str, dict]) -> None:
         """Append a line of each kind in one write: a kill leaves all of them or none."""
-        seconds = round(self.seconds, 4)
-        rows = [
-            {"step": step, "kind": kind, **numbers, "seconds": seconds}
-            for kind, numbers in kinds.items()
-        ]
-        for row in rows:
-            row |= {
-                k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)
-            }
+        peak = {}
+        if "train" in kinds:
+            self._lap("steps")
+            peak = peak_memory()
+        rows = []
+        for kind, numbers in kinds.items():
+            row = {"step": step, "kind": kind, **self.totals, **numbers, **peak}
+            for name, value in row.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    row[name] = None
+            rows.append({**row, "seconds": round(self.seconds, 4)})
         self._append("metrics.jsonl", rows)
         self.metrics += rows
 
@@ -200,122 +300,97 @@ class Run:
             with open(self.dir / name, "a") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
 
-    def watch(self, norm: float, step: int) -> None:
-        """Name a skipped update (gradient norm NaN or infinite); five in a row stop the run, its checkpoints kept."""
-        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
-        if self.skipped:
-            print(
-                f"step {step}: gradient norm is {norm}, update skipped ({self.skipped} in a row)",
-                flush=True,
-            )
-        if self.skipped == 5:
-            raise UserError(
-                f"5 updates in a row had NaN or infinite gradients, up to step {step}; lower --lr, then "
-                f"--resume from the last checkpoint in {self.checkpoints}"
-            )
+    def hint(self, key: str, text: str) -> None:
+        """Say once in a run what is odd but not wrong, with the flag that helps."""
+        if key not in self._hinted:
+            self._hinted.add(key)
+            print(f"hint: {text}", flush=True)
 
-    def eta(self, step: int, steps: int) -> str:
-        """Time left at the mean pace of this process, as "ETA 1m20s"."""
-        left = (time.monotonic() - self._opened) / max(1, step - self._first) * (steps - step)
-        return f"ETA {int(left // 60)}m{int(left % 60):02d}s"
+    # ---- checkpoints -----------------------------------------------------------------------------
+    def folder(self, step: int) -> Path:
+        return checkpoint.folder_of(self.checkpoints, step)
 
-    def of_kind(self, kind: str) -> list[dict]:
-        return [row for row in self.metrics if row["kind"] == kind]
+    def saved(self) -> set[int]:
+        """Steps that have a checkpoint."""
+        return set(checkpoint.steps_in(self.checkpoints))
 
-    def path(self, step: int) -> Path:
-        return self.checkpoints / f"step_{step:06d}"
-
-    def save(self, step: int, save_model, model, optimizers, **counters) -> Path:
-        """Write a checkpoint aside, flush it, rename it. save_model(folder) writes weights, config and tokenizer."""
-        final = self.path(step)
-        aside = final.with_suffix(".tmp")
-        if (
-            self.skipped
-        ):  # the weights may be what made the gradients NaN; --resume must find the ones before
+    def save(self, step: int) -> None:
+        if self._skipped:  # the weights may be what made the gradients NaN
             print(f"step {step}: not saved, as the last update was skipped", flush=True)
-            return final
-        ranks.settle(model)
-        state = [value for _, value in ranks.named_state(model, optimizers)]
-        (n_bytes,) = ranks.totals(sum(ranks.local(value).nbytes for value in state))
-        n_bytes += sum(
-            p.numel() * p.element_size() for p in model.parameters()
-        )  # the model folder, at most
-        if not ranks.from_first(lambda: self._make_room(final, aside, n_bytes)):
-            return final
-        failure = ""
-        for write in (
-            save_model,
-            lambda folder: ranks.save_state(folder / "trainer", model, optimizers),
-        ):
-            try:
-                write(aside)
-            except (
-                OSError,
-                SafetensorError,
-            ) as error:  # safetensors reports a full disk its own way
-                failure = failure or str(error)
-        failures = [
-            text for text in ranks.gather(failure) if text
-        ]  # also waits until every file is written
-        ranks.from_first(lambda: self._seal(final, aside, failures, {"step": step, **counters}))
-        return final
-
-    def _make_room(self, final: Path, aside: Path, n_bytes: float) -> bool:
-        """Prepare the folder `aside`; False if this checkpoint is there and whole already."""
-        if final.exists() and not damaged(final):
-            return False
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(final, ignore_errors=True)  # only ever a damaged one, passed over above
-        free = shutil.disk_usage(self.checkpoints).free
-        if free < n_bytes:
-            raise OSError(
-                f"could not save {final}: it needs {n_bytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free. "
-                "Earlier checkpoints are whole; free some space or use --keep, then --resume"
-            )
-        (aside / "trainer").mkdir(parents=True)
-        return True
-
-    def _seal(self, final: Path, aside: Path, failures: list[str], about: dict) -> None:
-        """Write down the files' sizes, flush them to disk and give the folder its name; or take it away again."""
-        if failures:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise OSError(
-                f"could not save {final}: {failures[0]}. Earlier checkpoints are whole; "
-                "free some space, then --resume"
-            )
-        files = [f for f in sorted(aside.rglob("*")) if f.is_file()]
-        sizes = {str(f.relative_to(aside)): f.stat().st_size for f in files}
-        write_json(aside / "trainer.json", {**about, "files": sizes})
-        for file in [*files, aside / "trainer.json", aside / "trainer", aside]:
-            if file.suffix == ".safetensors":
-                file.chmod(
-                    0o666 & ~UMASK
-                )  # the library makes them private, which a group's shared disk does not want
-            handle = os.open(file, os.O_RDONLY)
-            os.fsync(handle), os.close(handle)
-        aside.rename(final)
-
-    def load(self, model, optimizers) -> dict:
-        """Put the resumed checkpoint's weights and optimizer state in place; returns its trainer.json."""
-        ranks.load_state(self.path(self.resumed["step"]) / "trainer", model, optimizers)
-        return self.resumed
-
-    def prune(self, keep: int, protected: set[int]) -> None:
-        """Delete the oldest checkpoints so that `keep` stay (0 = all); never the newest or the `protected` steps."""
-        if not keep or ranks.rank():
             return
-        folders = sorted(self.checkpoints.glob("step_*[0-9]"))
-        spare = [f for f in folders[:-1] if int(f.name[5:]) not in protected]
-        for folder in spare[: max(0, len(folders) - keep)]:
-            shutil.rmtree(folder)
+        about = {"step": step, **self.totals, "position": self.position, "seed": self.cfg.seed}
+        checkpoint.save(self.folder(step), self.model, self._optimizers, self._write_model, about)
+
+    def prune(self, protected: set) -> None:
+        """Delete the oldest checkpoints so that --keep stay (0 = all); never the newest or the
+        `protected` steps."""
+        folders = checkpoint.steps_in(self.checkpoints)
+        if not self.cfg.keep or ranks.rank():
+            return
+        start = self.start.resolve()
+        spare = []
+        for step in list(folders)[:-1]:
+            if step not in protected and folders[step].resolve() != start:
+                spare.append(step)
+        for step in spare[: max(0, len(folders) - self.cfg.keep)]:
+            shutil.rmtree(folders[step])
 
 
-def damaged(folder: Path) -> str:
-    """What is wrong with a checkpoint ('' = nothing): no trainer.json, or a file without the size written there."""
-    if not (folder / "trainer.json").exists():
-        return "no trainer.json"
-    for name, size in json.loads((folder / "trainer.json").read_text())["files"].items():
-        found = (folder / name).stat().st_size if (folder / name).exists() else None
-        if found != size:
-            return f"{name} has {found} bytes, not {size}"
-    return ""
+def recorded(out: str | Path) -> dict:
+    """run.json of a run directory, or {}."""
+    path = Path(out) / "run.json"
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path}: not JSON; restore it, or start anew in another --out") from None
+
+
+def lock(folder: Path):
+    """An open file that keeps other processes out of a run directory until this one ends."""
+    file = open(folder / LOCK, "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        owner = file.read().strip()
+        if owner != str(os.getpid()):
+            raise UserError(
+                f"{folder}: process {owner} is writing in it; wait for it, or pick another --out"
+            ) from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def catch_signals() -> list:
+    """A list that fills on Ctrl-C or SIGTERM: the loop ends its step, saves, says how to go on."""
+    caught = []
+    first = 0.0
+
+    def remember(number, frame):
+        nonlocal first
+        if caught:
+            # torchrun passes the terminal's Ctrl-C on: two at once are one
+            if time.monotonic() - first > 3:
+                raise KeyboardInterrupt
+            return
+        first = time.monotonic()
+        caught.append(signal.Signals(number).name)
+        print(
+            f"\n{caught[0]}: finishing this step, then saving (again after 3 s: stop at once)",
+            flush=True,
+        )
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, remember)
+    return caught
+
+
+def peak_memory() -> dict:
+    """{"peak_mb": the most that tensors have taken on this GPU}; nothing on the CPU."""
+    if not torch.cuda.is_available():
+        return {}
+    return {"peak_mb": round(torch.cuda.max_memory_allocated() / 2**20)}

@@ -1,4 +1,5 @@
-"""Model folders: every spelling reads alike, what is saved reads back bit for bit, and what is wrong or not implemented is said in one line."""
+"""Model folders: every spelling reads alike, what is saved reads back bit for bit, and what is
+wrong or not implemented is refused in one line."""
 
 import json
 from dataclasses import replace
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model as m
+from core import folder
 
 RAW = dict(
     model_type="llama",
@@ -27,28 +29,29 @@ LLAMA3 = dict(
 )
 
 
-def config_of(folder, **changes):
-    """read_config() of a folder with RAW and the changes as its config.json; a change to ... removes the key."""
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(
-        json.dumps({k: v for k, v in {**RAW, **changes}.items() if v is not ...})
-    )
-    return m.read_config(folder)
+def config_of(path, **changes):
+    """read_config() of a folder with RAW and the changes in config.json; ... removes a key."""
+    path.mkdir(exist_ok=True)
+    raw = {**RAW, **changes}
+    kept = {key: value for key, value in raw.items() if value is not ...}
+    (path / "config.json").write_text(json.dumps(kept))
+    return m.read_config(path)
 
 
-def saved(folder, **changes):
+def saved(path, **changes):
     """A folder with a random model, and that model."""
-    model = m.init_model(config_of(folder, **changes), 3)
-    m.save_model(model, folder)
+    model = m.init_model(config_of(path, **changes), 3)
+    m.save_model(model, path)
     return model
 
 
 def same(a, b):
-    x, y = dict(a.named_parameters()), dict(b.named_parameters())
+    x = dict(a.named_parameters())
+    y = dict(b.named_parameters())
     return x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
 
 
-# ---- config.json -----------------------------------------------------------------------------------------------------
+# ---- config.json
 def test_old_and_new_spellings_give_one_config(tmp_path):
     old = config_of(
         tmp_path, rope_theta=5e5, rope_scaling={"type": "llama3", **LLAMA3}, torch_dtype="bfloat16"
@@ -102,11 +105,23 @@ def test_head_width_and_key_heads_are_derived_when_not_given(tmp_path):
         ("llama", {"attention_bias": True}, (True, True, False, False)),
         ("llama", {"mlp_bias": True}, (False, False, True, False)),
         ("mistral", {"attention_bias": True, "sliding_window": None}, (False, False, False, False)),
+        ("smollm3", {"attention_bias": True, "mlp_bias": True}, (True, True, True, False)),
+        ("olmo2", {"attention_bias": True, "mlp_bias": True}, (True, True, False, True)),
     ],
 )
 def test_biases_follow_the_family_as_transformers_codes_it(kind, raw, flags, tmp_path):
     config = config_of(tmp_path, model_type=kind, **raw)
     assert (config.attention_bias, config.output_bias, config.mlp_bias, config.qk_norm) == flags
+
+
+def test_smollm3_has_defaults_of_its_own(tmp_path):
+    config = config_of(tmp_path, model_type="smollm3", num_hidden_layers=5)
+    assert config.rotary_layers == (True, True, True, False, True)
+    assert config.rope_theta == 2e6 and config.tie_word_embeddings
+    explicit = dict(no_rope_layers=[1, 0], rope_theta=1e4, tie_word_embeddings=False)
+    config = config_of(tmp_path, model_type="smollm3", **explicit)
+    assert config.rotary_layers == (True, False)
+    assert config.rope_theta == 1e4 and not config.tie_word_embeddings
 
 
 def test_a_sliding_window_that_is_switched_off_is_no_obstacle(tmp_path):
@@ -137,8 +152,11 @@ def test_a_sliding_window_that_is_switched_off_is_no_obstacle(tmp_path):
         (dict(layer_types=["full_attention", "sliding_attention"]), "sliding_attention"),
         (dict(quantization_config={"bits": 4}), "quantization_config"),
         (dict(hidden_act="gelu"), "hidden_act 'gelu'"),
-        (dict(rope_scaling={"type": "dynamic", "factor": 2.0}), "dynamic"),
-        (dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "yarn"),
+        (dict(rope_scaling={"type": "dynamic"}), "rope_type dynamic needs a number"),
+        (
+            dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}),
+            "original_max_position_embeddings is None; rope_type yarn",
+        ),
         (
             dict(rope_scaling={"rope_type": "longrope", "short_factor": [1], "long_factor": [2]}),
             "longrope",
@@ -159,6 +177,7 @@ def test_a_sliding_window_that_is_switched_off_is_no_obstacle(tmp_path):
         (dict(partial_rotary_factor=0.5), "rotary settings"),
         (dict(rope_scaling={"type": "linear"}), "factor is None"),
         (dict(rope_theta="10000"), "rope_theta is '10000'"),
+        (dict(model_type="smollm3", no_rope_layers=[1]), "no_rope_layers has 1 entries"),
         (dict(hidden_size=...), "hidden_size is None"),
         (dict(vocab_size=-1), "vocab_size is -1"),
         (dict(num_hidden_layers="2"), "num_hidden_layers is '2'"),
@@ -192,9 +211,16 @@ def test_what_is_not_implemented_is_refused_by_name_in_one_line(changes, words, 
             rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
             dtype="bfloat16",
         ),
+        dict(
+            rope_scaling={"type": "yarn", "factor": 4.0, "beta_fast": 16, "truncate": False}
+            | {"original_max_position_embeddings": 32}
+        ),
+        dict(rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
         dict(model_type="qwen2", use_sliding_window=False, sliding_window=32),
         dict(model_type="qwen3", attention_bias=True, head_dim=8),
         dict(model_type="mistral", sliding_window=None, tie_word_embeddings=True),
+        dict(model_type="olmo2", attention_bias=True),
+        dict(model_type="smollm3", no_rope_layers=[0, 1], mlp_bias=True),
     ],
 )
 def test_a_written_config_reads_back_equal_and_keeps_the_keys_of_others(changes, tmp_path):
@@ -202,7 +228,7 @@ def test_a_written_config_reads_back_equal_and_keeps_the_keys_of_others(changes,
         tmp_path / "a", eos_token_id=[7, 8], use_cache=True, somebody="else", **changes
     )
     for source in (config, replace(config, raw={})):  # read from a folder, or made in code
-        written = m.config_dict(source)
+        written = folder.config_dict(source)
         (tmp_path / "config.json").write_text(json.dumps(written))
         assert m.read_config(tmp_path) == config
         assert (
@@ -211,12 +237,12 @@ def test_a_written_config_reads_back_equal_and_keeps_the_keys_of_others(changes,
             and written["torch_dtype"] == config.dtype
         )
     assert (
-        m.config_dict(config)["eos_token_id"] == [7, 8]
-        and m.config_dict(config)["somebody"] == "else"
+        folder.config_dict(config)["eos_token_id"] == [7, 8]
+        and folder.config_dict(config)["somebody"] == "else"
     )
 
 
-# ---- weights ---------------------------------------------------------------------------------------------------------
+# ---- weights
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("shard", [5e9, 3000.0])
 def test_a_saved_model_loads_back_bit_for_bit(tied, shard, tmp_path):
@@ -260,7 +286,8 @@ def test_a_later_save_leaves_no_weights_of_an_earlier_one(tmp_path):
 
 def test_overwriting_its_files_does_not_change_a_loaded_model(tmp_path):
     first = saved(tmp_path)
-    loaded, path = m.load_model(tmp_path), tmp_path / "model.safetensors"
+    loaded = m.load_model(tmp_path)
+    path = tmp_path / "model.safetensors"
     path.write_bytes(bytes(path.stat().st_size))
     assert same(loaded, first)
     m.save_model(loaded, tmp_path)
@@ -402,3 +429,21 @@ def test_sizes_that_the_weights_do_not_have_are_found(tmp_path):
     )  # derived as 4 key heads where there are 2
     with pytest.raises(ValueError, match="k_proj.weight"):
         m.load_model(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_still_gathers_every_weight(tmp_path):
+    """Gathering is a collective: a rank that stopped early would leave the others waiting."""
+    model = saved(tmp_path / "a")
+    (tmp_path / "file").write_text("in the way")
+    weights = dict(model.named_parameters())
+    gathered = []
+
+    def whole(w):
+        gathered.append(w)
+        return w.detach()
+
+    with pytest.raises(OSError):
+        folder.write_folder(
+            tmp_path / "file", model.config, weights, torch.float32, 5e9, whole, True
+        )
+    assert len(gathered) == len(weights)

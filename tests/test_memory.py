@@ -1,9 +1,11 @@
-"""The memory table: its numbers are those that autograd and the optimizer keep, and it says what fits."""
+"""The memory plan: its numbers are those that autograd and the optimizer keep."""
 
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as m
 from core import memory, optim, ranks, run
@@ -43,6 +45,7 @@ SHAPES = {
         mlp_bias=True,
     ),
 }
+SHAPES["olmo2"] = replace(SHAPES["qwen3"], model_type="olmo2", joint_qk_norm=True, post_norm=True)
 QWEN_7B = m.ModelConfig(
     vocab_size=152064,
     hidden_size=3584,
@@ -54,19 +57,25 @@ QWEN_7B = m.ModelConfig(
 )
 
 
+TINY = dict(
+    hidden_size=4,
+    intermediate_size=4,
+    num_hidden_layers=1,
+    num_attention_heads=1,
+)
+
+
 def saved_bytes(model, ids) -> int:
-    """Bytes of all tensors that autograd keeps of a forward; parameters and the head's gradient left out."""
-    storages, params = (
-        {},
-        {tuple(p.shape) for p in model.parameters()},
-    )  # by address; held, so that none is used twice
+    """Bytes of all tensors that autograd keeps of a forward, without parameters and the gradient
+    of the head."""
+    params = {tuple(p.shape) for p in model.parameters()}
+    storages = {}  # by address; the tensors are held, so that no address is used twice
 
     def keep(tensor):
-        if tuple(tensor.shape) not in params and tuple(tensor.shape)[::-1] not in params:
-            storages[tensor.untyped_storage().data_ptr()] = (
-                tensor,
-                tensor.untyped_storage().nbytes(),
-            )
+        shape = tuple(tensor.shape)
+        if shape not in params and shape[::-1] not in params:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = (tensor, storage.nbytes())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -82,7 +91,7 @@ def test_weights_are_counted_exactly(name):
     assert SHAPES[name].num_hidden_layers * block + root == sum(
         p.numel() for p in model.parameters()
     )
-    assert matrices == sum(p.numel() for p in model.model["layers"][0].parameters() if p.ndim == 2)
+    assert matrices == sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim == 2)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -104,40 +113,87 @@ def test_the_chunk_of_logits_is_the_models():
     assert memory.CHUNK_LOGITS == m.CHUNK_LOGITS
 
 
-def test_shards_shrink_with_the_processes_and_activations_do_not():
-    one, eight = (
-        memory.table(QWEN_7B, world, 8192, bf16=True, checkpointing=True) for world in (2, 16)
-    )
-    for a, b in zip(one, eight):
-        shrinks = a.name.split(",")[0] in ("weights", "optimizer state", "gradients")
-        assert a.bytes == (8 * b.bytes if shrinks else b.bytes), a.name
-    n = 7.6156e9  # 16 bytes a parameter in all: master, gradient, two moments
-    assert sum(
-        part.bytes
-        for part in eight
-        if part.name.split(",")[0] in ("weights", "optimizer state", "gradients")
-    ) == pytest.approx(16 * n / 16, rel=1e-3)
+SHARDED = ("weights, fp32", "optimizer state, adamw", "gradients, fp32")
+
+
+def plan_of(world, **changes):
+    return memory.Plan(config=QWEN_7B, world=world, recompute=True, **changes)
+
+
+def test_shards_shrink_with_the_ranks_and_activations_do_not():
+    two = plan_of(2, micro_tokens=8192).table()
+    sixteen = plan_of(16, micro_tokens=8192).table()
+    for a, b in zip(two, sixteen):
+        assert a.bytes == (8 * b.bytes if a.name in SHARDED else b.bytes), a.name
+    n = 7.6156e9  # 16 bytes per parameter in all: weight, gradient, two moments
+    kept = sum(part.bytes for part in sixteen if part.name in SHARDED)
+    assert kept == pytest.approx(16 * n / 16, rel=1e-3)
 
 
 def test_the_verdict_for_7b_on_eight_gpus_of_80_gb():
-    parts = memory.table(QWEN_7B, 8, 16384, bf16=True, checkpointing=True)
-    assert 15e9 < memory.peak(parts) < 40e9 and "  fits in 80 GB" in memory.report(parts, 80e9)
-    alone = memory.table(QWEN_7B, 1, 16384, bf16=True, checkpointing=True)
-    assert memory.peak(alone) > 16 * 7.6e9 and "DOES NOT FIT in 80 GB" in memory.report(alone, 80e9)
+    eight = plan_of(8)
+    assert 15e9 < eight.peak() < 40e9
+    assert "  fits in 80 GB" in eight.report(80e9)
+    alone = plan_of(1)
+    assert alone.peak() > 16 * 7.6e9
+    assert "DOES NOT FIT in 80 GB" in alone.report(80e9)
 
 
 def test_rollout_and_update_do_not_stand_beside_each_other():
-    sft = memory.table(QWEN_7B, 8, 16384, checkpointing=True)
-    rl = memory.table(QWEN_7B, 8, 16384, checkpointing=True, rows=8, slots=64)
-    assert memory.peak(sft) == memory.peak(rl)
-    large = memory.table(
-        QWEN_7B, 8, 16384, checkpointing=True, rows=512, slots=9216, reference=True
-    )
-    cache = [part.bytes for part in large if "cache" in part.name]
-    assert (
-        cache == [2 * 28 * 4 * 128 * 512 * 9216 * 2]
-        and memory.peak(large) > cache[0] + 3 * 4 * 7.6e9 / 8
-    )
+    assert plan_of(8, rows=8, slots=64).peak() == plan_of(8, rows=1, slots=1).peak()
+    large = plan_of(8, rows=512, slots=9216, reference=True)
+    cache = [part.bytes for part in large.table() if "cache" in part.name]
+    assert cache == [2 * 28 * 4 * 128 * 512 * 9216 * 2]
+    assert large.peak() > cache[0] + 3 * 4 * 7.6e9 / 8
+
+
+def test_a_rollout_is_planned_with_as_many_rows_as_fit():
+    plan = plan_of(8)
+    row = 2 * 28 * 4 * 128 * 9216 * 2  # bytes of the cache of one row of 9,216 tokens
+    assert plan.with_rollout(512, 9216, capacity=800e9).rows == 512
+    few = plan.with_rollout(512, 9216, capacity=80e9)
+    rollout = sum(part.bytes for part in few.table() if part.phase != "update")
+    assert 0.8 * 80e9 - row < rollout <= 0.8 * 80e9
+    assert plan.with_rollout(512, 9216, capacity=1e9).rows == 1
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made by the operations inside hold at one moment."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self.live:
+                    self.live[storage.data_ptr()] = storage.nbytes()
+                    weakref.finalize(storage, self.live.pop, storage.data_ptr(), None)
+        self.most = max(self.most, sum(self.live.values()))
+        return out
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_a_chunk_of_logits_on_cuda_takes_what_its_operations_hold_at_once(entropy, monkeypatch):
+    monkeypatch.setattr(m, "PIECE_LOGITS", 2**40)  # the whole chunk at once, as on CUDA
+    N, V = 64, 5000
+    hidden = torch.randn(N, 4, requires_grad=True)
+    head = torch.randn(V, 4, requires_grad=True)
+    targets = torch.arange(N)
+    with LiveBytes() as found:
+        values = m.token_logp(hidden, head, targets, entropy=entropy)
+        sum(v.sum() for v in (values if entropy else [values])).backward()
+    config = m.ModelConfig(**TINY, vocab_size=V)
+    rl = memory.Plan(config=config, micro_tokens=N, bf16=False, rows=1, slots=1)
+    sft = replace(rl, rows=0)
+    table = (rl if entropy else sft).table()
+    counted = [part.bytes for part in table if part.name == "logits of a chunk"]
+    assert counted == [(12 if entropy else 8) * N * V]  # by hand
+    assert found.most == pytest.approx(counted[0], rel=0.05)
 
 
 @dataclass

@@ -1,467 +1,388 @@
-"""The loops end to end on a tiny model: they learn, resume to the same bits, and do not depend on how a step is cut."""
+"""The loops end to end on a tiny model: they learn, resume to the same bits, and do not depend on
+how a step is cut."""
 
-import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from small_runs import (
+    ALGOS,
+    CPU,
+    flat_gradient,
+    groups_for,
+    lines_of,
+    lose_checkpoint,
+    policy_of,
+    rl_config,
+    sft_config,
+    weights_of,
+    write_jsonl,
+)
 
 import data
 import evaluate
 import losses
+import methods
 import model as model_file
 import rl
 import sft
 from core import run
+from core.errors import UserError
+from methods import prefix_rft
 
 
-def sft_config(folder, out, **changes):
-    return replace(
-        sft.Config(
-            init=str(folder),
-            data=f"{folder}/train.jsonl",
-            val=f"{folder}/val.jsonl",
-            out=str(out),
-            steps=6,
-            batch=16,
-            micro_tokens=1024,
-            max_len=256,
-            optimizer="muon",
-            lr=5e-3,
-            schedule="constant",
-            warmup=0.0,
-            eval_every=3,
-        ),
-        **changes,
-    )
+def assert_same_run(a, b, step: int) -> None:
+    """The weights at this step are equal to the bit, and so are all metrics but the times."""
+    weights = weights_of(a, step)
+    others = weights_of(b, step)
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert lines_of(a) == lines_of(b)
 
 
-def rl_config(folder, out, **changes):
-    return replace(
-        rl.Config(
-            init=str(folder),
-            data=f"{folder}/mixed.jsonl",
-            val=f"{folder}/eval.jsonl",
-            out=str(out),
-            algo="grpo",
-            steps=4,
-            prompts=4,
-            update_prompts=2,
-            group=4,
-            max_new=24,
-            temperature=1.0,
-            lr=1e-3,
-            micro_tokens=512,
-            eval_every=2,
-            eval_n=2,
-        ),
-        **changes,
-    )
-
-
-@pytest.fixture(scope="session")
-def task(small_task):
-    """small_task, with problems that carry a demonstration (mixed.jsonl)."""
-    rows = data.read_rows(small_task / "train.jsonl")[:40]
-    mixed = [
-        {
-            "prompt": row["prompt"],
-            "answer": row["prompt"].split()[1],
-            "numbers": [int(x) for x in row["prompt"].split()[3:-1]],
-            "response": row["response"],
-        }
-        for row in rows
-    ]
-    (small_task / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mixed))
-    return small_task
-
-
-def write_coin(folder, small_task):
-    """A model that answers 1 or 2 about equally often, and problems whose answer is 1: groups with right and wrong answers from the start."""
-    rows = [
-        {
-            "prompt": f"Make {n} ->",
-            "response": f"<think> {n} = {n} </think> \\boxed{{ {1 + n % 2} }}",
-        }
-        for n in range(40)
-    ]
-    rows += [
-        {
-            **row,
-            "response": row["response"]
-            .replace("{ 1 }", "{ x }")
-            .replace("{ 2 }", "{ 1 }")
-            .replace("{ x }", "{ 2 }"),
-        }
-        for row in rows
-    ]
-    (folder / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "mixed.jsonl").write_text(
-        "".join(
-            json.dumps(
-                {
-                    "prompt": row["prompt"],
-                    "answer": "1",
-                    "response": rows[i + i % 2 * 40]["response"],
-                }
-            )
-            + "\n"
-            for i, row in enumerate(rows[:40])
-        )
-    )
-    (folder / "eval.jsonl").write_text((folder / "mixed.jsonl").read_text())
-    sft.main(
-        sft_config(
-            small_task,
-            folder / "run",
-            data=f"{folder}/sft.jsonl",
-            val=f"{folder}/sft.jsonl",
-            steps=60,
-            eval_every=60,
-        )
-    )
-    for file in (folder / "run" / "checkpoints" / "step_000060").iterdir():
-        if file.is_file():
-            file.rename(folder / file.name)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def coin(small_task, tmp_path_factory):
-    return write_coin(tmp_path_factory.mktemp("coin"), small_task)
-
-
-def weights_of(out, step):
-    return load_file(Path(out) / "checkpoints" / f"step_{step:06d}" / "model.safetensors")
-
-
-def lines_of(out):
-    """metrics.jsonl without the wall times."""
-    return [
-        {k: v for k, v in json.loads(line).items() if k != "seconds" and not k.endswith("_s")}
-        for line in (Path(out) / "metrics.jsonl").read_text().splitlines()
-    ]
-
-
-def test_sft_learns_and_leaves_a_model_folder_a_regime_and_the_next_command(task, tmp_path, capsys):
-    sft.main(sft_config(task, tmp_path / "a", steps=30, eval_every=10))
-    values = [row["val_loss"] for row in lines_of(tmp_path / "a") if row["kind"] == "val"]
-    assert len(values) == 4 and values[-1] < 0.7 * values[0]
+# ---- SFT -----------------------------------------------------------------------------------------
+def test_sft_learns_and_leaves_a_model_folder_a_regime_and_the_next_command(
+    small_task, tmp_path, capsys
+):
+    sft.main(sft_config(small_task, tmp_path / "a", steps=30, eval_every=10))
+    values = [row["val_loss"] for row in lines_of(tmp_path / "a", "val")]
+    assert len(values) == 4
+    assert values[-1] < 0.7 * values[0]
     printed = capsys.readouterr().out
-    assert (
-        ">>" in printed
-        and "<eos><<" in printed
-        and "torchrun rl.py --init" in printed
-        and "ETA" in printed
-    )
+    for part in (">>", "<eos><<", "torchrun rl.py --init", "ETA", "regimes: 0 adaptive"):
+        assert part in printed
     folder = evaluate.find(str(tmp_path / "a"))
-    assert folder.name == "step_000030" and evaluate.open_tokenizer(folder).eos_ids == [0]
+    assert folder.name == "step_000030"
+    assert evaluate.open_tokenizer(folder).eos_ids == [0]
     assert sum(p.numel() for p in model_file.load_model(folder).parameters()) > 10_000
 
 
-def test_sft_resumes_to_the_same_bits_and_the_same_metrics(task, tmp_path):
-    sft.main(sft_config(task, tmp_path / "whole"))
-    sft.main(sft_config(task, tmp_path / "cut"))
-    for path in (tmp_path / "cut" / "checkpoints").glob(
-        "step_000006"
-    ):  # as if killed while writing the last one
-        path.rename(path.with_suffix(".tmp"))
-    sft.main(sft_config(task, tmp_path / "cut", resume=True))
-    whole, cut = weights_of(tmp_path / "whole", 6), weights_of(tmp_path / "cut", 6)
-    assert all(torch.equal(whole[k], cut[k]) for k in whole)
-    assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "cut")
+def test_sft_resumes_to_the_same_bits_and_the_same_metrics(small_task, tmp_path):
+    sft.main(sft_config(small_task, tmp_path / "whole"))
+    sft.main(sft_config(small_task, tmp_path / "cut"))
+    lose_checkpoint(tmp_path / "cut", 6)
+    sft.main(sft_config(small_task, tmp_path / "cut", resume=True))
+    assert_same_run(tmp_path / "whole", tmp_path / "cut", 6)
 
 
-@pytest.mark.parametrize("algo", ["grpo", "dapo", "luffy", "srft", "upt", "prefix_rft"])
-def test_rl_resumes_to_the_same_bits_at_the_same_prompt(coin, tmp_path, algo):
-    cfg = rl_config(coin, tmp_path / "whole", algo=algo, max_rounds=4)
-    rl.main(cfg)
-    assert (
-        sum(row["updates"] for row in lines_of(tmp_path / "whole") if row["kind"] == "train") >= 6
-    )
-    rl.main(replace(cfg, out=str(tmp_path / "cut"), steps=4))
-    for path in (tmp_path / "cut" / "checkpoints").glob("step_000004"):
-        path.rename(path.with_suffix(".tmp"))
-    rl.main(replace(cfg, out=str(tmp_path / "cut"), resume=True))
-    whole, cut = weights_of(tmp_path / "whole", 4), weights_of(tmp_path / "cut", 4)
-    assert all(torch.equal(whole[k], cut[k]) for k in whole)
-    assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "cut")
+def test_sft_samples_answers_where_problems_are_given(small_task, tmp_path):
+    cfg = sft_config(small_task, tmp_path / "r", steps=3, max_new=16)
+    sft.main(replace(cfg, problems=f"{small_task}/eval.jsonl", reward="countdown"))
+    rows = lines_of(tmp_path / "r")
+    assert [row["kind"] for row in rows if row["step"] == 0] == ["val", "eval"]
+    assert [row["step"] for row in rows if row["kind"] == "eval"] == [0, 3]
+    assert all(0 <= row["pass1"] <= 100 for row in rows if row["kind"] == "eval")
 
 
-def test_sft_gradients_do_not_depend_on_how_the_step_is_cut(small, task):
-    model, tokenizer, _ = small
-    rows, _ = data.sft_examples(f"{task}/train.jsonl", tokenizer, 256)
-    rows, gradients = rows[:16], []
+def test_sft_gradients_do_not_depend_on_how_the_step_is_cut(small):
+    model, tokenizer, folder = small
+    rows, _ = data.sft_examples(f"{folder}/train.jsonl", tokenizer, 256)
+    gradients = []
     for budget in (1, 300, 100_000):  # one row each, some, all at once
-        model.zero_grad()
-        for batch in sft.micro_batches(rows, budget, False):
-            sft.batch_loss(
-                model, batch, sum(len(r.response) for r in rows), torch.device("cpu")
-            ).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        batch = sft.make_batch(rows[:16], budget)
+        for ids, mask in batch.parts:
+            sft.batch_loss(model, ids, mask, batch.n_trained).backward()
+        gradients.append(flat_gradient(model))
     largest = gradients[0].abs().max()
-    assert largest > 0 and all(
-        (g - gradients[0]).abs().max() < 1e-6 * max(1, largest) for g in gradients
-    )
+    assert largest > 0
+    for gradient in gradients:
+        assert (gradient - gradients[0]).abs().max() < 1e-6 * max(1, largest)
 
 
-def rows_for(algo, tokenizer, problems):
-    """Hand-made groups with right and wrong rollouts, some cut, some with an expert or a copied prefix."""
-    groups = []
-    for number, problem in enumerate(problems[:4]):
-        group = []
-        for i in range(4):
-            response = problem.expert[: 6 + 3 * i] if i else problem.expert[::-1]
-            group.append(
-                rl.Row(
-                    problem.prompt,
-                    response,
-                    [-0.5] * len(response),
-                    float(i % 2),
-                    float(i % 2),
-                    number,
-                    n_prefix=3 if algo == "prefix_rft" and i == 3 else 0,
-                    finished=i != 2,
-                )
-            )
-        if algo in ("luffy", "srft", "upt"):
-            group.append(rl.expert_row(problem, tokenizer, number))
-        groups.append(group)
-    return groups
+def test_the_validation_loss_does_not_depend_on_how_the_rows_are_cut(small):
+    model, tokenizer, folder = small
+    rows, _ = data.sft_examples(f"{folder}/val.jsonl", tokenizer, 256)
+    values = [sft.validation_loss(model, rows, budget) for budget in (1, 300, 100_000)]
+    assert values == pytest.approx([values[0]] * 3, rel=1e-6)
 
 
-@pytest.mark.parametrize("algo", ["grpo", "dapo", "luffy", "srft", "upt", "prefix_rft"])
-def test_rl_gradients_do_not_depend_on_how_the_update_is_cut(small, task, tmp_path, algo):
-    model, tokenizer, _ = small
-    problems, _ = data.problems(f"{task}/mixed.jsonl", tokenizer, 64)
-    groups, objective, gradients = rows_for(algo, tokenizer, problems), losses.OBJECTIVES[algo], []
-    rows = [row for group in groups for row in group]
-    for budget in (1, 200, 100_000):
-        cfg = rl_config(task, tmp_path, algo=algo, micro_tokens=budget)
-        _, entropy = rl.forward_rows(cfg, model, rows, torch.device("cpu"), entropy=True)
-        index, batch, weights = rl.weigh(objective, rows, entropy, torch.device("cpu"))
-        kept = [rows[i] for i in index.tolist()]
-        model.zero_grad()
-        rl.train_on(cfg, objective, model, kept, batch, weights, torch.device("cpu"))
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    largest = gradients[0].abs().max()
-    assert largest > 0 and all(
-        (g - gradients[0]).abs().max() < 2e-6 * max(1, largest) for g in gradients
-    )
-
-
-def test_rows_without_an_advantage_are_left_out_of_the_work_and_not_of_the_mean(
-    small, task, tmp_path
-):
-    model, tokenizer, _ = small
-    problems, _ = data.problems(f"{task}/mixed.jsonl", tokenizer, 64)
-    groups = rows_for("grpo", tokenizer, problems)
-    groups[1:3] = [
-        [row._replace(correct=1.0, reward=1.0) for row in group] for group in groups[1:3]
-    ]  # these agree
-    cfg, objective, gradients = (
-        rl_config(task, tmp_path, update_prompts=4),
-        replace(losses.OBJECTIVES["grpo"], entropy_coef=0.0),
-        [],
-    )
-    ((rows, batch, weights),) = rl.plan_updates(
-        cfg, objective, model, None, groups, torch.device("cpu")
-    )[0]
-    everything = [row for group in groups for row in group]
-    assert len(rows) == 8 and len(everything) == 16
-    for args in (
-        (rows, batch, weights),
-        (everything, *rl.weigh(objective, everything, None, torch.device("cpu"))[1:]),
-    ):
-        model.zero_grad()
-        rl.train_on(cfg, objective, model, *args, torch.device("cpu"))
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert gradients[0].abs().max() > 1e-3 and (gradients[0] - gradients[1]).abs().max() < 2e-6
-
-
-def test_a_round_without_signal_leaves_weights_optimizer_and_steps_alone(task, tmp_path, capsys):
-    impossible = [
-        {"prompt": f"Make {n} from 1 1 1 ->", "answer": "59", "numbers": [1, 1, 1]}
-        for n in range(1, 30)
-    ]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in impossible))
-    rl.main(
-        rl_config(
-            task, tmp_path / "r", algo="dapo", data=str(tmp_path / "p.jsonl"), steps=2, max_rounds=2
-        )
-    )
-    before, after = weights_of(tmp_path / "r", 0), weights_of(tmp_path / "r", 2)
-    assert all(torch.equal(before[k], after[k]) for k in before)
-    assert "no update" in capsys.readouterr().out
-    rounds = [row["rounds"] for row in lines_of(tmp_path / "r") if row["kind"] == "train"]
-    assert rounds == [2, 2]
-
-
-def test_compute_is_the_papers_and_counts_discarded_groups(task, tmp_path):
-    rl.main(rl_config(task, tmp_path / "r", steps=1))
-    step = [row for row in lines_of(tmp_path / "r") if row["kind"] == "train"][-1]
-    assert step["flops"] > 0 and step["tokens"] > 0 and step["flops_hw"] != step["flops"]
-    config = model_file.read_config(task)
-    lengths = [30, 50]
-    assert rl.flops_of(config, lengths, lengths, []) == pytest.approx(
-        4 * model_file.forward_flops(config, lengths)
-    )  # (25)
-
-
-def test_rl_learns_which_answer_is_right(coin, tmp_path):
-    rl.main(
-        rl_config(
-            coin, tmp_path / "r", algo="dapo", steps=12, eval_every=12, prompts=8, update_prompts=4
-        )
-    )
-    first, last = (row["pass1"] for row in lines_of(tmp_path / "r") if row["kind"] == "eval")
-    assert 20 < first < 80 and last > first + 15
-
-
-def test_the_best_of_n_estimates_are_unbiased():
-    for n, k, right in ((8, 2, 3), (5, 4, 1), (6, 1, 2), (4, 4, 0)):
-        import itertools
-
-        picks = list(itertools.combinations([1] * right + [0] * (n - right), k))
-        assert evaluate.pass_at_k(n, right, k) == pytest.approx(
-            sum(any(p) for p in picks) / len(picks)
-        )
-
-
-def test_evaluation_reports_points_with_a_standard_error_over_problems(small, task):
-    model, tokenizer, _ = small
-    problems, _ = data.problems(f"{task}/eval.jsonl", tokenizer, 64)
-    summary, records = evaluate.evaluate(model, tokenizer, problems, 2, 1.0, 16)
-    assert (
-        summary["problems"] == 20
-        and summary["n"] == 40 == len(records)
-        and 0 <= summary["pass1"] <= 100
-    )
-    assert {"problem", "response", "gold", "answer", "reason", "finished", "truncated"} <= set(
-        records[0]
-    )
-
-
-def test_a_batch_that_does_not_divide_names_two_values_that_do():
-    with pytest.raises(
-        ValueError, match="does not divide.*--update-prompts 16 or 32|--update-prompts 32 or 16"
-    ):
-        rl.Config(prompts=64, update_prompts=24)
-
-
-def test_mixed_methods_without_demonstrations_say_what_is_missing(task, tmp_path):
-    with pytest.raises(ValueError, match="no row has a response"):
-        rl.main(rl_config(task, tmp_path / "r", algo="luffy", data=f"{task}/rl.jsonl"))
-
-
-def test_stopping_by_signal_saves_and_resume_goes_on(task, tmp_path, monkeypatch, capsys):
-    cfg = sft_config(task, tmp_path / "r", steps=5, eval_every=5)
-    monkeypatch.setattr(
-        run, "catch_signals", lambda: ["SIGTERM"]
-    )  # as if the signal came in the first step
-    assert sft.main(cfg) is False and "--resume" in capsys.readouterr().out
+def test_stopping_by_signal_saves_and_resume_goes_on(small_task, tmp_path, monkeypatch, capsys):
+    cfg = sft_config(small_task, tmp_path / "r", steps=5, eval_every=5)
+    # As if the signal had come in the first step
+    monkeypatch.setattr(run, "catch_signals", lambda: ["SIGTERM"])
+    assert sft.main(cfg) is False
+    assert "--resume" in capsys.readouterr().out
     monkeypatch.undo()
     assert sft.main(replace(cfg, resume=True)) is True
 
 
-def test_until_stops_sft_once_it_overfits_four_trajectories(task, tmp_path, capsys):
-    (tmp_path / "four.jsonl").write_text(
-        "".join((task / "train.jsonl").read_text().splitlines(keepends=True)[:4])
-    )
-    sft.main(
-        sft_config(
-            task,
-            tmp_path / "r",
-            data=f"{tmp_path}/four.jsonl",
-            batch=4,
-            steps=150,
-            eval_every=5,
-            lr=1e-2,
-            until="mild",
-        )
-    )
-    losses_seen = [row["val_loss"] for row in lines_of(tmp_path / "r") if row["kind"] == "val"]
-    assert (
-        len(losses_seen) < 31
-        and losses_seen[-1] > 1.02 * min(losses_seen)
-        and losses_seen[0] > 1.1 * min(losses_seen)
-    )
+def test_until_stops_sft_once_it_overfits_four_trajectories(small_task, tmp_path, capsys):
+    path = write_jsonl(tmp_path / "four.jsonl", data.read_rows(small_task / "train.jsonl")[:4])
+    cfg = sft_config(small_task, tmp_path / "r", data=path, batch=4, steps=150, eval_every=5)
+    sft.main(replace(cfg, lr=1e-2, until="mild"))
+    values = [row["val_loss"] for row in lines_of(tmp_path / "r", "val")]
+    assert len(values) < 31
+    assert values[-1] > 1.02 * min(values)
+    assert values[0] > 1.1 * min(values)
     assert "--until mild: reached" in capsys.readouterr().out
 
 
+# ---- RL ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("algo", ALGOS)
+def test_rl_resumes_to_the_same_bits_at_the_same_prompt(coin, tmp_path, algo):
+    cfg = rl_config(coin, tmp_path / "whole", algo=algo, max_rounds=4)
+    rl.main(cfg)
+    assert sum(row["updates"] for row in lines_of(tmp_path / "whole", "train")) >= 6
+    rl.main(replace(cfg, out=str(tmp_path / "cut")))
+    lose_checkpoint(tmp_path / "cut", 4)
+    rl.main(replace(cfg, out=str(tmp_path / "cut"), resume=True))
+    assert_same_run(tmp_path / "whole", tmp_path / "cut", 4)
+
+
+def test_a_method_in_a_users_file_trains_and_its_options_are_flags(coin, tmp_path):
+    (tmp_path / "half.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from losses import GRPO\n"
+        "@dataclass(frozen=True)\n"
+        "class Method(GRPO):\n"
+        "    share: float = 1.0  # of the advantage\n"
+        "    def advantages(self, batch):\n"
+        "        return self.share * super().advantages(batch)\n"
+    )
+    shared = dict(update_prompts=4, steps=1, lr=1e-3)
+    own = rl_config(coin, tmp_path / "own", algo=str(tmp_path / "half.py"), **shared)
+    rl.main(replace(own, options={"share": 0.5, "entropy_coef": 0.0}))
+    grpo = rl_config(coin, tmp_path / "grpo", options={"entropy_coef": 0.0}, **shared)
+    rl.main(grpo)
+    (half,) = lines_of(tmp_path / "own", "train")
+    (full,) = lines_of(tmp_path / "grpo", "train")
+    assert full["grad_norm"] > 0
+    assert half["grad_norm"] == pytest.approx(full["grad_norm"] / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("algo", ALGOS)
+def test_rl_gradients_do_not_depend_on_how_the_update_is_cut(small_task, tmp_path, algo):
+    policy = policy_of(small_task)
+    problems, _ = data.problems(f"{small_task}/mixed.jsonl", policy.tokenizer, 64)
+    groups = groups_for(algo, policy, problems)
+    method = methods.load(algo)()
+    gradients = []
+    for budget in (1, 200, 100_000):
+        cfg = rl_config(small_task, tmp_path, micro_tokens=budget, update_prompts=4)
+        (update,) = rl.make_batches(cfg, method, policy.net, None, groups)
+        rl.train_on(cfg, method, policy.net, update)
+        gradients.append(flat_gradient(policy.net))
+    largest = gradients[0].abs().max()
+    assert largest > 0
+    for gradient in gradients:
+        assert (gradient - gradients[0]).abs().max() < 2e-6 * max(1, largest)
+
+
+def test_rows_without_an_advantage_are_left_out_of_the_work_and_not_of_the_mean(
+    small_task, tmp_path
+):
+    policy = policy_of(small_task)
+    problems, _ = data.problems(f"{small_task}/mixed.jsonl", policy.tokenizer, 64)
+    groups = groups_for("grpo", policy, problems)
+    for number in (1, 2):  # these agree
+        groups[number] = [row._replace(correct=1.0, reward=1.0) for row in groups[number]]
+    cfg = rl_config(small_task, tmp_path, update_prompts=4)
+    method = methods.load("grpo")(entropy_coef=0.0)
+    (update,) = rl.make_batches(cfg, method, policy.net, None, groups)
+    assert len(update.rows) == 8
+    everything = [row for group in groups for row in group]
+    batch = losses.weigh(method, losses.make_batch(everything, CPU))
+    gradients = []
+    for each in (update, rl.Update(everything, batch, [])):
+        rl.train_on(cfg, method, policy.net, each)
+        gradients.append(flat_gradient(policy.net))
+    assert gradients[0].abs().max() > 1e-3
+    assert (gradients[0] - gradients[1]).abs().max() < 2e-6
+
+
+def test_only_the_first_update_of_a_round_takes_its_own_forward_as_the_old_policy(
+    small_task, tmp_path
+):
+    policy = policy_of(small_task)
+    problems, _ = data.problems(f"{small_task}/mixed.jsonl", policy.tokenizer, 64)
+    groups = groups_for("grpo", policy, problems)
+    cfg = rl_config(small_task, tmp_path, update_prompts=2)
+    first, second = rl.make_batches(cfg, methods.load("grpo")(), policy.net, None, groups)
+    assert first.batch.old_logp is None
+    assert first.looked == []
+    assert second.looked == [row.length for row in second.rows]
+    row = second.rows[0]
+    ids, mask = data.collate([data.Example(row.prompt, row.response)])
+    logp, _ = rl.forward(cfg, policy.net, ids, mask, len(row.response))
+    found = second.batch.old_logp[0, : len(row.response)]
+    assert torch.allclose(found, logp[0], atol=1e-5)
+
+
+def test_a_later_update_trains_where_its_longest_row_has_no_advantage(small, tmp_path):
+    net, _, folder = small
+
+    def row(group: int, length: int, reward: float) -> losses.Row:
+        ids = [6] * length
+        return losses.Row([3, 31, 4], ids, [-1.0] * length, reward, reward, group)
+
+    groups = [[row(n, 3, 0.0), row(n, 4, 1.0)] for n in range(3)]
+    groups.append([row(3, 9, 1.0), row(3, 9, 1.0)])
+    cfg = rl_config(folder, tmp_path, update_prompts=2)
+    method = methods.load("grpo")(entropy_coef=0.0)
+    _, second = rl.make_batches(cfg, method, net, None, groups)
+    assert len(second.rows) == 2
+    assert second.batch.old_logp.shape == second.batch.mask.shape
+    assert math.isfinite(rl.train_on(cfg, method, net, second)["loss"])
+
+
+def impossible(path) -> str:
+    """Problems without a solution: every response gets 0."""
+    rows = []
+    for n in range(1, 30):
+        rows.append({"prompt": f"Make {n} from 1 1 1 ->", "answer": "59", "numbers": [1, 1, 1]})
+    return write_jsonl(path, rows)
+
+
+def test_a_round_without_signal_leaves_weights_optimizer_and_steps_alone(
+    small_task, tmp_path, capsys
+):
+    path = impossible(tmp_path / "p.jsonl")
+    cfg = rl_config(small_task, tmp_path / "r", algo="dapo", data=path, reward="countdown")
+    rl.main(replace(cfg, steps=2, max_rounds=2))
+    before = weights_of(tmp_path / "r", 0)
+    after = weights_of(tmp_path / "r", 2)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert "no update" in capsys.readouterr().out
+    rows = lines_of(tmp_path / "r", "train")
+    assert [row["rounds"] for row in rows] == [2, 2]
+    assert all(row["updates"] == 0 and "loss" not in row for row in rows)
+
+
+def test_a_reward_that_is_always_zero_trains_by_the_entropy_bonus_alone(small_task, tmp_path):
+    path = impossible(tmp_path / "p.jsonl")
+    cfg = rl_config(small_task, tmp_path / "r", data=path, reward="countdown", steps=1)
+    rl.main(replace(cfg, options={"entropy_coef": 0.0}))
+    (row,) = lines_of(tmp_path / "r", "train")
+    assert row["signal"] == 0
+    assert row["grad_norm"] == 0
+
+
+def sampled_lengths(folder, out) -> list[int]:
+    """Tokens of prompt and response of all rows of a step that sampled at most 8."""
+    tokenizer = evaluate.open_tokenizer(folder)
+    lengths = []
+    for row in data.read_rows(out / "samples.jsonl"):
+        if row["kind"] == "train":
+            (prompt,) = tokenizer.encode([(row["problem"], True)])
+            lengths.append(len(prompt) + row["length"])
+    return lengths
+
+
+def test_compute_is_the_papers_and_counts_discarded_groups(coin, tmp_path):
+    cfg = rl_config(coin, tmp_path / "r", algo="dapo", steps=1, prompts=1, update_prompts=1)
+    rl.main(replace(cfg, gen_prompts=2, max_rounds=1))
+    (row,) = lines_of(tmp_path / "r", "train")
+    samples = data.read_rows(tmp_path / "r" / "samples.jsonl")
+    rewards = [sample["reward"] for sample in samples if sample["kind"] == "train"]
+    informative = [g for g in (0, 4) if len(set(rewards[g : g + 4])) == 2]
+    assert informative, "another seed is needed"
+    assert row["discarded"] == 1
+    config = model_file.read_config(coin)
+    lengths = sampled_lengths(coin, tmp_path / "r")
+    assert len(lengths) == 8
+    count = model_file.forward_flops
+    trained = lengths[informative[0] : informative[0] + 4]
+    expected = count(config, lengths) + 3 * count(config, trained)  # (25)
+    assert row["flops"] == pytest.approx(expected)
+    assert row["tokens"] == sum(lengths)
+    assert row["flops_hw"] != row["flops"]
+
+
+def test_the_papers_compute_counts_a_forward_per_demonstration_of_luffy(coin, tmp_path):
+    rl.main(rl_config(coin, tmp_path / "r", algo="luffy", steps=1, prompts=2))
+    (row,) = lines_of(tmp_path / "r", "train")
+    config = model_file.read_config(coin)
+    tokenizer = evaluate.open_tokenizer(coin)
+    problems, _ = data.problems(f"{coin}/mixed.jsonl", tokenizer, 64)
+    sampled = sampled_lengths(coin, tmp_path / "r")
+    assert len(sampled) == 6
+    length = {len(problem.prompt) + len(problem.expert) for problem in problems}
+    experts = 2 * sorted(length)  # all demonstrations are of one length
+    assert len(experts) == 2
+    count = model_file.forward_flops
+    expected = count(config, sampled) + 3 * count(config, sampled + experts)
+    assert row["flops"] == pytest.approx(expected + count(config, experts))  # (26)
+
+
+def test_rl_learns_which_answer_is_right(coin, tmp_path):
+    cfg = rl_config(coin, tmp_path / "r", algo="dapo", steps=12, eval_every=12)
+    rl.main(replace(cfg, prompts=8, update_prompts=4))
+    first, last = (row["pass1"] for row in lines_of(tmp_path / "r", "eval"))
+    assert 20 < first < 80
+    assert last > first + 15
+
+
+def test_a_batch_that_does_not_divide_names_two_values_that_do():
+    with pytest.raises(UserError, match="does not divide.*--update-prompts (16 or 32|32 or 16)"):
+        rl.Config(prompts=64, update_prompts=24)
+
+
+def test_mixed_methods_without_demonstrations_say_what_is_missing(small_task, tmp_path):
+    cfg = rl_config(small_task, tmp_path / "r", algo="luffy", data=f"{small_task}/rl.jsonl")
+    with pytest.raises(UserError, match="no row has a response"):
+        rl.main(cfg)
+
+
 def test_until_share_stops_rl_when_the_interval_says_so(coin, tmp_path, capsys):
-    rl.main(
-        rl_config(
-            coin,
-            tmp_path / "r",
-            algo="dapo",
-            steps=20,
-            eval_every=1,
-            prompts=8,
-            update_prompts=4,
-            until_share=0.01,
-        )
-    )
+    cfg = rl_config(coin, tmp_path / "r", algo="dapo", steps=20, eval_every=1, until_share=0.01)
+    cfg = replace(cfg, prompts=8, update_prompts=4)
+    rl.main(cfg)
     last = max(row["step"] for row in lines_of(tmp_path / "r"))
-    assert 4 <= last < 20 and "surely reached" in capsys.readouterr().out
-    rl.main(
-        rl_config(
-            coin,
-            tmp_path / "r",
-            algo="dapo",
-            steps=20,
-            eval_every=1,
-            prompts=8,
-            update_prompts=4,
-            until_share=0.01,
-            resume=True,
-        )
-    )
-    assert max(row["step"] for row in lines_of(tmp_path / "r")) == last, (
-        "a resumed run knows it too"
-    )
+    assert 4 <= last < 20
+    assert "surely reached" in capsys.readouterr().out
+    rl.main(replace(cfg, resume=True))
+    assert max(row["step"] for row in lines_of(tmp_path / "r")) == last, "it knows when resumed"
 
 
 def test_a_run_beyond_the_steps_asked_for_is_named(coin, tmp_path):
     rl.main(rl_config(coin, tmp_path / "r", steps=2))
-    with pytest.raises(ValueError, match="at step 2 already, beyond --steps 1"):
+    with pytest.raises(UserError, match="at step 2 already, beyond the 1 asked for"):
         rl.main(rl_config(coin, tmp_path / "r", steps=1, resume=True))
 
 
-def test_under_max_flops_the_prefix_and_the_time_left_follow_the_compute_that_is_spent(
-    coin, tmp_path, monkeypatch, capsys
+# ---- a budget of compute -------------------------------------------------------------------------
+@pytest.fixture()
+def windows_seen(monkeypatch):
+    """The shares of the run for which prefix_rft asked its window."""
+    seen = []
+    window = prefix_rft.prefix_window
+
+    def watched(done):
+        seen.append(done)
+        return window(done)
+
+    monkeypatch.setattr(prefix_rft, "prefix_window", watched)
+    return seen
+
+
+def test_the_prefix_follows_the_steps(coin, tmp_path, windows_seen):
+    rl.main(rl_config(coin, tmp_path / "r", algo="prefix_rft", steps=4))
+    assert sorted(set(windows_seen)) == [0, 0.25, 0.5, 0.75]
+
+
+def test_under_max_flops_prefix_and_time_left_follow_the_compute_that_is_spent(
+    coin, tmp_path, windows_seen, capsys
 ):
-    seen, window = [], losses.prefix_window
-    monkeypatch.setattr(
-        losses,
-        "prefix_window",
-        lambda done, total: seen.append(done / total) or window(done, total),
-    )
-    rl.main(rl_config(coin, tmp_path / "r", algo="prefix_rft", steps=8, eval_every=8))
-    assert seen == [step / 8 for step in range(8)]
-    spent = [row["flops"] for row in lines_of(tmp_path / "r") if row["kind"] == "train"]
-    seen.clear(), capsys.readouterr()
-    rl.main(
-        rl_config(
-            coin, tmp_path / "s", algo="prefix_rft", steps=10**6, eval_every=8, max_flops=spent[3]
-        )
-    )
-    flops = [0.0] + [row["flops"] for row in lines_of(tmp_path / "s") if row["kind"] == "train"]
-    assert seen == [at / spent[3] for at in flops[:-1]] and len(seen) >= 3 and 0.3 < seen[-1] < 1
-    ends = [
-        int(steps) for steps in re.findall(r"step +\d+/(\d+) ", capsys.readouterr().out)
-    ]  # of step 1/ENDS
-    assert ends[-1] == len(seen) == len(ends) and max(ends) <= 2 * len(seen)
+    cfg = rl_config(coin, tmp_path / "r", algo="prefix_rft", steps=4, eval_every=8)
+    rl.main(cfg)
+    budget = lines_of(tmp_path / "r", "train")[3]["flops"]
+    windows_seen.clear()
+    capsys.readouterr()
+    rl.main(replace(cfg, out=str(tmp_path / "s"), steps=10**6, max_flops=budget))
+    flops = [0.0] + [row["flops"] for row in lines_of(tmp_path / "s", "train")]
+    shares = sorted(set(windows_seen))
+    assert shares == [spent / budget for spent in flops[:-1]]
+    assert len(shares) >= 3
+    assert 0.3 < shares[-1] < 1
+    lasts = re.findall(r"step +\d+/(\d+) ", capsys.readouterr().out)  # of "step 1/LAST"
+    lasts = [int(last) for last in lasts]
+    assert lasts[-1] == len(shares) == len(lasts)
+    assert max(lasts) <= 2 * len(shares)
 
 
 def test_max_flops_ends_a_run_with_an_evaluation_and_a_checkpoint(coin, tmp_path):
     rl.main(rl_config(coin, tmp_path / "r", steps=50, eval_every=50, max_flops=1.0))
-    rows = lines_of(tmp_path / "r")
-    assert (
-        rows[-1]["kind"] == "eval"
-        and rows[-1]["step"] == 1
-        and (tmp_path / "r" / "checkpoints" / "step_000001").exists()
-    )
+    last = lines_of(tmp_path / "r")[-1]
+    assert last["kind"] == "eval"
+    assert last["step"] == 1
+    assert (tmp_path / "r" / "checkpoints" / "step_000001").exists()

@@ -1,10 +1,11 @@
-"""Peer of `bench.py rollout`: the same requests through transformers. Imports nothing of ours, so that it runs in any
-environment with torch and transformers 5.
+"""Peer of `bench rollout`: the same requests through transformers.
 
-    python peers/generate_hf.py --model FOLDER --work work.json --mode static --batch 16 --dtype fp32 --threads 1
+    python bench/peers/generate_hf.py --model FOLDER --work work.json --mode static --batch 16
 
-work.json: {"prompts": [[ids]], "lengths": [tokens of each response]}, one prompt for each response. Static batches take
-the requests in order and run until their longest response is through; continuous batching is transformers' own manager.
+Imports nothing of ours: it runs in any environment with torch and transformers 5.
+work.json: {"prompts": [[ids]], "lengths": [tokens per response]}, one prompt per response. Static
+batches take the requests in order and run until their longest response is through; continuous
+batching is transformers' own manager.
 The last line printed is JSON: seconds, cpu_seconds, tokens (asked for), steps, peak_mb.
 """
 
@@ -45,9 +46,8 @@ def static(model, prompts, lengths, batch: int, settings: dict) -> int:
 
     steps = 0
     for i in range(0, len(prompts), batch):
-        ids = torch.tensor(
-            prompts[i : i + batch], device=model.device
-        )  # prompts of one length: nothing is padded
+        # prompts of one length: nothing is padded
+        ids = torch.tensor(prompts[i : i + batch], device=model.device)
         wanted = torch.tensor(lengths[i : i + batch], device=model.device)
         config = GenerationConfig(**settings, max_new_tokens=int(wanted.max()))
         out = model.generate(
@@ -81,13 +81,15 @@ def continuous(model, prompts, lengths, batch: int, settings: dict) -> int:
     manager.start()
     for prompt, length in zip(prompts, lengths):
         manager.add_request(prompt, max_new_tokens=length)
-    done = tokens = 0
+    done = 0
+    tokens = 0
     while done < len(prompts):
         result = manager.get_result(timeout=5)
         if result is None and not manager.is_running():
             raise SystemExit("the manager of transformers stopped before all requests were done")
         if result is not None and result.is_finished():
-            done, tokens = done + 1, tokens + len(result.generated_tokens)
+            done += 1
+            tokens += len(result.generated_tokens)
     manager.stop(block=True)
     if tokens != sum(lengths):
         raise SystemExit(
@@ -112,30 +114,32 @@ def main(args) -> None:
     ).eval()
     if torch.cuda.is_available():
         model.cuda()
-    settings = dict(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None, pad_token_id=0
-    )
-    prompts, lengths = work["prompts"], work["lengths"]
+    settings = {
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    prompts = work["prompts"]
+    lengths = work["lengths"]
     static(model, prompts[:2], [2, 2], 2, settings)  # warm-up
+    run = static if args.mode == "static" else continuous
     wall, cpu = spent()
-    steps = (static if args.mode == "static" else continuous)(
-        model, prompts, lengths, args.batch, settings
-    )
-    wall, cpu = (after - before for after, before in zip(spent(), (wall, cpu)))
+    steps = run(model, prompts, lengths, args.batch, settings)
+    wall_end, cpu_end = spent()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 2**20
-    print(
-        json.dumps(
-            {
-                "seconds": wall,
-                "cpu_seconds": cpu,
-                "tokens": sum(lengths),
-                "steps": steps,
-                "peak_mb": peak,
-            }
-        )
-    )
+    found = {
+        "seconds": wall_end - wall,
+        "cpu_seconds": cpu_end - cpu,
+        "tokens": sum(lengths),
+        "steps": steps,
+        "peak_mb": peak,
+    }
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Peer of `bench.py rl`: TRL's GRPOTrainer on the same prompts, with transformers as its sampler. Imports nothing of
-ours, so that it runs in any environment with torch, transformers 5, trl, datasets and accelerate.
+"""Peer of `bench rl`: TRL's GRPOTrainer on the same prompts, with transformers as its sampler.
 
-    python peers/grpo_trl.py --model FOLDER --work work.json --group 8 --max-new 128 --micro 16 --threads 1
+    python bench/peers/grpo_trl.py --model FOLDER --work work.json --group 8 --micro 16
 
-work.json: {"prompts": [text], "per_step": prompts a step}; the first step is warm-up and not counted. A step is one
-round of sampling and one optimizer step over it, `micro` rows a forward; no KL term. The reward is the share of even
-tokens: it differs between rows and costs nothing.
-The last line printed is JSON: seconds, cpu_seconds, tokens (of responses), peak_mb; sample_s, update_s (the rest).
+Imports nothing of ours: it needs torch, transformers 5, trl, datasets and accelerate.
+work.json: {"prompts": [text], "per_step": prompts per step}; the first step is warm-up and not
+counted. A step is one round of sampling and one optimizer step over it, `micro` rows per forward;
+no KL term. The reward is the share of even tokens: it differs between rows and costs nothing.
+The last line printed is JSON: seconds, cpu_seconds, tokens (of responses), peak_mb, sample_s,
+update_s (the rest).
 """
 
 import argparse
@@ -21,14 +22,13 @@ parser = argparse.ArgumentParser(
 )
 parser.add_argument("--model", required=True)
 parser.add_argument("--work", required=True)
-parser.add_argument("--group", type=int, default=8, help="responses a prompt")
-parser.add_argument(
-    "--max-new", type=int, default=128, help="tokens a response: EOS does not end one"
-)
-parser.add_argument("--micro", type=int, default=16, help="rows a forward")
+parser.add_argument("--group", type=int, default=8, help="responses per prompt")
+parser.add_argument("--max-new", type=int, default=128, help="tokens per response, EOS ignored")
+parser.add_argument("--micro", type=int, default=16, help="rows per forward")
 parser.add_argument(
     "--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast over fp32 weights"
 )
+parser.add_argument("--checkpointing", action="store_true")
 parser.add_argument("--lr", type=float, default=1e-6)
 parser.add_argument("--threads", type=int, default=1)
 
@@ -51,7 +51,9 @@ def main(args) -> None:
     torch.set_num_threads(args.threads)
     with open(args.work) as file:
         work = json.load(file)
-    marks, count, n_rows = [], {"tokens": 0, "sample_s": 0.0}, work["per_step"] * args.group
+    marks = []  # (wall, CPU, counts) at the end of each step
+    count = {"tokens": 0, "sample_s": 0.0}
+    n_rows = work["per_step"] * args.group
 
     def share_of_even(completions, completion_ids=None, **_):
         count["tokens"] += sum(map(len, completion_ids))
@@ -65,9 +67,10 @@ def main(args) -> None:
         args.model, dtype=torch.float32, attn_implementation="sdpa"
     )
     model.generation_config.eos_token_id = None
+    # not AutoTokenizer: it would take the family's own, and its regex
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=f"{args.model}/tokenizer.json", eos_token="<eos>", pad_token="<eos>"
-    )  # AutoTokenizer would take the family's own, and its regex
+    )
     settings = GRPOConfig(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=args.micro,
@@ -83,7 +86,7 @@ def main(args) -> None:
         lr_scheduler_type="constant",
         bf16=args.dtype == "bf16",
         use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=False,
+        gradient_checkpointing=args.checkpointing,
         report_to=[],
         save_strategy="no",
         logging_steps=1,
@@ -98,7 +101,7 @@ def main(args) -> None:
         train_dataset=Dataset.from_dict({"prompt": work["prompts"]}),
         processing_class=tokenizer,
     )
-    sample = trainer._generate_single_turn  # the one place where TRL samples: no public name for it
+    sample = trainer._generate_single_turn  # where TRL samples; it has no public name
 
     def timed(*rest, **named):
         started = time.perf_counter()
@@ -108,23 +111,21 @@ def main(args) -> None:
 
     trainer._generate_single_turn = timed
     trainer.train()
-    first, *_, last = marks
-    done = {key: last[2][key] - first[2][key] for key in count}
-    seconds = last[0] - first[0]
+    wall, cpu, before = marks[0]
+    wall_end, cpu_end, after = marks[-1]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 2**20
-    print(
-        json.dumps(
-            {
-                "seconds": seconds,
-                "cpu_seconds": last[1] - first[1],
-                "peak_mb": peak,
-                **done,
-                "update_s": seconds - done["sample_s"],
-            }
-        )
-    )
+    sample_s = after["sample_s"] - before["sample_s"]
+    found = {
+        "seconds": wall_end - wall,
+        "cpu_seconds": cpu_end - cpu,
+        "peak_mb": peak,
+        "tokens": after["tokens"] - before["tokens"],
+        "sample_s": sample_s,
+        "update_s": wall_end - wall - sample_s,
+    }
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""Peer of `bench.py sft`: the same rows through TRL's SFTTrainer, or through a plain loop over a transformers model.
-Imports nothing of ours, so that it runs in any environment with torch, transformers 5, trl, datasets and accelerate.
+"""Peer of `bench sft`: the same rows through TRL's SFTTrainer, or a plain loop over transformers.
 
-    python peers/sft_trl.py --model FOLDER --work work.json --mode pack --micro 8 --threads 1
+    python bench/peers/sft_trl.py --model FOLDER --work work.json --mode pack --micro 8
 
-work.json: {"rows": [[ids]], "per_step": rows an optimizer step, "seq": longest row}; the first step is warm-up and not
-counted. pack: SFTTrainer, packing on (rows of seq tokens; a step is as many packed rows as hold per_step rows in the
-mean). nopack: SFTTrainer, packing off. loop: micro-batches padded on the right, loss.backward(), AdamW, nothing else.
-The last line printed is JSON: seconds, cpu_seconds, tokens (padding left out), slots (padding included), peak_mb.
+Imports nothing of ours: it needs torch and transformers 5, and for TRL trl, datasets, accelerate.
+work.json: {"rows": [[ids]], "per_step": rows per optimizer step, "seq": longest row}; the first
+step is warm-up and not counted.
+pack      SFTTrainer, packing on: rows of seq tokens, as many per step as hold per_step rows
+nopack    SFTTrainer, packing off
+loop      micro-batches padded on the right, loss.backward(), AdamW, nothing else
+The last line printed is JSON: seconds, cpu_seconds, tokens (padding left out), slots (padding
+included), peak_mb.
 """
 
 import argparse
@@ -22,7 +25,7 @@ parser = argparse.ArgumentParser(
 parser.add_argument("--model", required=True)
 parser.add_argument("--work", required=True)
 parser.add_argument("--mode", choices=["pack", "nopack", "loop"], default="pack")
-parser.add_argument("--micro", type=int, default=8, help="rows a forward")
+parser.add_argument("--micro", type=int, default=8, help="rows per forward")
 parser.add_argument(
     "--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast over fp32 weights"
 )
@@ -41,7 +44,10 @@ def plain_loop(model, work: dict, args) -> dict:
     """One optimizer step per per_step rows, `micro` rows a forward in the order of the data."""
     import torch
 
-    device, marks, tokens, slots = model.device, [], 0, 0
+    device = model.device
+    marks = []  # (wall, CPU) at the end of each step
+    tokens = 0
+    slots = 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
     for first in range(0, len(work["rows"]), work["per_step"]):
         step = work["rows"][first : first + work["per_step"]]
@@ -61,10 +67,9 @@ def plain_loop(model, work: dict, args) -> dict:
                     use_cache=False,
                 ).loss
             loss.backward()
-            tokens, slots = (
-                tokens + int(seen.sum()) * (first > 0),
-                slots + ids.numel() * (first > 0),
-            )
+            if first > 0:
+                tokens += int(seen.sum())
+                slots += ids.numel()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -78,10 +83,14 @@ def with_trl(model, work: dict, args) -> dict:
     from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    marks, count, packing = [], {"tokens": 0, "slots": 0}, args.mode == "pack"
-    per_step, n_steps = work["per_step"], len(work["rows"]) // work["per_step"]
-    if packing:  # as many rows of seq tokens as the other modes have tokens; one forward holds `micro` of them
-        per_step = max(1, round(sum(map(len, work["rows"])) / n_steps / work["seq"]))
+    marks = []  # (wall, CPU, counts) at the end of each step
+    count = {"tokens": 0, "slots": 0}
+    packing = args.mode == "pack"
+    per_step = work["per_step"]
+    n_steps = len(work["rows"]) // per_step
+    if packing:  # as many packed rows per step as hold the tokens of the other modes
+        n_tokens = sum(map(len, work["rows"]))
+        per_step = max(1, round(n_tokens / n_steps / work["seq"]))
     micro = min(args.micro, per_step)
 
     class Marks(TrainerCallback):
@@ -109,9 +118,10 @@ def with_trl(model, work: dict, args) -> dict:
         seed=0,
         dataset_kwargs={"skip_prepare_dataset": not packing},
     )
+    # not AutoTokenizer: it would take the family's own, and its regex
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=f"{args.model}/tokenizer.json", eos_token="<eos>", pad_token="<eos>"
-    )  # AutoTokenizer would take the family's own, and its regex
+    )
     trainer = SFTTrainer(
         model=model,
         args=settings,
@@ -122,14 +132,17 @@ def with_trl(model, work: dict, args) -> dict:
     compute_loss = trainer.compute_loss
 
     def counted(model, inputs, *rest, **named):
-        ids, seen = inputs["input_ids"], inputs.get("attention_mask")
+        ids = inputs["input_ids"]
+        seen = inputs.get("attention_mask")
         count["slots"] += ids.numel()
         count["tokens"] += ids.numel() if seen is None else int(seen.sum())
         return compute_loss(model, inputs, *rest, **named)
 
     trainer.compute_loss = counted
     trainer.train()
-    return {"marks": marks, **{key: marks[-1][2][key] - marks[0][2][key] for key in count}}
+    before, after = marks[0][2], marks[-1][2]
+    counted_after_first = {key: after[key] - before[key] for key in count}
+    return {"marks": marks, **counted_after_first}
 
 
 def main(args) -> None:
@@ -149,21 +162,16 @@ def main(args) -> None:
         model.cuda()
     if args.checkpointing and args.mode == "loop":
         model.gradient_checkpointing_enable()
-    found = (plain_loop if args.mode == "loop" else with_trl)(model, work, args)
-    first, *_, last = found.pop("marks")
+    run = plain_loop if args.mode == "loop" else with_trl
+    found = run(model, work, args)
+    marks = found.pop("marks")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 2**20
-    print(
-        json.dumps(
-            {
-                "seconds": last[0] - first[0],
-                "cpu_seconds": last[1] - first[1],
-                "peak_mb": peak,
-                **found,
-            }
-        )
-    )
+    found["seconds"] = marks[-1][0] - marks[0][0]
+    found["cpu_seconds"] = marks[-1][1] - marks[0][1]
+    found["peak_mb"] = peak
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,116 @@
+"""Before the first step: fetch a model, place it on the devices, and say what the run will take."""
+
+import math
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from core import memory, ranks
+from core.errors import UserError
+from core.folder import ModelConfig
+
+
+def download(name: str, weights: bool) -> Path:
+    """The local folder of a hub model, downloaded if need be; never pickles.
+
+    weights: False where only the shape and the tokenizer are needed.
+    """
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise UserError(
+            f"{name}: no such folder; --init takes a model folder, a checkpoint, a run directory "
+            "or a hub name such as Qwen/Qwen2.5-0.5B"
+        )
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.jinja"]
+    if weights:
+        patterns.append("*.safetensors")
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (OSError, ValueError) as error:  # no network, no such model, no access
+        reason = str(error).strip().splitlines()[0][:160]
+        raise UserError(
+            f"{name}: no such folder here, and the hub did not give it ({reason}); "
+            "download it, then --init FOLDER"
+        ) from None
+
+
+def placement(cfg, config: ModelConfig, device) -> tuple:
+    """(where the trained weights are, how to shard them) for model.load_model and init_model.
+
+    cfg: bf16 and offload. The second is None for one process.
+    """
+    several = ranks.world() > 1
+    if cfg.offload and not (several and device.type == "cuda"):
+        raise UserError(
+            "--offload works with several processes on GPUs; leave it out, "
+            "or start with torchrun --nproc_per_node=2 or more"
+        )
+    if not several:
+        return device, None
+    sums_first = memory.sums_first(config, capacity(device))
+
+    def shard(model):
+        ranks.shard(model, cfg.bf16, cfg.offload, sums_first)
+
+    return "cpu" if cfg.offload else device, shard
+
+
+def capacity(device) -> float:
+    """Bytes of memory that a process has: its GPU's, or its share of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return machine / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def show_memory(cfg, config: ModelConfig, device, **plan) -> None:
+    """What a process will need: one line at the start of a run, a table under --dry-run, there for
+    --gpus devices of 80 GB if given. plan: more fields of memory.Plan; for RL with `slots`."""
+    there = 80e9 if cfg.gpus else capacity(device)
+    slots = plan.pop("slots", 0)
+    table = memory.Plan(
+        config=config,
+        world=cfg.gpus or ranks.world(),
+        micro_tokens=cfg.micro_tokens,
+        bf16=cfg.bf16,
+        recompute=cfg.recompute,
+        optimizer=cfg.optimizer,
+        offload=cfg.offload,
+        summed=memory.sums_first(config, there),
+        cuda=bool(cfg.gpus) or device.type == "cuda",
+        **plan,
+    )
+    if slots:  # the sampler takes fewer rows at once where memory is short
+        rows = min(cfg.rows, -(-cfg.gen_prompts // table.world) * cfg.group)
+        table = table.with_rollout(rows, slots, there)
+    if cfg.dry_run:
+        print(f"memory of each of {table.world} processes:\n{table.report(there)}")
+        return
+    largest = sorted(table.table(), key=lambda part: -part.bytes)[:3]
+    named = ", ".join(f"{part.name} {memory.text(part.bytes)}" for part in largest)
+    print(
+        f"memory of a process, estimated: at most {memory.text(table.peak())} of "
+        f"{memory.text(there)}; {named} ...",
+        flush=True,
+    )
+
+
+def show_disk(cfg, config: ModelConfig, steps: int, optimizer: str) -> None:
+    """What the checkpoints of a run will take, beside what is free."""
+    every = math.gcd(cfg.eval_every, cfg.save_every) if cfg.save_every else cfg.eval_every
+    count = -(-steps // every) + 1
+    if cfg.keep:
+        count = min(count, cfg.keep + 2)  # the newest and the best one stay in any case
+    size = memory.checkpoint_bytes(config, cfg.bf16, optimizer)
+    out = Path(cfg.out)
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    hint = "; --keep N keeps fewer" if count * size > free else ""
+    print(
+        f"checkpoints: at most {count} x {memory.text(size)} = {memory.text(count * size)} on "
+        f"disk, {memory.text(free)} free{hint}",
+        flush=True,
+    )

@@ -1,0 +1,290 @@
+"""rl.collect: how many prompts are sampled, which groups are trained on, what a reward decides."""
+
+import json
+import math
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import policy_of, rl_config, write_jsonl
+
+import data
+import evaluate
+import losses
+import methods
+import rl
+from core.run import Run
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "objective_cases.json"
+RULES = json.loads(SHARED.read_text())["misc"] if SHARED.exists() else []
+
+
+class Scripted:
+    """A reward that gives each problem's responses the numbers of its row, in their order."""
+
+    def __init__(self):
+        self.n_judged = Counter()
+
+    def __call__(self, response: str, row: dict) -> float:
+        rewards = row["rewards"]
+        n = self.n_judged[row["name"]]
+        self.n_judged[row["name"]] += 1
+        return rewards[n % len(rewards)]
+
+
+def pool_of(groups: list, folder: Path, tokenizer) -> list:
+    """Problems in the order in which collect() draws them; groups: [(name, rewards)]."""
+    rows = [{}] * len(groups)
+    for (name, rewards), place in zip(groups, data.plan(len(groups), 0, 0, len(groups))):
+        rows[place] = {"prompt": "Make 1 ->", "answer": "1", "name": name, "rewards": rewards}
+    problems, _ = data.problems(write_jsonl(folder / "pool.jsonl", rows), tokenizer, 64)
+    return problems
+
+
+@pytest.fixture()
+def collect(small_task, tmp_path):
+    """collect(groups, **settings) -> (Round, names that were sampled, Run)."""
+
+    def run_it(groups, algo="dapo", **settings):
+        policy = policy_of(small_task)
+        policy.tokenizer.eos_ids = list(range(policy.tokenizer.vocab_size))  # one token each
+        policy.reward = Scripted()
+        cfg = rl_config(small_task, tmp_path / "r", group=len(groups[0][1]), overwrite=True)
+        cfg = replace(cfg, update_prompts=1, **settings)
+        run = Run(cfg, cfg.steps)
+        run.step = 0
+        pool = pool_of(groups, tmp_path, policy.tokenizer)
+        found = rl.collect(cfg, methods.load(algo)(), policy, pool, run)
+        return found, set(policy.reward.n_judged), run, pool
+
+    return run_it
+
+
+def names_of(found: rl.Round, pool: list) -> list[str]:
+    """Names of the groups that are trained on."""
+    names = []
+    for group in found.groups:
+        (place,) = data.plan(len(pool), 0, group[0].group, 1)
+        names.append(pool[place].row["name"])
+    return names
+
+
+# ---- dynamic sampling ----------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not RULES, reason="the shared vectors are not part of the project")
+@pytest.mark.parametrize(
+    "rule", [pytest.param(r, id=r["id"]) for r in RULES if r["kind"] == "dynamic_sampling"]
+)
+def test_the_shared_rounds_of_dynamic_sampling(rule, collect):
+    rounds = rule["input"]["rounds"]
+    width = max(len(groups) for groups in rounds)
+    groups = []
+    for number, named in enumerate(rounds):
+        for name, rewards in named:
+            groups.append((f"{name} {number}", rewards))
+        while len(groups) < (number + 1) * width:  # all rounds draw alike; these are never chosen
+            groups.append((f"more {len(groups)}", [0, 0]))
+    found, _, _, pool = collect(
+        groups,
+        prompts=rule["input"]["train_prompts"],
+        gen_prompts=width,
+        max_rounds=rule["input"].get("max_rounds", 10),
+    )
+    expected = rule["expected"]
+    assert [name.split()[0] for name in names_of(found, pool)] == expected["selected"]
+    assert found.stats["rounds"] == expected["rounds_used"]
+    sampled = expected["rounds_used"] * width
+    assert found.stats["discarded"] == sampled - len(expected["selected"])
+
+
+def test_no_round_is_drawn_that_is_not_needed_and_the_surplus_is_discarded(collect):
+    groups = []
+    for n in range(3):
+        groups += [(f"flat{n}", [1, 1, 1]), (f"mixed{n}", [1, 0, 1]), (f"also{n}", [0, 0, 1])]
+    found, sampled, run, pool = collect(groups, prompts=3, gen_prompts=3)
+    assert names_of(found, pool) == ["mixed0", "also0", "mixed1"]
+    assert sampled == {"flat0", "mixed0", "also0", "flat1", "mixed1", "also1"}
+    assert found.stats["rounds"] == 2
+    assert found.stats["discarded"] == 3
+    assert run.position == 6  # the next step goes on behind the surplus
+    assert len(found.generated) == 18
+    assert len(found.records) == 18
+
+
+def test_a_supply_that_runs_dry_trains_on_what_there_is(collect):
+    groups = [("mixed", [1, 0]), ("flat", [1, 1])]
+    found, _, run, pool = collect(groups, prompts=99, gen_prompts=2, max_rounds=3)
+    assert names_of(found, pool) == ["mixed"] * 3
+    assert found.stats["rounds"] == 3
+    assert run.position == 6
+
+
+def test_rewards_that_never_differ_stop_at_max_rounds_with_no_group(collect):
+    groups = [(f"flat{n}", [0, 0]) for n in range(5)]
+    found, _, _, _ = collect(groups, prompts=1, gen_prompts=2)
+    assert found.groups == []
+    assert found.stats["rounds"] == 10
+    assert found.stats["discarded"] == 20
+    assert found.stats["signal"] == 0
+
+
+def test_without_dynamic_sampling_one_round_of_prompts_is_trained_on_whatever_it_earned(collect):
+    groups = [("flat", [0, 0]), ("right", [1, 1]), ("mixed", [1, 0]), ("not drawn", [1, 0])]
+    found, sampled, run, pool = collect(groups, algo="grpo", prompts=3, gen_prompts=4)
+    assert names_of(found, pool) == ["flat", "right", "mixed"]
+    assert "not drawn" not in sampled
+    assert run.position == 3
+    assert found.stats["signal"] == pytest.approx(100 / 3)
+    assert found.stats["discarded"] == 0
+
+
+def test_partial_credit_is_a_signal(collect):
+    found, _, _, pool = collect([("near", [0.2, 0.3]), ("flat", [0.4, 0.4])], prompts=1)
+    assert names_of(found, pool) == ["near"]
+    assert [row.reward for row in found.groups[0]] == [0.2, 0.3]
+
+
+# ---- rewards -------------------------------------------------------------------------------------
+def test_the_log_has_the_mean_reward_and_the_share_of_right_responses(collect):
+    groups = [("a", [0.2, 0.4]), ("b", [0.6, 1.0])]
+    found, _, _, _ = collect(groups, algo="grpo", prompts=2)
+    assert found.stats["reward"] == pytest.approx(55)  # percent of one
+    assert found.stats["right"] == 50  # above one half
+    assert found.stats["truncated"] == 0
+    assert found.stats["length"] == 1
+
+
+def group_of(small_task, tmp_path, reward, n_tokens: int, finished: bool, **settings) -> rl.Group:
+    """Two responses of so many tokens, judged by `reward`."""
+    policy = policy_of(small_task)
+    policy.reward = reward
+    problem = data.problems(f"{small_task}/mixed.jsonl", policy.tokenizer, 64)[0][0]
+    ids = [5] * n_tokens
+    response = evaluate.rollout.Response(ids, [-0.5] * n_tokens, [0.0] * n_tokens, finished)
+    cfg = rl_config(small_task, tmp_path, **settings)
+    return rl.score(cfg, policy, problem, 7, [(response, 0), (response, 2)])
+
+
+def test_a_cut_response_earns_nothing_and_keeps_a_negative_reward(small_task, tmp_path):
+    generous = group_of(small_task, tmp_path, lambda text, row: 0.8, 4, finished=False)
+    strict = group_of(small_task, tmp_path, lambda text, row: -1.0, 4, finished=False)
+    whole = group_of(small_task, tmp_path, lambda text, row: 0.8, 4, finished=True)
+    assert [row.reward for row in generous.rows] == [0, 0]
+    assert [row.reward for row in strict.rows] == [-1, -1]
+    assert [row.reward for row in whole.rows] == [0.8, 0.8]
+
+
+def test_a_long_right_response_is_punished_and_stays_right_for_the_filter(small_task, tmp_path):
+    settings = dict(max_new=20, overlong=10)
+    group = group_of(small_task, tmp_path, lambda text, row: 1.0, 15, finished=True, **settings)
+    assert [row.correct for row in group.rows] == [1, 1]
+    assert [row.reward for row in group.rows] == [0.5, 0.5]
+    assert [record["reward"] for record in group.records] == [0.5, 0.5]
+    batch = losses.make_batch(group.rows, "cpu")
+    assert batch.is_success.all()
+
+
+def test_a_row_of_a_group_knows_its_prompt_its_number_and_its_prefix(small_task, tmp_path):
+    group = group_of(small_task, tmp_path, lambda text, row: 1.0, 4, finished=True)
+    plain, hybrid = group.rows
+    assert (plain.group, hybrid.group) == (7, 7)
+    assert (plain.n_prefix, hybrid.n_prefix) == (0, 2)
+    assert plain.prompt == group.problem.prompt
+
+
+def test_a_demonstration_that_the_reward_calls_wrong_earns_nothing(small_task):
+    policy = policy_of(small_task)
+    problem = data.problems(f"{small_task}/mixed.jsonl", policy.tokenizer, 64)[0][0]
+    group = rl.Group(3, problem, [], [])
+    values = []
+    for value in (1.0, 0.0):
+        policy.reward = lambda text, row, value=value: value
+        row = rl.expert_row(policy, group)
+        assert row.is_expert
+        assert row.response == problem.expert
+        assert row.logp == [0.0] * len(problem.expert)
+        values.append((row.correct, row.reward))
+    assert values == [(1, 1), (0, 0)]
+
+
+# ---- what is sampled -----------------------------------------------------------------------------
+def collected_from(folder, tmp_path, algo: str, **settings) -> rl.Round:
+    policy = policy_of(folder, "math")
+    cfg = replace(rl_config(folder, tmp_path / "r", overwrite=True), **settings)
+    run = Run(cfg, cfg.steps)
+    run.step = 2
+    pool, _ = data.problems(cfg.data, policy.tokenizer, 64)
+    return rl.collect(cfg, methods.load(algo)(), policy, pool, run)
+
+
+def test_a_hybrid_starts_with_its_demonstration_and_goes_on_by_itself(coin, tmp_path):
+    found = collected_from(coin, tmp_path, "prefix_rft")
+    tokenizer = evaluate.open_tokenizer(coin)
+    experts = {}
+    for problem in data.problems(f"{coin}/mixed.jsonl", tokenizer, 64)[0]:
+        experts[tuple(problem.prompt)] = problem.expert
+    for group in found.groups:
+        assert [row.n_prefix > 0 for row in group] == [False, False, False, True]
+        hybrid = group[-1]
+        n = hybrid.n_prefix
+        assert hybrid.response[:n] == experts[tuple(hybrid.prompt)][:n]
+        assert hybrid.logp[:n] == [0.0] * n
+        assert len(hybrid.response) > n
+        assert all(x < 0 for x in hybrid.logp[n:])
+
+
+def test_a_group_of_luffy_has_the_demonstration_in_place_of_one_rollout(coin, tmp_path):
+    found = collected_from(coin, tmp_path, "luffy")
+    for group in found.groups:
+        assert [row.is_expert for row in group] == [False, False, False, True]
+    assert len(found.generated) == 3 * len(found.groups)  # the demonstration was not sampled
+
+
+def test_what_is_sampled_depends_on_the_seed_alone(coin, tmp_path):
+    first = collected_from(coin, tmp_path, "grpo")
+    again = collected_from(coin, tmp_path, "grpo")
+    other = collected_from(coin, tmp_path, "grpo", seed=1)
+    assert first.groups == again.groups
+    assert first.groups != other.groups
+
+
+# ---- numbers for the log -------------------------------------------------------------------------
+def test_numbers_that_were_not_measured_are_null():
+    none_sampled = dict.fromkeys(rl.SUMS, 0.0)
+    row = rl.describe_updates([none_sampled], [0.5])
+    assert row["entropy"] is row["kl"] is row["clipped"] is row["gap"] is None
+    assert row["grad_norm"] == 0.5
+    assert rl.describe_updates([], []) == {"updates": 0}
+
+
+def test_the_distance_to_the_sampler_is_small_and_is_measured_in_the_first_update(coin, tmp_path):
+    found = collected_from(coin, tmp_path, "grpo")
+    policy = policy_of(coin, "math")
+    cfg = rl_config(coin, tmp_path)
+    method = methods.load("grpo")()
+    first, second = rl.make_batches(cfg, method, policy.net, None, found.groups)
+    sums = rl.train_on(cfg, method, policy.net, first)
+    numbers = rl.describe_updates([sums, {**sums, "gap": 1e9}], [1.0, 1.0])
+    assert 0 <= numbers["gap"] < 1e-3
+    assert numbers["clipped"] == 0
+    assert numbers["kl"] == pytest.approx(0, abs=1e-9)
+    assert 0 < numbers["entropy"] < math.log(policy.tokenizer.vocab_size)
+
+
+def test_clipped_ratios_and_the_distance_to_the_old_policy_are_counted():
+    rows = [losses.Row([1], [2, 3, 4], [0.0] * 3, 1.0, 1.0, 0)]
+    batch = losses.make_batch(rows, "cpu")
+    logp = torch.log(torch.tensor([[0.5, 0.5, 0.5]]))
+    batch = batch._replace(old_logp=torch.log(torch.tensor([[0.5, 0.4, 1.0]])))
+    entropy = torch.tensor([[0.1, 0.2, 0.3]])
+    sums = rl.token_sums(methods.load("grpo")(), logp, entropy, batch)
+    tokens, total_entropy, clipped, kl, gap = [float(x) for x in sums]
+    assert tokens == 3
+    assert total_entropy == pytest.approx(0.6)
+    assert clipped == 2  # ratios 1, 1.25, 0.5
+    expected = (1.25 - 1 - math.log(1.25)) + (0.5 - 1 - math.log(0.5))
+    assert kl == pytest.approx(expected)
+    assert gap == pytest.approx(3 * math.log(2))
