@@ -257,7 +257,12 @@ def _problem_texts(row, tokenizer, notes: rows.Notes, needs_gold: bool) -> tuple
     No texts drop the row; a problem without a demonstration has one.
     """
     reading = rows.understand(row, answer_is_gold=True)
-    golds = _golds(row) if needs_gold else []
+    try:
+        golds = _golds(row)
+    except UserError:  # an object, which a reward of one's own may read
+        if needs_gold:
+            raise
+        golds = []
     if reading is None or needs_gold and not golds and not rows.golds(row)[0]:
         missing = "prompt" if reading is None else "answer"
         raise UserError(f'no "{missing}"; a problem needs prompt and answer (found: {sorted(row)})')
@@ -283,8 +288,9 @@ def problems(
 ) -> tuple[list[Problem], int]:
     """(problems, number dropped as longer than max_prompt tokens) of an RL or evaluation file.
 
-    needs_gold: rows need a gold answer that is text, as verify.py does; a reward of one's own may
-    not. reads: columns that the reward reads, so that they are not named as not used.
+    needs_gold: rows need a gold answer that is text, as verify.py does; other rewards may not, and
+    get rows with any gold or none. reads: columns that the reward reads, which are not named as
+    not used.
     """
     notes = rows.Notes(path, reads)
     found = []

@@ -106,7 +106,9 @@ def load_reward(name: str) -> Callable:
 
 def columns(name: str) -> dict:
     """What data.problems() has to know of a reward: the columns that it reads besides the gold
-    answer (COLUMNS of its module), and whether each row needs a gold answer that is text."""
+    answer (COLUMNS of its module), and whether each row needs a gold answer that is text
+    (NEEDS_GOLD, true unless said otherwise; a reward of one's own needs none)."""
     module = sys.modules[load_reward(name).__module__]
     ours = name.partition(":")[0] in names()
-    return {"reads": getattr(module, "COLUMNS", ()), "needs_gold": ours}
+    needs_gold = ours and getattr(module, "NEEDS_GOLD", True)
+    return {"reads": getattr(module, "COLUMNS", ()), "needs_gold": needs_gold}

@@ -29,7 +29,7 @@ from tasks.countdown import (
     write,
 )
 
-ROOT = Path(countdown.__file__).resolve().parents[1]
+TASKS = Path(countdown.__file__).parent
 SMALL = Config(trajectories=600, val=100, rl=200, test=100, base=400)
 OPS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
@@ -507,15 +507,15 @@ def test_the_settings_name_files_that_are_written(folder):
     assert (folder / countdown.DEMONSTRATIONS).exists()
 
 
-def test_no_more_than_four_functions_run_per_response():
+def test_three_functions_of_the_task_run_per_response_besides_boxed():
     names = set()
 
     def note(frame, event, _):
         path = frame.f_code.co_filename
-        if event == "call" and path.startswith(str(ROOT)) and frame.f_code.co_name[0] != "<":
+        if event == "call" and path.startswith(str(TASKS)) and frame.f_code.co_name[0] != "<":
             names.add(frame.f_code.co_name)
 
     sys.setprofile(note)
     scored("2(3+4)", "14", [2, 3, 4])
     sys.setprofile(None)
-    assert names - {"scored"} == {"reward", "boxed", "read", "value"}
+    assert names == {"reward", "read", "value"}

@@ -8,6 +8,7 @@ import tokenizers
 from chat_folders import FAMILIES, byte_level, write_family, write_folder
 
 import data
+import tasks
 from core.errors import UserError
 from tasks import countdown, math, text
 
@@ -708,7 +709,7 @@ def test_rows_of_published_data_sets_are_read_as_documented(models, tmp_path, ca
 
 def test_countdown_as_tinyzero_publishes_it_is_scored_by_its_own_reward(read):
     row = published.COUNTDOWN
-    (problem,) = read("none").problems(row, needs_gold=False, reads=countdown.COLUMNS)
+    (problem,) = read("none").problems(row, **tasks.columns("countdown"))
     assert problem.row == row and problem.expert is None
     assert countdown.reward("\\boxed{44 + 19 + 35}", problem.row).correct
     assert not countdown.reward("\\boxed{98}", problem.row).correct
@@ -716,6 +717,21 @@ def test_countdown_as_tinyzero_publishes_it_is_scored_by_its_own_reward(read):
         UserError, match="rows.jsonl:1: the gold answer in reward_model is no plain text"
     ):
         read("none").problems(row)
+
+
+@pytest.mark.parametrize(
+    "row, gold",
+    [
+        ({"nums": [44, 19, 35], "target": 98}, ""),
+        ({"numbers": [44, 19, 35], "answer": "98"}, "98"),
+        ({"nums": [44, 19, 35], "target": 98, "answer": "First 44 + 19 = 63."}, None),
+    ],
+)
+def test_countdown_rows_need_no_gold_column_and_keep_one_for_the_logs(read, row, gold):
+    (problem,) = read("none").problems({"prompt": "Q", **row}, **tasks.columns("countdown"))
+    assert problem.row == {"prompt": "Q", **row}
+    assert problem.gold == (row["answer"] if gold is None else gold)
+    assert countdown.reward("\\boxed{44 + 19 + 35}", problem.row).correct
 
 
 def test_a_row_of_nums_and_target_alone_is_refused_with_its_columns(read):
