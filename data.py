@@ -24,7 +24,6 @@ import hashlib
 import itertools
 import math
 from array import array
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -60,31 +59,6 @@ class Problem(NamedTuple):
     row: dict  # the data row as read, all of its columns: what a reward function gets
     expert: list[int] | None  # a demonstration; its last id is EOS
     opened: str  # start of the response that the prompt already holds ("<think>")
-
-
-class Notes:
-    """What is to be said of a file once it is read: rows dropped, columns not used."""
-
-    def __init__(self, path: str, reads: Collection[str] = ()):
-        self.path = path
-        self.ignore = {*reads, *(name.split(".")[0] for name in rows.GOLD)}
-        self.counts = Counter()
-        self.columns = set()
-
-    def of(self, row: dict, reading: Reading) -> None:
-        self.columns |= rows.not_used(row, reading) - self.ignore
-        earlier = any(turn["role"] == "assistant" for turn in reading.turns)
-        if earlier and reading.answer:
-            self.counts["rows with earlier assistant turns: read, the last one is trained"] += 1
-
-    def drop(self, why: str) -> None:
-        self.counts[f"rows with {why} dropped"] += 1
-
-    def print(self) -> None:
-        for text, n in self.counts.items():
-            print(f"{self.path}: {n} {text}")
-        if self.columns:
-            print(f"{self.path}: columns not used: {', '.join(sorted(self.columns))}")
 
 
 # ------------------------------------------------------------------------------------------- rows
@@ -129,6 +103,11 @@ def _prompt(reading: Reading, tokenizer: Tokenizer) -> tuple[str, bool]:
             return reading.question, True
         return "\n".join(turn.get("content", "") for turn in turns) + "\n", True
     if reading.plain and template.is_rendered(reading.question, tokenizer.special_tokens):
+        if len(turns) > 1 or reading.tools:
+            raise UserError(
+                "the prompt is in the chat template already, so that system, history and tools "
+                "cannot be added; give the plain question"
+            )
         return template.with_bos(reading.question), False
     if reading.plain and not any("\\boxed" in turn.get("content", "") for turn in turns):
         question = {"role": "user", "content": f"{reading.question}\n{INSTRUCTION}"}
@@ -136,7 +115,7 @@ def _prompt(reading: Reading, tokenizer: Tokenizer) -> tuple[str, bool]:
     return template.render(turns, reading.tools), False  # the template writes its own BOS
 
 
-def _response(reading: Reading, prompt: str, tokenizer: Tokenizer, notes: Notes) -> str:
+def _response(reading: Reading, prompt: str, tokenizer: Tokenizer, notes: rows.Notes) -> str:
     """The response behind a prompt: thinking and tool calls as the template writes them.
 
     Where the prompt opens <think>, the response does not, and closes it in any case.
@@ -169,7 +148,7 @@ def _opened(prompt: str) -> str:
     return "<think>" if prompt.rstrip().endswith("<think>") else ""
 
 
-def _texts(reading: Reading, tokenizer: Tokenizer, notes: Notes) -> list[tuple[str, bool]]:
+def _texts(reading: Reading, tokenizer: Tokenizer, notes: rows.Notes) -> list[tuple[str, bool]]:
     """Prompt and response as the model reads them, each as (text, start) for encode."""
     prompt, start = _prompt(reading, tokenizer)
     return [(prompt, start), (_response(reading, prompt, tokenizer, notes), False)]
@@ -177,37 +156,39 @@ def _texts(reading: Reading, tokenizer: Tokenizer, notes: Notes) -> list[tuple[s
 
 def _tokenized(
     path: str, tokenizer: Tokenizer, texts_of: Callable
-) -> Iterator[tuple[dict, list, list[list[int]]]]:
-    """(row, its texts, their ids) of each row, tokenized many rows at a time.
+) -> Iterator[tuple[tuple, list, list[list[int]]]]:
+    """(facts, texts, their ids) of each row, tokenized many rows at a time.
 
-    texts_of(row) -> [(text, start), ...], [] to drop the row; what it refuses is raised with file
-    and line.
+    texts_of(row) -> (facts, [(text, start), ...]), no texts to drop the row; what it refuses is
+    raised with file and line.
     """
     source = rows.each_row(path)
     while batch := list(itertools.islice(source, rows.AT_ONCE)):
-        texts = []
+        found = []
         for place, row in batch:
             try:
-                texts.append(texts_of(row))
+                found.append(texts_of(row))
             except UserError as error:
                 raise UserError(f"{place}: {error}") from None
-        ids = iter(tokenizer.encode(list(itertools.chain(*texts))))
-        for (_, row), own in zip(batch, texts):
-            if own:
-                yield row, own, [next(ids) for _ in own]
+        together = itertools.chain.from_iterable(texts for _, texts in found)
+        ids = iter(tokenizer.encode(list(together)))
+        for facts, texts in found:
+            if texts:
+                yield facts, texts, [next(ids) for _ in texts]
 
 
 # ------------------------------------------------------------------------- examples and problems
-def _example_texts(row: dict, tokenizer: Tokenizer, notes: Notes) -> list[tuple[str, bool]]:
+def _example_texts(row: dict, tokenizer: Tokenizer, notes: rows.Notes) -> list[tuple[str, bool]]:
     """The texts of an SFT row: prompt and response, or one plain text; [] where it is dropped."""
     reading = rows.understand(row)
     if reading is None or reading.answer is None:
-        if isinstance(row.get("text"), str):
+        if "text" in row:
             notes.of(row, Reading([], False, None, None, {"text"}))
-            text = tokenizer.without_end(row["text"])
-            if not text.strip():
-                notes.drop("an empty text")
-            return [(text, True)] if text.strip() else []
+            text = tokenizer.without_end(rows.text(row["text"] or "", "text"))
+            if text.strip():
+                return [(text, True)]
+            notes.drop("an empty text")
+            return []
         if reading is None or reading.turns:
             raise UserError(
                 "no prompt and response; a row needs messages, prompt and response, or text "
@@ -230,10 +211,14 @@ def sft_examples(
 
     reads: columns that a reward reads, so that they are not named as not used.
     """
-    notes = Notes(path, reads)
+    notes = rows.Notes(path, reads)
     examples = []
     n_long = 0
-    for _, _, ids in _tokenized(path, tokenizer, lambda row: _example_texts(row, tokenizer, notes)):
+
+    def texts_of(row):
+        return (), _example_texts(row, tokenizer, notes)
+
+    for _, _, ids in _tokenized(path, tokenizer, texts_of):
         prompt, response = ids if len(ids) == 2 else (ids[0][:1], ids[0][1:])
         # An array takes a ninth of a list's memory.
         example = Example(array("i", prompt), array("i", [*response, tokenizer.eos]))
@@ -243,17 +228,16 @@ def sft_examples(
             notes.drop("no tokens in prompt or response")
         else:
             examples.append(example)
-    notes.print()
     if not examples:
-        raise UserError(
-            f"{path}: no example left, {n_long} are longer than {max_len} tokens; raise --max-len"
-        )
+        why = f"{n_long} longer than {max_len} tokens; raise --max-len"
+        raise UserError(f"{path}: no example left: {notes.dropped() or why}")
+    notes.print()
     return examples, n_long
 
 
 def joint_mismatch(path: str, tokenizer: Tokenizer, limit: int = 500) -> float:
     """% of the first rows whose ids would differ if prompt and response were tokenized as one."""
-    notes = Notes(path)
+    notes = rows.Notes(path)
     n_rows = 0
     n_differ = 0
     for _, row in itertools.islice(rows.each_row(path), limit):
@@ -267,22 +251,27 @@ def joint_mismatch(path: str, tokenizer: Tokenizer, limit: int = 500) -> float:
     return 100 * n_differ / max(1, n_rows)
 
 
-def _problem_texts(row, tokenizer, notes: Notes, needs_gold: bool) -> list[tuple[str, bool]]:
-    """The texts of a problem: its prompt, and its demonstration where there is one; [] drops it."""
+def _problem_texts(row, tokenizer, notes: rows.Notes, needs_gold: bool) -> tuple[tuple, list]:
+    """((row, question, gold), texts) of a problem: the texts of its prompt and demonstration.
+
+    No texts drop the row; a problem without a demonstration has one.
+    """
     reading = rows.understand(row, answer_is_gold=True)
-    if reading is None or needs_gold and not rows.golds(row)[0]:
+    golds = _golds(row) if needs_gold else []
+    if reading is None or needs_gold and not golds and not rows.golds(row)[0]:
         missing = "prompt" if reading is None else "answer"
         raise UserError(f'no "{missing}"; a problem needs prompt and answer (found: {sorted(row)})')
     notes.of(row, reading)
+    texts = []
     if reading.asks_nothing:
         notes.drop("an empty prompt")
-        return []
-    if needs_gold and not _golds(row):
+    elif needs_gold and not golds:
         notes.drop("no answer in their gold column (empty, null, proof)")
-        return []
-    if reading.answers_nothing:
-        return [_prompt(reading, tokenizer)]
-    return _texts(reading, tokenizer, notes)
+    elif reading.answers_nothing:
+        texts = [_prompt(reading, tokenizer)]
+    else:
+        texts = _texts(reading, tokenizer, notes)
+    return (row, reading.question, " | ".join(golds)), texts
 
 
 def problems(
@@ -297,29 +286,26 @@ def problems(
     needs_gold: rows need a gold answer that is text, as verify.py does; a reward of one's own may
     not. reads: columns that the reward reads, so that they are not named as not used.
     """
-    notes = Notes(path, reads)
+    notes = rows.Notes(path, reads)
     found = []
     n_long = 0
 
     def texts_of(row):
         return _problem_texts(row, tokenizer, notes, needs_gold)
 
-    for row, ((text, _), *_), (ids, *expert) in _tokenized(path, tokenizer, texts_of):
+    for facts, ((text, _), *_), (ids, *expert) in _tokenized(path, tokenizer, texts_of):
+        row, question, gold = facts
         if len(ids) > max_prompt:
             n_long += 1
         elif not ids:
             notes.drop("no tokens in their prompt")
         else:
-            gold = " | ".join(_golds(row)) if needs_gold else ""
             demonstration = [*expert[0], tokenizer.eos] if expert else None
-            question = prompt_text(row) or ""
             found.append(Problem(question, ids, gold, row, demonstration, _opened(text)))
-    notes.print()
     if not found:
-        raise UserError(
-            f"{path}: no problem left, {n_long} prompts are over {max_prompt} tokens; "
-            "raise --max-prompt (sft.py: --max-len)"
-        )
+        why = f"{n_long} prompts over {max_prompt} tokens; raise --max-prompt (sft.py: --max-len)"
+        raise UserError(f"{path}: no problem left: {notes.dropped() or why}")
+    notes.print()
     n_distinct = len({tuple(problem.prompt) for problem in found})
     if n_distinct < len(found):
         print(f"{path}: {len(found)} problems, {n_distinct} distinct prompts")

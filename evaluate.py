@@ -369,7 +369,8 @@ def main(cfg: Config) -> None:
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
     net = model_file.load_model(folder, dtype, device)
     policy = Policy(net, tokenizer, tasks.load_reward(cfg.reward), cfg.max_new, cfg.rows)
-    problems, n_long = data.problems(cfg.data, tokenizer, cfg.max_prompt)
+    columns = tasks.columns(cfg.reward)
+    problems, n_long = data.problems(cfg.data, tokenizer, cfg.max_prompt, **columns)
     problems = problems[: cfg.limit or None]
     left_out = f"; {n_long} prompts over {cfg.max_prompt} tokens left out" if n_long else ""
     print(

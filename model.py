@@ -18,8 +18,7 @@ Shapes: B rows, T tokens, V vocabulary, D hidden width, H query heads, Hkv key a
 K head width, L layers, N tokens of all rows in one list, n tokens of one chunk.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from core import ranks
+from core.flops import flops, forward_flops, hardware_flops  # noqa: F401
 from core.folder import ModelConfig, read_config, read_weights, write_folder
 from core.rope import dynamic_frequencies, rope_frequencies, rope_magnitude
 
@@ -88,8 +88,8 @@ class Attention(nn.Module):
             # In fp32 no fused kernel of CUDA shares key heads among query heads.
             k = k.repeat_interleave(group, 1)
             v = v.repeat_interleave(group, 1)
-        shared = k.shape[1] < q.shape[1]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
+            group = 1
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -410,63 +410,6 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) 
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
     product = torch.mm(a, b).float()
     return product if out is None else out.copy_(product)
-
-
-# ---- compute
-class Flops(NamedTuple):
-    """FLOPs of a forward; a backward is twice as much, and recompute one more forward of blocks."""
-
-    paper: float  # the paper's count: the whole head for every token, and the embedding as well
-    blocks: float  # what a machine computes in the blocks
-    head: float  # and in the head
-
-
-def flops(
-    config: ModelConfig,
-    lengths: Iterable[int],
-    n_head: int | None = None,
-    cached: Iterable[int] | None = None,
-) -> Flops:
-    """FLOPs of one forward over rows of these lengths.
-
-    n_head: tokens of all rows whose logits are computed; None = all. cached: tokens of each row
-    that the machine finds in the key-value cache; None = 0.
-
-    The paper counts the sum of S F_fwd(S), with F_fwd(S) = 2 [L (P_mlp + P_attn) + P_vocab] +
-    4 S L D_q (20, 21). A machine computes the causal half of the attention core.
-    """
-    lengths = list(lengths)
-    cached = [0] * len(lengths) if cached is None else list(cached)
-    D = config.hidden_size
-    L = config.num_hidden_layers
-    D_q = config.num_attention_heads * config.head_dim  # D except in Qwen3
-    D_kv = config.num_key_value_heads * config.head_dim
-    p_block = 3 * D * config.intermediate_size + 2 * D * (D_q + D_kv)
-    p_head = config.vocab_size * D
-    S = sum(lengths)
-    S_squared = sum(n * n for n in lengths)
-    paper = S * 2 * (L * p_block + 2 * p_head) + 4 * S_squared * L * D_q
-    computed = S - sum(cached)
-    pairs = S_squared - sum(n * n for n in cached)  # twice the number of query-key pairs
-    blocks = L * (2 * computed * p_block + 2 * pairs * D_q)
-    head = 2 * p_head * (S if n_head is None else n_head)
-    return Flops(float(paper), float(blocks), float(head))
-
-
-def forward_flops(config: ModelConfig, lengths: Iterable[int]) -> float:
-    """The paper's count."""
-    return flops(config, lengths).paper
-
-
-def hardware_flops(
-    config: ModelConfig,
-    lengths: Iterable[int],
-    n_head: int | None = None,
-    cached: Iterable[int] | None = None,
-) -> float:
-    """What a machine computes."""
-    work = flops(config, lengths, n_head, cached)
-    return work.blocks + work.head
 
 
 # ---- Hugging Face folders

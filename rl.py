@@ -344,9 +344,10 @@ def fit_so_far(run: Run) -> ceiling.CeilingFit:
 # ---- the script ----------------------------------------------------------------------------------
 def load_problems(cfg: Config, method, tokenizer) -> tuple[list, list]:
     """(problems to train on, problems to evaluate on)."""
-    pool, n_long = data.problems(cfg.data, tokenizer, cfg.max_prompt)
+    columns = tasks.columns(cfg.reward)
+    pool, n_long = data.problems(cfg.data, tokenizer, cfg.max_prompt, **columns)
     if cfg.val:
-        val, _ = data.problems(cfg.val, tokenizer, cfg.max_prompt)
+        val, _ = data.problems(cfg.val, tokenizer, cfg.max_prompt, **columns)
     else:
         pool, val = data.hold_out(pool, 200)
         print(f"no --val: {len(val)} problems of {cfg.data} held out for evaluation")
@@ -402,7 +403,7 @@ def main(cfg: Config) -> None:
     show_plan(cfg, method, pool, tokenizer, folder, device)
     if cfg.dry_run:
         return
-    run = Run(cfg, cfg.steps, folder, validation_set=data.digest(val))
+    run = Run(cfg, cfg.steps, folder, val_set=data.digest(val))
     model, net, optimizers = evaluate.open_training(cfg, folder, tokenizer, device, run)
     reference = evaluate.open_frozen(cfg, folder, device) if method.kl_coef else None
     reward = tasks.load_reward(cfg.reward)

@@ -128,9 +128,10 @@ def make_built_in(cfg: Config) -> Config:
 # ---- data ----------------------------------------------------------------------------------------
 def load_examples(cfg: Config, tokenizer) -> tuple[list, list]:
     """(training examples, validation examples)."""
-    train, n_long = data.sft_examples(cfg.data, tokenizer, cfg.max_len)
+    reads = tasks.columns(cfg.reward)["reads"]
+    train, n_long = data.sft_examples(cfg.data, tokenizer, cfg.max_len, reads)
     if cfg.val:
-        val, n_long_val = data.sft_examples(cfg.val, tokenizer, cfg.max_len)
+        val, n_long_val = data.sft_examples(cfg.val, tokenizer, cfg.max_len, reads)
     else:
         train, val = data.hold_out(train, 199)
         n_long_val = 0
@@ -251,13 +252,14 @@ def main(cfg: Config) -> bool:
     train, val = load_examples(cfg, tokenizer)
     problems = []
     if cfg.problems:
-        problems, _ = data.problems(cfg.problems, tokenizer, cfg.max_len)
+        columns = tasks.columns(cfg.reward)
+        problems, _ = data.problems(cfg.problems, tokenizer, cfg.max_len, **columns)
     steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch))
     cfg = replace(cfg, eval_every=cfg.eval_every or max(1, steps // 10))
     show_plan(cfg, train, tokenizer, folder, device, steps)
     if cfg.dry_run:
         return False
-    run = Run(cfg, steps, folder, validation_set=data.digest(val))
+    run = Run(cfg, steps, folder, val_set=data.digest(val))
     model, net, optimizers = evaluate.open_training(cfg, folder, tokenizer, device, run)
     reward = tasks.load_reward(cfg.reward)
     policy = evaluate.Policy(net, tokenizer, reward, cfg.max_new)

@@ -10,6 +10,7 @@ must not reach Python.
 
 import json
 import re
+from collections import Counter
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -138,10 +139,12 @@ def read_tools(value) -> list[dict] | None:
         raise UserError(f"tools is a {type(value).__name__}; write a list of objects")
     tools = []
     for tool in value:
-        tool = json.loads(tool) if isinstance(tool, str) else tool
-        if not isinstance(tool, dict):
+        if isinstance(tool, str):
+            tools += read_tools(f"[{tool}]") or []
+        elif isinstance(tool, dict):
+            tools.append(without_nulls(tool))
+        else:
             raise UserError(f"a tool that is no object ({str(tool)[:60]})")
-        tools.append(without_nulls(tool))
     return tools
 
 
@@ -183,8 +186,14 @@ class Template:
                 "the chat template does not write the tools; take a model whose template knows "
                 "tools, or rows without them"
             )
-        for function in call_names(messages):
-            if function not in text:
+        names = Counter(call_names(messages))
+        if names:
+            bare = [{"content": "", **message} for message in messages]
+            for message in bare:
+                message.pop("tool_calls", None)
+            bare_text = self._write(name, bare, tools, opened)
+        for function, n_calls in names.items():
+            if text.count(function) - bare_text.count(function) < n_calls:
                 raise UserError(
                     f"the chat template does not write the call of {function!r}; take a model "
                     "whose template knows tools, or rows without them"

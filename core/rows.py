@@ -11,7 +11,8 @@ import ast
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -287,6 +288,34 @@ def not_used(row: dict, reading: Reading) -> set[str]:
     for message in (*reading.turns, reading.answer or {}):
         names |= {f"{key} of a message" for key in set(message) - KEYS}
     return names
+
+
+class Notes:
+    """What is to be said of a file once it is read: rows dropped, columns not used."""
+
+    def __init__(self, path: str, reads: Collection[str] = ()):
+        self.path = path
+        self.ignore = {*reads, *(name.split(".")[0] for name in GOLD)}
+        self.counts = Counter()
+        self.columns = set()
+
+    def of(self, row: dict, reading: Reading) -> None:
+        self.columns |= not_used(row, reading) - self.ignore
+        earlier = any(turn["role"] == "assistant" for turn in reading.turns)
+        if earlier and reading.answer:
+            self.counts["rows with earlier assistant turns: read, the last one is trained"] += 1
+
+    def drop(self, why: str) -> None:
+        self.counts[f"rows with {why} dropped"] += 1
+
+    def dropped(self) -> str:
+        return ", ".join(f"{n} {text}" for text, n in self.counts.items() if "dropped" in text)
+
+    def print(self) -> None:
+        for text, n in self.counts.items():
+            print(f"{self.path}: {n} {text}")
+        if self.columns:
+            print(f"{self.path}: columns not used: {', '.join(sorted(self.columns))}")
 
 
 # ------------------------------------------------------------------------------------------- gold

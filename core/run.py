@@ -108,11 +108,11 @@ class Run:
 
     def _compare(self, before: dict) -> None:
         """Refuse to go on with other data or another model; say which settings are now others."""
-        for name, fact in before.get("facts", {}).items():
-            if self.facts.get(name, fact) != fact:
+        for name, fact in self.facts.items():
+            if before.get(name, fact) != fact:
                 raise UserError(
-                    f"{self.dir}: the {name.replace('_', ' ')} is another one than the run began "
-                    "with; give back the same files and flags, or start anew in another --out"
+                    f"{self.dir}: {name} is {fact} and was {before[name]} when the run began: give "
+                    "back the same files and flags, or start anew in another --out"
                 )
         changed = []
         now = dataclasses.asdict(self.cfg)
@@ -146,7 +146,7 @@ class Run:
         about = {
             "config": dataclasses.asdict(self.cfg),
             "start": str(self.start),
-            "facts": self.facts,
+            **self.facts,
             "argv": sys.argv,
             "world_size": ranks.world(),
             "torch": torch.__version__,

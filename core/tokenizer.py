@@ -104,6 +104,12 @@ class Tokenizer:
                     f"tokenizer.json makes it {found}; the files are not of one model"
                 )
 
+        for name in ("additional_special_tokens", "extra_special_tokens"):
+            for token in settings.get(name) or ():
+                content = token["content"] if isinstance(token, dict) else token
+                if self.backend.token_to_id(content) is None:
+                    self.backend.add_special_tokens([content])
+
     def _end_of_text(self) -> tuple[int, list[int]]:
         """(the id that ends a trained response, all ids at which sampling stops)."""
         ids = []

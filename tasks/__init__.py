@@ -8,6 +8,7 @@ my/file.py:name` is anybody's.
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,8 +90,9 @@ def load_reward(name: str) -> Callable:
     if path.endswith(".py"):
         if not Path(path).is_file():
             raise UserError(f"--reward {name}: no file {path}")
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        spec = importlib.util.spec_from_file_location(f"reward:{path}", path)
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
         spec.loader.exec_module(module)
     elif path in names():
         module = load(path)
@@ -100,3 +102,11 @@ def load_reward(name: str) -> Callable:
     if not callable(getattr(module, function, None)):
         raise UserError(f"--reward {name}: {path} has no function {function}(response, row)")
     return getattr(module, function)
+
+
+def columns(name: str) -> dict:
+    """What data.problems() has to know of a reward: the columns that it reads besides the gold
+    answer (COLUMNS of its module), and whether each row needs a gold answer that is text."""
+    module = sys.modules[load_reward(name).__module__]
+    ours = name.partition(":")[0] in names()
+    return {"reads": getattr(module, "COLUMNS", ()), "needs_gold": ours}

@@ -9,5 +9,7 @@ def reward(response: str, row: dict) -> verify.Verdict:
 
     Raises UserError for a gold answer that is not text, and for a row without one.
     """
-    verdicts = [verify.verify(response, gold) for gold in data.golds_of(row)]
+    verdicts = []
+    for gold in data.golds_of(row):
+        verdicts.append(verify.verify(response, gold))  # prompt=data.prompt_text(row)
     return max(verdicts, key=lambda verdict: (verdict.correct, verdict.lenient))

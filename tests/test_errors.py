@@ -1,4 +1,4 @@
-"""Each mistake a user can make ends in one line that says what, where and how to fix, and in exit code 2."""
+"""Each mistake of a user's ends in one line that says what, where and how to fix, and in code 2."""
 
 import json
 import shutil
@@ -8,160 +8,136 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from small_runs import ENV, ROOT
 
 import evaluate
-import losses
+import methods
 import rl
 import sft
 from core import cli
+from core.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+
+def options(argv):
+    return methods.load(cli.peek(argv, "algo", rl.Config.algo))
+
+
 SCRIPTS = {
     "sft": (sft.main, sft.Config, sft.preset),
     "evaluate": (evaluate.main, evaluate.Config, evaluate.preset),
-    "rl": (rl.main, rl.Config, rl.preset, losses.Objective),
+    "rl": (rl.main, rl.Config, rl.preset, options),
 }
+GOOD = '{"prompt": "Make 3 from 1 2 ->", "response": "\\\\boxed{ 1 + 2 }", "answer": "3"}\n'
+NO_RESPONSE = '{"prompt": "x", "answer": "1"}\n'
+NULL_CONTENT = '{"messages": [{"role": "assistant", "content": null}]}\n'
 
 
-def changed(folder: Path, name: str, **changes) -> None:
-    """Rewrite some keys of a JSON file of a model folder."""
-    path = folder / name
-    path.write_text(
-        json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **changes})
-    )
+# ---- what is done to a copy of the model folder, M in the flags ----------------------------------
+def rows(text: str | bytes, name: str = "a.jsonl"):
+    """Write a file of rows."""
+    content = text.encode() if isinstance(text, str) else text
+
+    def write(folder: Path) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+
+    return write
 
 
-def lines(folder: Path, name: str, text: str) -> str:
-    (folder / name).write_text(text)
-    return str(folder / name)
+def config(name: str = "config.json", **changes):
+    """Change some keys of a JSON file."""
+
+    def change(folder: Path) -> None:
+        path = folder / name
+        before = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**before, **changes}))
+
+    return change
 
 
-def truncate(path: Path) -> None:
+def without(name: str):
+    def remove(folder: Path) -> None:
+        (folder / name).unlink()
+
+    return remove
+
+
+def cut_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def reshaped(folder: Path) -> None:
+def reshape_weights(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"][:-1].clone()
     save_file(weights, folder / "model.safetensors")
 
 
-GOOD = '{"prompt": "Make 3 from 1 2 ->", "response": "\\\\boxed{ 1 + 2 }", "answer": "3"}\n'
-# (script, what is done to the model folder m, flags, what the line must name)
+def nothing(folder: Path) -> None:
+    pass
+
+
+METRICS = '{"step": 3, "kind": "train"}\n'
+ROPE = {"type": "yarn", "factor": 4.0}
+OWN = "--data M/a.jsonl"
+# name: (script, damage, flags, what the line must name)
 CASES = {
-    "unknown flag": ("sft", None, "--stepps 3", "--stepps"),
-    "missing data": ("sft", None, "--data nowhere.jsonl", "nowhere.jsonl: no such file"),
-    "not JSON": (
-        "sft",
-        lambda m: lines(m, "a.jsonl", GOOD + "{oops\n"),
-        "--data M/a.jsonl",
-        "a.jsonl:2: not JSON",
-    ),
-    "no columns": (
-        "sft",
-        lambda m: lines(m, "a.jsonl", '{"x": 1}\n'),
-        "--data M/a.jsonl",
-        "a.jsonl:1: no prompt and response",
-    ),
-    "no answer": (
-        "evaluate",
-        lambda m: lines(m, "a.jsonl", '{"prompt": "x"}\n'),
-        "--data M/a.jsonl",
-        'a.jsonl:1: no "answer"',
-    ),
-    "empty file": (
-        "sft",
-        lambda m: lines(m, "a.jsonl", ""),
-        "--data M/a.jsonl",
-        "a.jsonl: no rows",
-    ),
-    "not UTF-8": (
-        "sft",
-        lambda m: (m / "a.jsonl").write_bytes(GOOD.encode() + b'{"prompt": "\xff"}\n'),
-        "--data M/a.jsonl",
-        "a.jsonl:2: not UTF-8",
-    ),
-    "all over-long": ("sft", None, "--max-len 3", "longer than 3 tokens; raise --max-len"),
-    "no config.json": ("sft", lambda m: (m / "config.json").unlink(), "", "config.json"),
-    "no tokenizer": ("sft", lambda m: (m / "tokenizer.json").unlink(), "", "no tokenizer.json"),
-    "unsupported model": (
-        "sft",
-        lambda m: changed(m, "config.json", model_type="mamba"),
-        "",
-        "mamba",
-    ),
-    "unsupported feature": (
-        "sft",
-        lambda m: changed(m, "config.json", rope_scaling={"type": "yarn", "factor": 4.0}),
-        "",
-        "yarn",
-    ),
-    "truncated weights": (
-        "sft",
-        lambda m: truncate(m / "model.safetensors"),
-        "",
-        "model.safetensors",
-    ),
-    "missing weights": ("sft", lambda m: (m / "model.safetensors").unlink(), "", "safetensors"),
-    "wrong shape": ("sft", reshaped, "", "model.norm.weight"),
-    "small vocabulary": ("sft", lambda m: changed(m, "config.json", vocab_size=100), "", "100"),
-    "broken template": (
-        "sft",
-        lambda m: changed(m, "tokenizer_config.json", chat_template="{% if %}"),
-        "",
-        "does not compile",
-    ),
-    "used out": (
-        "sft",
-        lambda m: (m / "out").mkdir() or lines(m / "out", "x", "x"),
-        "",
-        "--overwrite",
-    ),
+    # flags
+    "unknown flag": ("sft", nothing, "--stepps 3", "--stepps"),
+    "top-p in training": ("rl", nothing, "--top-p 0.9", "full distribution"),
+    "wrong option": ("rl", nothing, "--agg median", "median"),
+    "option of another method": ("rl", nothing, "--algo grpo --gate-gamma 0", "--gate-gamma"),
+    "unknown method": ("rl", nothing, "--algo lufy", "--algo lufy: no such method"),
+    "unknown reward": ("rl", nothing, "--reward maths", "--reward maths: choose"),
+    "no rows in flight": ("rl", nothing, "--rows 0", "--rows is 0"),
+    "no evaluations": ("rl", nothing, "--eval-every 0", "--eval-every is 0"),
+    "negative steps": ("sft", nothing, "--steps -1", "--steps is -1"),
+    "a share above 1": ("sft", nothing, "--warmup 2", "--warmup is 2"),
+    "a group of one": ("rl", nothing, "--group 1", "--group 1: needs at least 2"),
+    "greedy samples": ("evaluate", nothing, "--temperature 0 --n 4", "use --n 1"),
     "batch does not divide": (
         "rl",
-        None,
+        nothing,
         "--prompts 64 --update-prompts 24",
         "--update-prompts 16 or 32",
     ),
-    "init is nothing": ("rl", None, "--init nowhere", "nowhere: no such folder"),
-    "top-p in training": ("rl", None, "--top-p 0.9", "full distribution"),
-    "wrong option": ("rl", None, "--agg median", "median"),
-    "no demonstrations either": (
-        "rl",
-        lambda m: lines(m, "a.jsonl", '{"prompt": "x", "answer": "1"}\n'),
-        "--algo grpo --demo gate --data M/a.jsonl",
-        "response",
-    ),
-    "no rows in flight": ("rl", None, "--rows 0", "--rows is 0"),
-    "no evaluations": ("rl", None, "--eval-every 0", "--eval-every is 0"),
-    "negative steps": ("sft", None, "--steps -1", "--steps is -1"),
-    "a run that is not there": ("rl", None, "--init runs/nothing", "there is no such run"),
-    "null content": (
+    # data
+    "missing data": ("sft", nothing, "--data nowhere.jsonl", "nowhere.jsonl: no such file"),
+    "not JSON": ("sft", rows(GOOD + "{oops\n"), OWN, "a.jsonl:2: not JSON"),
+    "no object": ("sft", rows(GOOD + "[1]\n"), OWN, "a.jsonl:2: a list, not an object"),
+    "no columns": ("sft", rows('{"x": 1}\n'), OWN, "a.jsonl:1: no prompt and response"),
+    "no answer": ("evaluate", rows('{"prompt": "x"}\n'), OWN, 'a.jsonl:1: no "answer"'),
+    "null content": ("sft", rows(NULL_CONTENT), OWN, "a.jsonl:1: no prompt"),
+    "empty file": ("sft", rows(""), OWN, "a.jsonl: no rows"),
+    "not UTF-8": ("sft", rows(GOOD.encode() + b'{"a": "\xff"}\n'), OWN, "a.jsonl:2: not UTF-8"),
+    "all over-long": ("sft", nothing, "--max-len 3", "longer than 3 tokens; raise --max-len"),
+    "no demonstrations": ("rl", rows(NO_RESPONSE), f"--algo luffy {OWN}", "add a column response"),
+    "no prefixes": ("rl", rows(NO_RESPONSE), f"--algo prefix_rft {OWN}", "add a column response"),
+    # models
+    "init is nothing": ("rl", nothing, "--init nowhere", "nowhere: no such folder"),
+    "a run that is not there": ("rl", nothing, "--init runs/nothing", "there is no such run"),
+    "no config.json": ("sft", without("config.json"), "", "config.json"),
+    "no tokenizer": ("sft", without("tokenizer.json"), "", "no tokenizer.json"),
+    "missing weights": ("sft", without("model.safetensors"), "", "safetensors"),
+    "truncated weights": ("sft", cut_weights, "", "model.safetensors"),
+    "wrong shape": ("sft", reshape_weights, "", "model.norm.weight"),
+    "unsupported model": ("sft", config(model_type="mamba"), "", "mamba"),
+    "unsupported feature": ("sft", config(rope_scaling=ROPE), "", "yarn"),
+    "small vocabulary": ("sft", config(vocab_size=100), "", "100"),
+    "broken template": (
         "sft",
-        lambda m: lines(m, "a.jsonl", '{"messages": [{"role": "assistant", "content": null}]}\n'),
-        "--data M/a.jsonl",
-        "a.jsonl:1: no prompt",
+        config("tokenizer_config.json", chat_template="{% if %}"),
+        "",
+        "does not compile",
     ),
-    "no object": (
-        "sft",
-        lambda m: lines(m, "a.jsonl", GOOD + "[1]\n"),
-        "--data M/a.jsonl",
-        "a.jsonl:2: a list, not an object",
-    ),
+    # run directories
+    "used out": ("sft", rows("x", "out/x"), "", "--overwrite"),
+    "used out of no run": ("sft", rows("x", "out/x"), "--overwrite", "not a run directory"),
     "metrics but no checkpoint": (
         "sft",
-        lambda m: (
-            (m / "out").mkdir()
-            or lines(m / "out", "metrics.jsonl", '{"step": 3, "kind": "train"}\n')
-        ),
+        rows(METRICS, "out/metrics.jsonl"),
         "--resume",
         "no whole checkpoint",
-    ),
-    "no demonstrations": (
-        "rl",
-        lambda m: lines(m, "a.jsonl", '{"prompt": "x", "answer": "1"}\n'),
-        "--algo luffy --data M/a.jsonl",
-        "response",
     ),
 }
 
@@ -173,34 +149,31 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(
     script, damage, flags, named = CASES[name]
     model = tmp_path / "m"
     shutil.copytree(small_task, model)
-    if damage:
-        damage(model)
-    argv = ["--init", str(model), "--data", str(model / "train.jsonl")] + (
-        ["--out", str(model / "out")] if script != "evaluate" else []
-    )
-    monkeypatch.setattr(
-        sys, "argv", [f"{script}.py", *argv, *flags.replace("M/", f"{model}/").split()]
-    )
+    damage(model)
+    argv = [f"{script}.py", "--init", str(model), "--data", str(model / "train.jsonl")]
+    if script != "evaluate":
+        argv += ["--out", str(model / "out")]
+    argv += flags.replace("M/", f"{model}/").split()
+    monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit) as end:
-        cli.cli(*SCRIPTS[script])
+        cli.run(*SCRIPTS[script])
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert end.value.code == 2 and "error:" in message and named in message, message
+    assert end.value.code == 2
+    assert message.startswith("error:")
+    assert named in message
 
 
 def test_own_data_need_a_model_of_their_own(tmp_path):
-    with pytest.raises(ValueError, match="needs --init"):
+    with pytest.raises(UserError, match="needs --init"):
         cli.parse(sft.Config, ["--data", str(tmp_path / "x.jsonl")], sft.preset)
 
 
-def test_the_real_command_ends_with_code_2_and_no_traceback(tmp_path):
+@pytest.mark.parametrize("script", ["sft.py", "rl.py", "evaluate.py"])
+def test_the_real_command_ends_with_code_2_and_no_traceback(script, tmp_path):
+    command = [sys.executable, ROOT / script, "--init", "nowhere", "--data", "x.jsonl"]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "sft.py"), "--init", "nowhere", "--data", "x.jsonl"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
+        list(map(str, command)), cwd=tmp_path, env=ENV, capture_output=True, text=True
     )
-    assert (
-        done.returncode == 2
-        and "Traceback" not in done.stderr
-        and "nowhere: no such folder" in done.stderr
-    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "error: nowhere: no such folder" in done.stderr

@@ -1,4 +1,5 @@
-"""Model folders: every spelling reads alike, what is saved reads back bit for bit, and what is wrong or not implemented is said in one line."""
+"""Model folders: every spelling reads alike, what is saved reads back bit for bit, and what is
+wrong or not implemented is refused in one line."""
 
 import json
 from dataclasses import replace
@@ -45,11 +46,12 @@ def saved(path, **changes):
 
 
 def same(a, b):
-    x, y = dict(a.named_parameters()), dict(b.named_parameters())
+    x = dict(a.named_parameters())
+    y = dict(b.named_parameters())
     return x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
 
 
-# ---- config.json -----------------------------------------------------------------------------------------------------
+# ---- config.json
 def test_old_and_new_spellings_give_one_config(tmp_path):
     old = config_of(
         tmp_path, rope_theta=5e5, rope_scaling={"type": "llama3", **LLAMA3}, torch_dtype="bfloat16"
@@ -240,7 +242,7 @@ def test_a_written_config_reads_back_equal_and_keeps_the_keys_of_others(changes,
     )
 
 
-# ---- weights ---------------------------------------------------------------------------------------------------------
+# ---- weights
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("shard", [5e9, 3000.0])
 def test_a_saved_model_loads_back_bit_for_bit(tied, shard, tmp_path):
@@ -284,7 +286,8 @@ def test_a_later_save_leaves_no_weights_of_an_earlier_one(tmp_path):
 
 def test_overwriting_its_files_does_not_change_a_loaded_model(tmp_path):
     first = saved(tmp_path)
-    loaded, path = m.load_model(tmp_path), tmp_path / "model.safetensors"
+    loaded = m.load_model(tmp_path)
+    path = tmp_path / "model.safetensors"
     path.write_bytes(bytes(path.stat().st_size))
     assert same(loaded, first)
     m.save_model(loaded, tmp_path)
@@ -426,3 +429,21 @@ def test_sizes_that_the_weights_do_not_have_are_found(tmp_path):
     )  # derived as 4 key heads where there are 2
     with pytest.raises(ValueError, match="k_proj.weight"):
         m.load_model(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_still_gathers_every_weight(tmp_path):
+    """Gathering is a collective: a rank that stopped early would leave the others waiting."""
+    model = saved(tmp_path / "a")
+    (tmp_path / "file").write_text("in the way")
+    weights = dict(model.named_parameters())
+    gathered = []
+
+    def whole(w):
+        gathered.append(w)
+        return w.detach()
+
+    with pytest.raises(OSError):
+        folder.write_folder(
+            tmp_path / "file", model.config, weights, torch.float32, 5e9, whole, True
+        )
+    assert len(gathered) == len(weights)

@@ -1,4 +1,4 @@
-"""The memory table: its numbers are those that autograd and the optimizer keep, and it says what fits."""
+"""The memory plan: its numbers are those that autograd and the optimizer keep."""
 
 import weakref
 from dataclasses import dataclass, replace
@@ -66,18 +66,16 @@ TINY = dict(
 
 
 def saved_bytes(model, ids) -> int:
-    """Bytes of all tensors that autograd keeps of a forward; parameters and the head's gradient left out."""
-    storages, params = (
-        {},
-        {tuple(p.shape) for p in model.parameters()},
-    )  # by address; held, so that none is used twice
+    """Bytes of all tensors that autograd keeps of a forward, without parameters and the gradient
+    of the head."""
+    params = {tuple(p.shape) for p in model.parameters()}
+    storages = {}  # by address; the tensors are held, so that no address is used twice
 
     def keep(tensor):
-        if tuple(tensor.shape) not in params and tuple(tensor.shape)[::-1] not in params:
-            storages[tensor.untyped_storage().data_ptr()] = (
-                tensor,
-                tensor.untyped_storage().nbytes(),
-            )
+        shape = tuple(tensor.shape)
+        if shape not in params and shape[::-1] not in params:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = (tensor, storage.nbytes())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

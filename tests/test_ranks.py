@@ -1,191 +1,236 @@
-"""Several processes are one: the same gradients for every objective and cut, the same weights, states that any number loads."""
+"""Several processes are one: the same gradients for every method and cut, the same weights, states
+that any number of processes loads, and an end for all where one fails."""
 
 import json
-import sys
-from dataclasses import replace
+import os
+import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from test_pipeline import coin, lines_of, rl_config, rows_for, sft_config, task, weights_of  # noqa: F401  fixtures
+from processes import run_in
+from small_runs import (
+    ALGOS,
+    CPU,
+    flat_gradient,
+    groups_for,
+    lines_of,
+    rl_config,
+    sft_config,
+    weights_of,
+)
 
 import data
 import evaluate
-import losses
+import methods
 import model as model_file
 import rl
 import sft
-from core import ranks, run
-
-ALGOS = ("grpo", "dapo", "luffy", "srft", "upt", "prefix_rft")
-CPU = torch.device("cpu")
-
-
-def in_processes(world: int, work, *args) -> None:
-    """work(*args) in `world` processes that torchrun would have started."""
-    mp.spawn(_enter, (world, str(args[-1]), work, args), nprocs=world)
+import tasks
+from core import ranks
+from core.errors import UserError
+from core.run import Run
 
 
-def _enter(rank, world, folder, work, args) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world
-    )
-    if rank:
-        sys.stdout = open("/dev/null", "w")
-    work(*args)
-    ranks.stop()
+# ---- gradients -----------------------------------------------------------------------------------
+def opened(folder, out, **changes) -> tuple:
+    """(model, Policy) as a training script opens them."""
+    cfg = sft_config(folder, out, overwrite=True, **changes)
+    tokenizer = evaluate.open_tokenizer(Path(folder))
+    model, net, _ = evaluate.open_training(cfg, Path(folder), tokenizer, CPU, Run(cfg, 1))
+    return model, evaluate.Policy(net, tokenizer, tasks.load_reward("countdown"))
 
 
-def gradients(folder, sizes, bf16=False) -> dict[str, torch.Tensor]:
-    """The gradient of one step on fixed rows by objective and tokens a micro-batch, whole, as one long vector."""
-    cfg = sft_config(folder, "unused", bf16=bf16)
-    model = evaluate.open_trained(folder, CPU, cfg)
-    net, tokenizer, found = ranks.compute(model, bf16, recompute=True), data.Tokenizer(folder), {}
-    examples = data.sft_examples(f"{folder}/train.jsonl", tokenizer, 256)[0][:9]
-    problems = data.problems(f"{folder}/mixed.jsonl", tokenizer, 64)[0]
-
-    def take(name):
-        found[name] = torch.cat([ranks.whole(p.grad).flatten() for p in model.parameters()])
-        model.zero_grad()
-
+def gradients(folder, sizes, out, bf16=False) -> dict[str, torch.Tensor]:
+    """{"METHOD SIZE": gradient of one step on fixed rows}; sizes: tokens per micro-batch."""
+    model, policy = opened(folder, out, bf16=bf16)
+    net = policy.net
+    examples, _ = data.sft_examples(f"{folder}/train.jsonl", policy.tokenizer, 256)
+    problems, _ = data.problems(f"{folder}/mixed.jsonl", policy.tokenizer, 64)
+    found = {}
     for size in sizes:
-        batches = sft.micro_batches(examples, size, False)
-        for n, batch in enumerate(batches, 1):
-            ranks.reduce_now(net, n == len(batches))
-            sft.batch_loss(net, batch, sum(len(r.response) for r in examples), CPU).backward()
-        take(f"sft {size}")
+        batch = sft.make_batch(examples[:9], size)
+        for n, (ids, mask) in enumerate(batch.parts, 1):
+            ranks.reduce_now(net, n == len(batch.parts))
+            sft.batch_loss(net, ids, mask, batch.n_trained).backward()
+        found[f"sft {size}"] = flat_gradient(model)
         for algo in ALGOS:
-            objective = replace(losses.OBJECTIVES[algo], entropy_coef=0.01)
-            cfg = rl_config(folder, "unused", algo=algo, micro_tokens=size)
-            ((rows, batch, weights),) = rl.plan_updates(
-                replace(cfg, update_prompts=4),
-                objective,
-                net,
-                None,
-                rows_for(algo, tokenizer, problems),
-                CPU,
-            )[0]
-            rl.train_on(cfg, objective, net, rows, batch, weights, CPU)
-            take(f"{algo} {size}")
+            method = methods.load(algo)(entropy_coef=0.01)
+            cfg = rl_config(folder, out, micro_tokens=size, update_prompts=4)
+            groups = groups_for(algo, policy, problems)
+            (update,) = rl.make_batches(cfg, method, net, None, groups)
+            rl.train_on(cfg, method, net, update)
+            found[f"{algo} {size}"] = flat_gradient(model)
     return found
 
 
 def save_gradients(folder, sizes, out) -> None:
-    found = gradients(folder, sizes)
+    found = gradients(folder, sizes, out / "run")
     if ranks.rank() == 0:
-        torch.save(found, Path(out) / f"{ranks.world()}.pt")
+        torch.save(found, out / f"{ranks.world()}.pt")
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_gradients_of_every_objective_are_those_of_one_process_however_the_step_is_cut(
-    task, tmp_path, world
+def test_gradients_of_every_method_are_those_of_one_process_however_the_step_is_cut(
+    small_task, tmp_path, world
 ):
-    alone = gradients(task, [100_000])
-    in_processes(world, save_gradients, task, [1, 300], tmp_path)
-    for name, found in torch.load(tmp_path / f"{world}.pt", weights_only=True).items():
+    alone = gradients(small_task, [100_000], tmp_path / "alone")
+    run_in(world, tmp_path, save_gradients, small_task, [1, 300], tmp_path)
+    found = torch.load(tmp_path / f"{world}.pt", weights_only=True)
+    assert len(found) == 2 * len(alone) == 2 * (1 + len(ALGOS))
+    for name, gradient in found.items():
         expected = alone[f"{name.split()[0]} 100000"]
         assert expected.abs().max() > 1e-3
-        assert (found - expected).abs().max() <= 1e-6 * expected.abs().max().clamp_min(1), name
+        near = 1e-6 * expected.abs().max().clamp_min(1)
+        assert (gradient - expected).abs().max() <= near, name
 
 
-def test_bf16_gradients_are_near_those_of_fp32_and_arrive_in_fp32(task):
-    exact, rough = gradients(task, [300]), gradients(task, [300], bf16=True)
-    assert all(g.dtype == torch.float32 for g in rough.values())
-    assert all(
-        1e-4 < (rough[k] - exact[k]).norm() / exact[k].norm() < 0.1
-        for k in ("sft 300", "grpo 300", "srft 300")
-    )
+def test_bf16_gradients_are_near_those_of_fp32_and_arrive_in_fp32(small_task, tmp_path):
+    exact = gradients(small_task, [300], tmp_path / "exact")
+    rough = gradients(small_task, [300], tmp_path / "rough", bf16=True)
+    for name in ("sft 300", "grpo 300", "srft 300"):
+        assert rough[name].dtype == torch.float32
+        assert 1e-4 < (rough[name] - exact[name]).norm() / exact[name].norm() < 0.1
 
 
-def train(cfgs) -> None:
-    for main, cfg in cfgs:
+# ---- whole runs ----------------------------------------------------------------------------------
+def train(jobs: list) -> None:
+    for main, cfg in jobs:
         main(cfg)
 
 
-def train_in(world, tmp_path, *cfgs) -> None:
-    if world == 1:
-        return train(cfgs)
-    (tmp_path / str(world)).mkdir(exist_ok=True)
-    mp.spawn(_enter, (world, str(tmp_path / str(world)), train, (cfgs,)), nprocs=world)
-
-
-def far(a, b) -> float:
+def far(a: dict, b: dict) -> float:
     """The largest difference of two sets of weights over the largest weight."""
-    return max((a[k] - b[k]).abs().max() for k in a) / max(a[k].abs().max() for k in a)
+    largest = max(a[name].abs().max() for name in a)
+    return max((a[name] - b[name]).abs().max() for name in a) / largest
 
 
-def test_runs_on_two_processes_are_the_run_of_one_and_go_on_with_one_or_three(task, coin, tmp_path):  # noqa: F811
-    def cfgs(name, steps, resume=False):
-        return (
-            (
-                sft.main,
-                sft_config(
-                    task,
-                    tmp_path / f"sft {name}",
-                    steps=steps,
-                    eval_every=3,
-                    resume=resume,
-                    micro_tokens=300,
-                ),
-            ),
-            (
-                rl.main,
-                rl_config(
-                    coin,
-                    tmp_path / f"rl {name}",
-                    steps=steps // 3,
-                    eval_every=1,
-                    algo="dapo",
-                    resume=resume,
-                    options={"kl_coef": 0.01},
-                ),
-            ),
+def responses_of(out) -> list[str]:
+    return [row["response"] for row in data.read_rows(Path(out) / "samples.jsonl")]
+
+
+def test_runs_on_two_processes_are_the_run_of_one_and_go_on_with_one_or_three(
+    small_task, coin, tmp_path
+):
+    def jobs(name, steps, resume=False):
+        common = dict(resume=resume)
+        supervised = sft_config(
+            small_task, tmp_path / f"sft {name}", steps=steps, micro_tokens=300, **common
         )
+        reinforced = rl_config(
+            coin,
+            tmp_path / f"rl {name}",
+            steps=steps // 3,
+            eval_every=1,
+            algo="dapo",
+            options={"kl_coef": 0.01},
+            **common,
+        )
+        return [(sft.main, supervised), (rl.main, reinforced)]
 
-    train_in(1, tmp_path, *cfgs("one", 6))
-    train_in(2, tmp_path, *cfgs("two", 3))
-    for name in ("sft two", "rl two"):
+    train(jobs("one", 6))
+    run_in(2, tmp_path / "group", train, jobs("two", 3))
+    for kind in ("sft", "rl"):
         for world in (1, 3):
-            target = tmp_path / name.replace("two", f"then {world}")
-            target.mkdir()
-            for path in sorted((tmp_path / name).rglob("*")):
-                mirror = target / path.relative_to(tmp_path / name)
-                mirror.mkdir() if path.is_dir() else mirror.write_bytes(path.read_bytes())
-    train_in(1, tmp_path, *cfgs("then 1", 6, resume=True))
-    train_in(3, tmp_path, *cfgs("then 3", 6, resume=True))
+            shutil.copytree(tmp_path / f"{kind} two", tmp_path / f"{kind} then {world}")
+    train(jobs("then 1", 6, resume=True))
+    run_in(3, tmp_path / "group", train, jobs("then 3", 6, resume=True))
     for kind, step in (("sft", 6), ("rl", 2)):
         alone = weights_of(tmp_path / f"{kind} one", step)
-        assert all(
-            far(alone, weights_of(tmp_path / f"{kind} then {world}", step)) < 1e-5
-            for world in (1, 3)
-        ), kind
-    samples = [
-        [
-            json.loads(line)["response"]
-            for line in (tmp_path / f"rl {name}" / "samples.jsonl").read_text().splitlines()
-        ]
-        for name in ("one", "then 1", "then 3")
-    ]
-    assert samples[0] == samples[1] == samples[2]
-    assert [row["tokens"] for row in lines_of(tmp_path / "rl one")] == [
-        row["tokens"] for row in lines_of(tmp_path / "rl then 3")
-    ]
+        for world in (1, 3):
+            other = weights_of(tmp_path / f"{kind} then {world}", step)
+            assert far(alone, other) < 1e-5, (kind, world)
+    alone = responses_of(tmp_path / "rl one")
+    assert alone == responses_of(tmp_path / "rl then 1") == responses_of(tmp_path / "rl then 3")
+    tokens = [row["tokens"] for row in lines_of(tmp_path / "rl one")]
+    assert tokens == [row["tokens"] for row in lines_of(tmp_path / "rl then 3")]
 
 
-def say_nothing_twice(folder, out) -> None:
-    """A user's mistake that only the first process can see reaches all of them."""
+def save_random_model(folder, out) -> None:
+    model, _ = opened(folder, out / "run", from_scratch=True, seed=5)
+    model_file.save_model(model, out / "random", max_shard_bytes=20_000)
+
+
+def test_a_random_model_is_the_same_on_any_number_of_processes(small_task, tmp_path):
+    run_in(2, tmp_path, save_random_model, small_task, tmp_path)
+    alone = model_file.init_model(model_file.read_config(small_task), 5)
+    halves = model_file.load_model(tmp_path / "random")
+    assert all(torch.equal(p, q) for p, q in zip(alone.parameters(), halves.parameters()))
+
+
+# ---- what one process knows, all know ------------------------------------------------------------
+def open_used(folder, used) -> str:
     try:
-        run.Run(sft_config(folder, out))
-    except ValueError as error:
-        (Path(out) / f"said {ranks.rank()}").write_text(str(error))
+        Run(sft_config(folder, used), 1)
+    except UserError as error:
+        return str(error)
 
 
-def test_a_used_directory_is_refused_by_all_processes(task, tmp_path):
-    (tmp_path / "used").write_text("")
-    in_processes(2, say_nothing_twice, task, tmp_path)
-    assert all("--overwrite" in (tmp_path / f"said {n}").read_text() for n in (0, 1))
+def failure_of_first() -> str:
+    def fails():
+        raise OSError("no space")
+
+    try:
+        ranks.from_first(fails)
+    except (OSError, UserError) as error:
+        return str(error)
+
+
+def exchange(folder, used, out) -> None:
+    """Every way in which processes tell each other something; each writes down what it heard."""
+    mine = {"rank": ranks.rank(), "text": "ä" * (3 * ranks.rank() + 1)}
+    heard = {
+        "add_up": ranks.add_up(torch.tensor([1.0, ranks.rank()])).tolist(),
+        "gather": ranks.gather(mine),
+        "total": ranks.total(0.5),
+        "any_of": [ranks.any_of(ranks.rank() == 2), ranks.any_of(False)],
+        "from_first": ranks.from_first(lambda: ["only", ranks.rank()]),
+        "failure": failure_of_first(),
+        "refusal": open_used(folder, used),
+        "rows_of": [ranks.rows_of(7), ranks.rows_of(7, sharded=False)],
+    }
+    (out / f"heard {ranks.rank()}").write_text(json.dumps(heard))
+
+
+def test_values_and_failures_of_one_process_reach_all_of_them(small_task, tmp_path):
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "file").write_text("")
+    run_in(3, tmp_path, exchange, small_task, used, tmp_path)
+    heard = [json.loads((tmp_path / f"heard {n}").read_text()) for n in range(3)]
+    for found in heard:
+        assert found["add_up"] == [3.0, 3.0]
+        assert found["gather"] == [{"rank": n, "text": "ä" * (3 * n + 1)} for n in range(3)]
+        assert found["total"] == 1.5
+        assert found["any_of"] == [True, False]
+        assert found["from_first"] == ["only", 0]
+        assert found["failure"] == "no space"
+        assert "--overwrite" in found["refusal"]
+    rows = [found["rows_of"] for found in heard]
+    assert rows == [[[0, 3], [0, 7]], [[3, 6], [0, 7]], [[6, 7], [0, 7]]]
+
+
+def test_one_process_is_a_group_of_its_own():
+    assert ranks.world() == 1
+    assert ranks.rank() == 0
+    assert ranks.total(0.5) == 0.5
+    assert ranks.gather("x") == ["x"]
+    assert ranks.any_of(True) and not ranks.any_of(False)
+    assert ranks.from_first(lambda: 3) == 3
+    assert ranks.rows_of(7) == (0, 7)
+
+
+def test_seeds_depend_on_every_part_of_their_key_only():
+    assert ranks.seed_of(0, "a", 1) == ranks.seed_of(0, "a", 1)
+    seeds = set()
+    for seed in range(5):
+        for use in ("a", "b"):
+            for step in range(5):
+                seeds.add(ranks.seed_of(seed, use, step))
+    assert len(seeds) == 50
+    first = torch.rand(1, generator=ranks.generator(0, "x"))
+    assert first == torch.rand(1, generator=ranks.generator(0, "x"))
 
 
 def test_rows_are_dealt_so_that_every_process_gets_as_many_micro_batches_and_each_row_once():
@@ -195,24 +240,45 @@ def test_rows_are_dealt_so_that_every_process_gets_as_many_micro_batches_and_eac
         for world in (1, 2, 3, 8):
             hands = [data.deal(lengths, 512, rank, world) for rank in range(world)]
             assert len({len(hand) for hand in hands}) == 1
-            assert sorted(i for hand in hands for part in hand for i in part) == list(range(n))
-            loads = [sum(lengths[i] for part in hand for i in part) for hand in hands]
+            dealt = []
+            loads = []
+            for hand in hands:
+                own = [i for part in hand for i in part]
+                dealt += own
+                loads.append(sum(lengths[i] for i in own))
+            assert sorted(dealt) == list(range(n))
             assert max(loads) - min(loads) <= 200
 
 
-def test_a_random_model_is_the_same_on_any_number_of_processes(task, tmp_path):
-    in_processes(2, save_random_model, task, tmp_path)
-    alone, halves = (
-        model_file.init_model(model_file.read_config(task), 5),
-        model_file.load_model(tmp_path / "random"),
-    )
-    assert all(torch.equal(p, q) for p, q in zip(alone.parameters(), halves.parameters()))
+# ---- an end for all ------------------------------------------------------------------------------
+def one_fails() -> None:
+    if ranks.rank() == 1:
+        raise IndexError("planted")
+    torch.distributed.barrier()
 
 
-def save_random_model(folder, out) -> None:
-    cfg = sft_config(folder, "unused")
-    model_file.save_model(
-        evaluate.open_trained(folder, CPU, cfg, seed=5),
-        Path(out) / "random",
-        max_shard_bytes=20_000,
-    )
+def one_dies() -> None:
+    if ranks.rank() == 1:
+        os._exit(3)
+    torch.distributed.barrier()
+
+
+def one_waits() -> None:
+    if ranks.rank() == 1:
+        time.sleep(600)
+    torch.distributed.barrier()
+
+
+@pytest.mark.parametrize(
+    "work, deadline, message",
+    [
+        (one_fails, 60, "IndexError: planted"),
+        (one_dies, 60, "process 1 ended with code 3"),
+        (one_waits, 5, r"processes \[0, 1\] did not end in time"),
+    ],
+)
+def test_no_test_waits_for_a_process_that_is_not_coming(tmp_path, work, deadline, message):
+    began = time.monotonic()
+    with pytest.raises(AssertionError, match=message):
+        run_in(2, tmp_path, work, deadline=deadline)
+    assert time.monotonic() - began < deadline + 15

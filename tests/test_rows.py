@@ -218,12 +218,13 @@ def test_tools_are_rendered_by_the_template(read, tools):
     assert "<tools>" in read("with_tools").text(problem.prompt)
 
 
-@pytest.mark.parametrize("name", ["chatml", "headers", "plain", "none"])
+@pytest.mark.parametrize("name", ["chatml", "bars", "plain", "none"])
 @pytest.mark.parametrize(
     "row",
     [
         {"messages": [user("Q"), assistant("A")], "tools": [ADD]},
         {"prompt": "Q", "response": "A", "tools": [ADD]},
+        {"messages": [user("Q"), assistant("add", tool_calls=[CALL]), user("add"), assistant("A")]},
         {"messages": [user("Q"), assistant("", tool_calls=[CALL])]},
         {
             "messages": [
@@ -238,11 +239,16 @@ def test_tools_are_rendered_by_the_template(read, tools):
     ],
 )
 def test_tools_and_calls_that_the_template_does_not_write_are_refused(read, name, row):
-    if name == "headers" and row.get("messages", [{}])[-1].get("tool_calls"):
-        assert '"add"' in read(name).trained(row)[0][1], "it writes a single call"
-        return
     with pytest.raises(UserError, match="rows.jsonl:1: .*(tool|call)"):
         read(name).trained(row)
+
+
+def test_a_template_that_writes_one_call_of_two_is_refused(read):
+    one = {"messages": [user("Q"), assistant("", tool_calls=[CALL])]}
+    assert '"add"' in read("headers").trained(one)[0][1]
+    two = {"messages": [user("add"), assistant("", tool_calls=[CALL, CALL])]}
+    with pytest.raises(UserError, match="rows.jsonl:2: .*does not write the call of 'add'"):
+        read("headers").trained(one, two)
 
 
 @pytest.mark.parametrize(
@@ -391,15 +397,14 @@ def test_an_empty_prompt_is_dropped_and_counted(read, row, capsys):
         assert capsys.readouterr().out.count("1 rows with an empty prompt dropped") == 2
 
 
-def test_a_prompt_without_tokens_is_dropped_and_a_file_of_such_refused(tmp_path, capsys):
+def test_a_file_whose_rows_are_all_dropped_is_refused_with_the_reason(tmp_path):
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eos>": 0, "Q": 1}, "<none>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer = data.Tokenizer(write_folder(tmp_path / "m", eos="<eos>", backend=words))
-    rows = [{"prompt": prompt, "answer": "1"} for prompt in ("Q", "\u2003Q\u2003", "\u200b")]
-    assert len(data.problems(write(tmp_path / "a.jsonl", *rows[:2]), tokenizer, 9)[0]) == 2
-    with pytest.raises(UserError, match="no problem left"):
+    rows = [{"prompt": prompt, "answer": "1"} for prompt in ("Q", "\u2003Q\u2003")]
+    assert len(data.problems(write(tmp_path / "a.jsonl", *rows), tokenizer, 9)[0]) == 2
+    with pytest.raises(UserError, match="no problem left: 1 rows with an empty prompt dropped"):
         data.problems(write(tmp_path / "b.jsonl", {"prompt": "", "answer": "1"}), tokenizer, 9)
-    assert "1 rows with an empty prompt dropped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -420,6 +425,15 @@ def test_a_response_that_is_not_text_is_refused(read, value):
     good = json.dumps({"prompt": "Q", "response": "A"})
     with pytest.raises(UserError, match="rows.jsonl:2: "):
         read("none").trained(good, f'{{"prompt": "Q", "response": {value}}}')
+
+
+def test_an_empty_text_is_dropped_and_one_that_is_none_refused(read, capsys):
+    texts = [{"text": "A B"}, {"text": ""}, {"text": None}, {"text": " \n"}]
+    assert read("none").trained(*texts) == [("A", " B<|endoftext|>")]
+    assert "3 rows with an empty text dropped" in capsys.readouterr().out
+    for value in (5.5, ["A"], {"a": "b"}):
+        with pytest.raises(UserError, match="rows.jsonl:2: text is a"):
+            read("none").trained({"text": "A B"}, {"text": value})
 
 
 @pytest.mark.parametrize("value", ["NaN", "5", "true", '{"text": "Q"}', '["Q"]', '[["Q", "A"]]'])
@@ -453,6 +467,8 @@ def test_a_message_that_is_not_text_is_refused(read, message):
         {"system": 5},
         {"tools": "add(a, b)"},
         {"tools": {"add": 1}},
+        {"tools": ["add(a, b)"]},
+        {"tools": [5]},
         {"history": ["Q1", "A1"]},
         {"image": "x.png"},
         {"images": ["x.png"]},
@@ -696,7 +712,9 @@ def test_countdown_as_tinyzero_publishes_it_is_scored_by_its_own_reward(read):
     assert problem.row == row and problem.expert is None
     assert countdown.reward("\\boxed{44 + 19 + 35}", problem.row).correct
     assert not countdown.reward("\\boxed{98}", problem.row).correct
-    with pytest.raises(UserError, match="rows.jsonl:1: the gold answer in reward_model is no plain text"):
+    with pytest.raises(
+        UserError, match="rows.jsonl:1: the gold answer in reward_model is no plain text"
+    ):
         read("none").problems(row)
 
 

@@ -1,220 +1,335 @@
-"""Command line, run directory, checkpoints: what a newcomer types wrongly, and what a crash leaves behind."""
+"""core/run.py: the run directory, when it saves and ends, and what a crash leaves behind."""
 
 import json
 import math
+import os
 import shutil
-from dataclasses import dataclass
-from typing import Literal
+import signal
+import time
+from dataclasses import dataclass, replace
 
 import pytest
-import torch
+from test_checkpoint import small_model, state_file
 
-from core import cli, files, optim, ranks, run
+from core import run
+from core.errors import UserError
+from core.run import Run
 
 
 @dataclass
 class Config:
-    out: str = "runs/x"  # where it goes
-    lr: float = 1e-5  # learning rate, a share of 100%
-    limit: int | None = None  # most rows; none = all
-    shape: Literal["a", "b"] = "a"  # which
-    overwrite: bool = False  # delete first
+    out: str
+    lr: float = 1e-5
+    overwrite: bool = False
+    resume: bool = False
+    eval_every: int = 2
+    save_every: int = 0
+    keep: int = 0
+    seed: int = 0
 
 
-def test_flags_come_from_the_dataclass_and_presets_never_beat_what_was_typed():
-    cfg = cli.parse(
-        Config,
-        ["--lr", "3", "--limit", "4", "--overwrite"],
-        preset=lambda given: {"lr": 7.0, "shape": "b"},
-    )
-    assert cfg == Config(lr=3.0, limit=4, shape="b", overwrite=True)
-    assert cli.parse(Config, ["--limit", "none", "--no-overwrite"]) == Config()
+@pytest.fixture()
+def cfg(tmp_path):
+    return Config(out=str(tmp_path / "r"))
 
 
-def test_help_shows_each_comment_and_default(capsys):
-    with pytest.raises(SystemExit):
-        cli.parse(Config, ["--help"])
-    text = capsys.readouterr().out
-    assert "learning rate, a share of 100%" in " ".join(text.split()) and "'runs/x'" in text
+def opened(cfg: Config, last: int = 10, **facts) -> Run:
+    """A run that saves a small model."""
+    found = Run(cfg, last, **facts)
+    found.attach(small_model(), [], lambda folder: None)
+    return found
 
 
-@pytest.mark.parametrize("argv", [["--nope"], ["--lr", "fast"], ["--shape", "c"], ["--ou", "x"]])
-def test_a_wrong_flag_is_one_line_and_code_2(argv, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["x", *argv])
-    with pytest.raises(SystemExit) as end:
-        cli.cli(lambda cfg: None, Config)
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert end.value.code == 2 and line.startswith("error: ") and argv[0] in line
+# ---- the directory -------------------------------------------------------------------------------
+def test_a_run_writes_down_what_it_was_started_with(cfg):
+    found = opened(cfg, val_set="abc")
+    about = json.loads((found.dir / "run.json").read_text())
+    assert about["config"]["lr"] == 1e-5
+    assert about["val_set"] == "abc"
+    assert about["world_size"] == 1
+    assert about["argv"]
 
 
-def test_a_users_mistake_is_one_line_and_code_2_but_a_bug_keeps_its_traceback(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["x"])
-
-    def mistake(cfg):
-        list(files.read_jsonl("no such file"))
-
-    def bug(cfg):
-        int("x")
-
-    with pytest.raises(SystemExit) as end:
-        cli.cli(mistake, Config)
-    assert end.value.code == 2 and "no such file" in capsys.readouterr().err
-    with pytest.raises(ValueError):
-        cli.cli(bug, Config)
+def test_a_used_directory_is_refused_and_both_remedies_are_named(cfg):
+    opened(cfg)
+    with pytest.raises(UserError, match="--resume.*--overwrite"):
+        opened(cfg)
+    opened(replace(cfg, overwrite=True))
 
 
-def test_seeds_depend_on_every_part_of_their_key_only():
-    assert ranks.seed_of(0, "a", 1) == ranks.seed_of(0, "a", 1)
-    assert (
-        len({ranks.seed_of(s, u, t) for s in range(5) for u in ("a", "b") for t in range(5)}) == 50
-    )
-    assert torch.rand(1, generator=ranks.generator(0, "x")) == torch.rand(
-        1, generator=ranks.generator(0, "x")
-    )
+def test_overwrite_deletes_the_earlier_run(cfg):
+    found = opened(cfg)
+    found.save(1)
+    found.log(1, "train", loss=1.0)
+    again = opened(replace(cfg, overwrite=True))
+    assert again.first == 0
+    assert again.metrics == []
+    assert again.saved() == set()
 
 
-def small_model():
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
-
-
-def trained(steps, model, optimizers, start=0):
-    for step in range(start, steps):
-        x = torch.randn(16, 4, generator=ranks.generator(0, "x", step))
-        (model(x) ** 2).mean().backward()
-        optim.update(model, optimizers, 1e-2, 1.0)
-
-
-def book_of(tmp_path, **options):
-    return run.Run(Config(out=str(tmp_path / "r")), **options)
-
-
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_resumed_run_ends_with_the_same_bits(tmp_path, name):
-    whole = small_model()
-    trained(6, whole, optim.make_optimizers(whole, name, 1e-2))
-    first = small_model()
-    optimizers = optim.make_optimizers(first, name, 1e-2)
-    trained(3, first, optimizers)
-    book_of(tmp_path).save(3, lambda folder: None, first, optimizers, tokens=12)
-    second = small_model()
-    optimizers = optim.make_optimizers(second, name, 1e-2)
-    book = book_of(tmp_path, resume=True)
-    assert book.load(second, optimizers)["tokens"] == 12
-    trained(6, second, optimizers, start=3)
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters()))
-
-
-def test_a_used_directory_is_refused_and_both_remedies_are_named(tmp_path):
-    book_of(tmp_path)
-    with pytest.raises(ValueError, match="--resume.*--overwrite"):
-        book_of(tmp_path)
-    book_of(tmp_path, overwrite=True)
-
-
-def test_overwrite_never_deletes_a_folder_that_is_no_run(tmp_path):
+def test_overwrite_never_deletes_a_folder_that_is_no_run(cfg, tmp_path):
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="not a run directory"):
-        book_of(tmp_path, overwrite=True)
+    with pytest.raises(UserError, match="not a run directory"):
+        opened(replace(cfg, overwrite=True))
     assert (tmp_path / "r" / "thesis.txt").exists()
 
 
-def test_resume_passes_over_a_truncated_checkpoint_and_says_so(tmp_path, capsys):
-    model = small_model()
-    book = book_of(tmp_path)
+# ---- resume --------------------------------------------------------------------------------------
+def test_a_resumed_run_has_its_counters_and_its_position_back(cfg):
+    found = opened(cfg)
+    found.count(tokens=12, flops=3.0, flops_hw=4.0)
+    found.count(tokens=1, flops=1.0, flops_hw=1.0)
+    found.position = 48
+    found.save(3)
+    again = opened(replace(cfg, resume=True))
+    assert again.first == 3
+    assert again.totals == {"tokens": 13, "flops": 4.0, "flops_hw": 5.0}
+    assert again.position == 48
+    assert list(again.steps())[0] == 3
+
+
+def test_resume_of_a_run_that_has_not_begun_begins(cfg):
+    opened(cfg)
+    again = opened(replace(cfg, resume=True))
+    assert again.first == 0
+    assert again.resumed is None
+
+
+def test_resume_passes_over_a_truncated_checkpoint_and_says_so(cfg, capsys):
+    found = opened(cfg)
     for step in (1, 2):
-        book.save(step, lambda folder: None, model, [])
-        book.log(step, "train", loss=1.0)
-    file = book.path(2) / "trainer" / "state-00000-of-00001.safetensors"
+        found.save(step)
+        found.log(step, "train", loss=1.0)
+        found.log_samples(step, [{"response": "x"}])
+    file = state_file(found.folder(2))
     file.write_bytes(file.read_bytes()[:-9])
-    again = book_of(tmp_path, resume=True)
-    assert again.resumed["step"] == 1 and "damaged" in capsys.readouterr().out
-    assert [row["step"] for row in again.metrics] == [1]  # what the lost step wrote is gone
+    again = opened(replace(cfg, resume=True))
+    assert again.first == 1
+    assert "damaged" in capsys.readouterr().out
+    # What the lost step wrote is gone
+    assert [row["step"] for row in again.metrics] == [1]
+    assert len((again.dir / "metrics.jsonl").read_text().splitlines()) == 1
+    assert len((again.dir / "samples.jsonl").read_text().splitlines()) == 1
 
 
-def test_resume_never_throws_metrics_away_and_names_changed_settings(tmp_path, capsys):
-    book = book_of(tmp_path)
-    book.save(1, lambda folder: None, small_model(), [])
-    book.log(1, "train", loss=1.0)
+def test_resume_names_the_settings_that_changed(cfg, capsys):
+    opened(cfg).save(1)
+    opened(replace(cfg, resume=True))
     assert "other settings" not in capsys.readouterr().out
-    run.Run(Config(out=str(tmp_path / "r"), lr=7.0), resume=True)
-    assert "resuming with other settings than before: --lr 1e-05 -> 7.0" in capsys.readouterr().out
-    shutil.rmtree(book.path(1))
-    with pytest.raises(ValueError, match="no whole checkpoint"):
-        book_of(tmp_path, resume=True)
-    assert (book.dir / "metrics.jsonl").read_text()
+    opened(replace(cfg, resume=True, lr=7.0))
+    assert "other settings than before: --lr 1e-05 -> 7.0" in capsys.readouterr().out
 
 
-def test_a_half_written_checkpoint_and_a_half_written_line_are_passed_over(tmp_path):
-    book = book_of(tmp_path)
-    book.save(1, lambda folder: None, small_model(), [])
-    (book.checkpoints / "step_000002.tmp").mkdir()
-    book.log(1, "train", loss=1.0)
-    with open(book.dir / "metrics.jsonl", "a") as file:
+def test_resume_never_throws_metrics_away(cfg):
+    found = opened(cfg)
+    found.save(1)
+    found.log(1, "train", loss=1.0)
+    shutil.rmtree(found.folder(1))
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        opened(replace(cfg, resume=True))
+    assert (found.dir / "metrics.jsonl").read_text()
+
+
+def test_a_half_written_checkpoint_and_a_half_written_line_are_passed_over(cfg):
+    found = opened(cfg)
+    found.save(1)
+    found.log(1, "train", loss=1.0)
+    (found.checkpoints / "step_000002.tmp").mkdir()
+    with open(found.dir / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "ki')
-    assert book_of(tmp_path, resume=True).resumed["step"] == 1
+    again = opened(replace(cfg, resume=True))
+    assert again.first == 1
+    assert len(again.metrics) == 1
 
 
-def test_a_failed_save_leaves_the_earlier_checkpoint_and_names_the_remedy(tmp_path):
-    book, model = book_of(tmp_path), small_model()
-    book.save(1, lambda folder: None, model, [])
-
-    def full_disk(folder):
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="free some space, then --resume"):
-        book.save(2, full_disk, model, [])
-    assert sorted(f.name for f in book.checkpoints.iterdir()) == ["step_000001"]
+def test_a_run_that_is_further_than_the_steps_asked_for_is_named(cfg):
+    opened(cfg).save(5)
+    with pytest.raises(UserError, match="at step 5 already, beyond the 4 asked for.*--steps"):
+        opened(replace(cfg, resume=True), last=4)
+    assert opened(replace(cfg, resume=True), last=5).first == 5
 
 
-def test_a_disk_without_room_is_named_before_anything_is_written(tmp_path):
-    book = run.Run(Config(out=str(tmp_path / "r")))
-    with pytest.raises(OSError, match="needs 1000000000.0 GB and .* free.*--keep"):
-        book._make_room(book.path(1), book.path(1).with_suffix(".tmp"), 1e18)
-    assert not list(book.checkpoints.iterdir())
+# ---- the loop ------------------------------------------------------------------------------------
+def run_loop(found: Run, until: int | None = None) -> list[tuple]:
+    """[(step, what happened)] of a loop as the scripts have it."""
+    events = []
+    for step in found.steps():
+        saved = found.saved()
+        found.checkpoint(step)
+        if found.saved() != saved:
+            events.append((step, "save"))
+        if found.due(step, "eval"):
+            found.log(step, "eval", pass1=1.0)
+            events.append((step, "eval"))
+        if step == until:
+            found.end()
+        if found.over(step):
+            break
+        found.log(step + 1, "train", loss=1.0)
+    return events
 
 
-def test_prune_keeps_the_newest_and_the_protected(tmp_path):
-    book = book_of(tmp_path)
+def test_a_run_saves_and_evaluates_every_so_many_steps_and_at_its_end(cfg):
+    events = run_loop(opened(cfg, last=5))
+    steps = [0, 2, 4, 5]
+    assert events == [(step, what) for step in steps for what in ("save", "eval")]
+
+
+def test_save_every_adds_checkpoints_without_an_evaluation(cfg):
+    events = run_loop(opened(replace(cfg, save_every=3, eval_every=4), last=6))
+    assert [step for step, what in events if what == "save"] == [0, 3, 4, 6]
+    assert [step for step, what in events if what == "eval"] == [0, 4, 6]
+
+
+def test_a_resumed_run_makes_no_evaluation_twice_and_no_step_twice(cfg):
+    found = opened(cfg, last=2)
+    run_loop(found)
+    again = opened(replace(cfg, resume=True), last=4)
+    assert run_loop(again) == [(4, "save"), (4, "eval")]
+    steps = [row["step"] for row in again.of_kind("train")]
+    assert steps == [1, 2, 3, 4]
+    assert [row["step"] for row in again.of_kind("eval")] == [0, 2, 4]
+
+
+def test_end_makes_the_present_step_the_last(cfg):
+    found = opened(replace(cfg, eval_every=100), last=10)
+    assert run_loop(found, until=3) == [(0, "save"), (0, "eval")]
+    assert found.step == 3
+
+
+def test_the_share_that_is_done_follows_steps_or_compute_whichever_is_further(cfg):
+    found = opened(cfg, last=10)
+    found.step = 4
+    found.count(tokens=0, flops=30.0, flops_hw=0.0)
+    assert found.done_share() == 0.4
+    assert found.done_share(max_flops=100.0) == 0.4
+    assert found.done_share(max_flops=40.0) == 0.75
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_the_run_after_its_step(cfg, capsys, number):
+    found = opened(replace(cfg, eval_every=100))
+    seen = []
+    for step in found.steps():
+        seen.append(step)
+        found.checkpoint(step)
+        if found.over(step):
+            break
+        if step == 2:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)  # two at once are one: torchrun passes Ctrl-C on
+    assert seen == [0, 1, 2, 3]
+    assert found.interrupted
+    assert found.saved() == {0, 3}
+    assert "finishing this step" in capsys.readouterr().out
+
+
+def test_a_second_ctrl_c_a_while_later_stops_at_once(monkeypatch):
+    caught = run.catch_signals()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert caught == ["SIGINT"]
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 4)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+
+def test_the_time_left_counts_steps_and_evaluations_at_their_own_pace(cfg, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    found = opened(cfg, last=10)
+    for step in found.steps():
+        if found.due(step, "eval"):
+            now[0] += 5
+            found.log(step, "eval")
+        found.over(step)
+        now[0] += 1
+        found.log(step + 1, "train")
+        if step == 2:
+            break
+    # 7 steps of 1 s, and evaluations of 5 s at 4, 6, 8 and 10
+    assert found.eta(3) == "ETA 0m27s"
+    assert found.eta(3, last=4) == "ETA 0m06s"
+
+
+# ---- metrics -------------------------------------------------------------------------------------
+def test_a_line_has_step_kind_totals_and_the_time_of_the_whole_run(cfg):
+    found = opened(cfg)
+    found.count(tokens=7, flops=2.0, flops_hw=3.0)
+    found.log(1, "train", loss=0.5)
+    (row,) = [json.loads(line) for line in (found.dir / "metrics.jsonl").read_text().splitlines()]
+    assert {"step", "kind", "tokens", "flops", "flops_hw", "seconds", "loss"} <= set(row)
+    assert (row["step"], row["kind"], row["tokens"]) == (1, "train", 7)
+    found.save(1)
+    found.log(1, "val", val_loss=1.0)
+    again = opened(replace(cfg, resume=True))
+    assert again.seconds >= row["seconds"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_metrics_hold_no_number_that_json_lacks(cfg, value):
+    found = opened(cfg)
+    found.log(1, "val", val_loss=value)
+    assert json.loads((found.dir / "metrics.jsonl").read_text())["val_loss"] is None
+
+
+def test_lines_that_belong_together_are_written_at_once(cfg):
+    found = opened(cfg)
+    found.log_together(2, {"val": {"val_loss": 1.0}, "eval": {"pass1": 50.0}})
+    assert [row["kind"] for row in found.metrics] == ["val", "eval"]
+    assert found.of_kind("eval")[0]["pass1"] == 50.0
+    assert len((found.dir / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+def test_prune_keeps_the_newest_and_the_protected(cfg):
+    found = opened(replace(cfg, keep=2))
     for step in range(1, 7):
-        book.save(step, lambda folder: None, small_model(), [])
-    book.prune(2, {2})
-    assert sorted(int(f.name[5:]) for f in book.checkpoints.iterdir()) == [2, 6]
-    book.prune(0, set())
-    assert len(list(book.checkpoints.iterdir())) == 2
+        found.save(step)
+    found.prune({2})
+    assert found.saved() == {2, 6}
 
 
-def test_a_nan_gradient_touches_nothing_and_five_in_a_row_stop_the_run(tmp_path):
-    model = small_model()
-    optimizers = optim.make_optimizers(model, "adamw", 1e-2)
-    before = [p.clone() for p in model.parameters()]
-    (model(torch.ones(2, 4)).sum() * math.nan).backward()
-    norm = optim.update(model, optimizers, 1e-2, 1.0)
-    assert math.isnan(norm) and all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
-    assert not any(optimizer.state for optimizer in optimizers)
-    book = book_of(tmp_path)
+def test_nothing_is_pruned_where_all_are_kept(cfg):
+    found = opened(cfg)
+    for step in range(1, 4):
+        found.save(step)
+    found.prune(set())
+    assert found.saved() == {1, 2, 3}
+
+
+def test_prune_leaves_what_it_did_not_write(cfg, tmp_path):
+    found = opened(replace(cfg, keep=1))
+    for step in (1, 2, 3):
+        found.save(step)
+    (found.checkpoints / "step_000001_mine").mkdir()
+    (found.checkpoints / "step_000000").symlink_to(tmp_path)
+    found.prune(set())
+    names = sorted(path.name for path in found.checkpoints.iterdir())
+    assert names == ["step_000000", "step_000001_mine", "step_000003"]
+
+
+def test_five_skipped_updates_in_a_row_stop_the_run(cfg, capsys):
+    found = opened(cfg)
     for step in range(4):
-        book.watch(norm, step)
-    book.watch(1.0, 4)  # a good step starts the count anew
+        found.watch(math.nan, step)
+    found.watch(1.0, 4)  # a good step starts the count anew
     for step in range(4):
-        book.watch(norm, step)
-    with pytest.raises(ValueError, match="5 updates in a row"):
-        book.watch(norm, 5)
+        found.watch(math.inf, step)
+    assert "gradient norm is inf, update skipped (4 in a row)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="5 updates in a row.*lower --lr"):
+        found.watch(math.nan, 5)
 
 
-def test_metrics_hold_no_nan(tmp_path):
-    book = book_of(tmp_path)
-    book.log(1, "val", val_loss=math.nan)
-    assert json.loads((book.dir / "metrics.jsonl").read_text())["val_loss"] is None
-
-
-def test_learning_rate_warms_up_then_falls_to_zero_or_stays():
-    cosine = [optim.lr_at(s, 100, 1.0, "cosine", 0.1) for s in range(101)]
-    assert (
-        cosine[0] == pytest.approx(0.1)
-        and cosine[9] == 1.0
-        and cosine[55] == pytest.approx(0.5)
-        and cosine[100] == pytest.approx(0)
-    )
-    assert [optim.lr_at(s, 100, 1.0, "constant", 0.0) for s in (0, 50, 99)] == [1.0] * 3
+def test_weights_after_a_skipped_update_are_not_saved(cfg, capsys):
+    found = opened(cfg)
+    found.save(1)
+    found.watch(math.nan, 2)
+    found.save(2)
+    assert found.saved() == {1}
+    assert "step 2: not saved" in capsys.readouterr().out
+    found.watch(0.5, 3)
+    found.save(3)
+    assert found.saved() == {1, 3}

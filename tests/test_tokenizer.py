@@ -199,6 +199,14 @@ def test_a_prompt_rendered_in_part_is_refused_with_its_marker(families, tmp_path
             read(path, families[family], 999)
 
 
+@pytest.mark.parametrize("more", [{"system": "S"}, {"history": [["Q", "A"]]}])
+def test_nothing_is_added_to_a_prompt_that_is_rendered_already(families, tmp_path, more):
+    rendered = families["chatml"].template.render([{"role": "user", "content": "1"}])
+    path = write(tmp_path / "a.jsonl", {"prompt": rendered, "response": "A", **more})
+    with pytest.raises(UserError, match="a.jsonl:1: .*cannot be added"):
+        data.sft_examples(path, families["chatml"], 99)
+
+
 def test_a_plain_question_that_mentions_the_assistant_is_a_question(families):
     for family in ("plain", "chatml", "instruct"):
         text = text_of(prompt_ids("Who is Assistant: 7?", families[family]), families[family])
@@ -258,6 +266,19 @@ def test_eos_and_added_tokens_are_found_in_every_file_where_transformers_looks(t
         assert ours.eos == n == theirs.eos_token_id, folder
         assert ours.encode([(text, False)])[0] == theirs(text, add_special_tokens=False).input_ids
         assert ours.decode([n]) == ""
+
+
+@pytest.mark.parametrize("name", ["additional_special_tokens", "extra_special_tokens"])
+def test_special_tokens_in_a_list_of_their_own_are_added(tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    backend = byte_level(special=("<|endoftext|>",), tags=())
+    folder = write_folder(tmp_path / "m", backend=backend, **{name: ["<|user|>", "<|end|>"]})
+    ours = data.Tokenizer(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(str(folder))
+    text = "<|user|>1 + 2<|end|>"
+    (ids,) = ours.encode([(text, False)])
+    assert ids == theirs(text, add_special_tokens=False).input_ids
+    assert ours.vocab_size == len(theirs) and ours.decode(ids) == "1 + 2"
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "config.json"])

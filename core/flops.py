@@ -1,0 +1,70 @@
+"""The compute of a forward, counted from shapes: as the paper counts it, and as a machine does it.
+
+work = flops(config, lengths=[412, 87], n_head=310)     # an SFT step: 310 tokens are trained
+paper = 3 * work.paper                                  # a backward is two forwards
+machine = 3 * (work.blocks + work.head)                 # recompute: one more of the blocks
+
+prompts = hardware_flops(config, [100, 60], n_head=2)   # read once per group
+rows = hardware_flops(config, lengths, n_head=sum(drawn), cached=prompt_lengths)
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from core.folder import ModelConfig
+
+
+class Flops(NamedTuple):
+    """FLOPs of a forward; a backward is twice as much, and recompute one more forward of blocks."""
+
+    paper: float  # the paper's count: the whole head for every token, and the embedding as well
+    blocks: float  # what a machine computes in the blocks
+    head: float  # and in the head
+
+
+def flops(
+    config: ModelConfig,
+    lengths: Iterable[int],
+    n_head: int | None = None,
+    cached: Iterable[int] | None = None,
+) -> Flops:
+    """FLOPs of one forward over rows of these lengths.
+
+    n_head: tokens of all rows whose logits are computed; None = all. cached: tokens of each row
+    that the machine finds in the key-value cache; None = 0.
+
+    The paper counts the sum of S F_fwd(S), with F_fwd(S) = 2 [L (P_mlp + P_attn) + P_vocab] +
+    4 S L D_q (20, 21). A machine computes the causal half of the attention core.
+    """
+    lengths = list(lengths)
+    cached = [0] * len(lengths) if cached is None else list(cached)
+    D = config.hidden_size
+    L = config.num_hidden_layers
+    D_q = config.num_attention_heads * config.head_dim  # D except in Qwen3
+    D_kv = config.num_key_value_heads * config.head_dim
+    p_block = 3 * D * config.intermediate_size + 2 * D * (D_q + D_kv)
+    p_head = config.vocab_size * D
+    S = sum(lengths)
+    S_squared = sum(n * n for n in lengths)
+    paper = S * 2 * (L * p_block + 2 * p_head) + 4 * S_squared * L * D_q
+    computed = S - sum(cached)
+    pairs = S_squared - sum(n * n for n in cached)  # twice the number of query-key pairs
+    blocks = L * (2 * computed * p_block + 2 * pairs * D_q)
+    head = 2 * p_head * (S if n_head is None else n_head)
+    return Flops(float(paper), float(blocks), float(head))
+
+
+def forward_flops(config: ModelConfig, lengths: Iterable[int]) -> float:
+    """The paper's count."""
+    return flops(config, lengths).paper
+
+
+def hardware_flops(
+    config: ModelConfig,
+    lengths: Iterable[int],
+    n_head: int | None = None,
+    cached: Iterable[int] | None = None,
+) -> float:
+    """What a machine computes."""
+    work = flops(config, lengths, n_head, cached)
+    return work.blocks + work.head

@@ -1,0 +1,203 @@
+"""core/cli.py: flags from a dataclass, what a newcomer types wrongly, and how a script ends."""
+
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import pytest
+from small_runs import ENV, ROOT
+
+from core import cli
+from core.errors import UserError
+
+
+@dataclass
+class Config:
+    out: str = "runs/x"  # where it goes
+    lr: float = 1e-5  # learning rate, a share of 100%
+    limit: int | None = None  # most rows; none = all
+    shape: Literal["a", "b"] = "a"  # which
+    save_every: int = 0  # steps between checkpoints
+    resume: bool = False  # go on
+
+    refused = {"--top-p": "sample from all of it"}
+
+
+@dataclass
+class Narrow(Config):
+    out: str = "runs/y"  # somewhere else
+
+
+@dataclass
+class WithOptions(Config):
+    options: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    clip: float | None = 0.2  # largest step
+    settings: ClassVar[dict] = {"lr": 7.0}
+
+
+# ---- parse ---------------------------------------------------------------------------------------
+def test_flags_come_from_the_dataclass():
+    argv = ["--lr", "3", "--limit", "4", "--save-every=5", "--resume", "--shape", "b"]
+    wanted = Config(lr=3.0, limit=4, save_every=5, resume=True, shape="b")
+    assert cli.parse(Config, argv) == wanted
+    assert cli.parse(Config, ["--limit", "none", "--no-resume"]) == Config()
+
+
+def test_presets_never_beat_what_was_typed():
+    cfg = cli.parse(Config, ["--lr", "3"], preset=lambda given: {"lr": 7.0, "shape": "b"})
+    assert cfg == Config(lr=3.0, shape="b")
+
+
+def test_a_preset_can_take_a_flag_that_it_understood():
+    def preset(given):
+        return {"out": given.pop("out") + "/inside"}
+
+    assert cli.parse(Config, ["--out", "here"], preset) == Config(out="here/inside")
+
+
+def test_options_that_were_typed_are_kept_apart():
+    cfg = cli.parse(WithOptions, ["--clip", "none", "--lr", "2"], options=lambda argv: Method)
+    assert cfg.options == {"clip": None}
+    assert cfg.lr == 2.0
+    assert cli.parse(WithOptions, [], options=lambda argv: Method).options == {}
+
+
+def test_one_flag_can_be_read_before_the_others_are_known():
+    assert cli.peek(["--clip", "2", "--algo", "luffy"], "algo", "dapo") == "luffy"
+    assert cli.peek(["--algo=my/idea.py"], "algo", "dapo") == "my/idea.py"
+    assert cli.peek(["--clip", "2"], "algo", "dapo") == "dapo"
+
+
+def test_help_shows_each_comment_and_default(capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(WithOptions, ["--help"], options=lambda argv: Method)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "learning rate, a share of 100% (7.0)" in text  # the method's setting
+    assert "where it goes ('runs/x')" in text
+    assert "most rows; none = all (none)" in text
+    assert "largest step (0.2)" in text
+
+
+def test_a_comment_of_a_subclass_counts():
+    comments = cli.field_comments(Narrow)
+    assert comments["out"] == "somewhere else"
+    assert comments["save_every"] == "steps between checkpoints"
+
+
+@pytest.mark.parametrize(
+    "flag, hint",
+    [
+        ("--learning-rate", "did you mean --lr"),
+        ("--model", "--init"),
+        ("--save-evry", "did you mean --save-every"),
+        ("--top-p", "sample from all of it"),
+        ("--zzzz", "--help lists the flags"),
+        ("--ou", "--out"),  # an abbreviation is not taken for the flag
+    ],
+)
+def test_a_flag_that_does_not_exist_is_named_with_the_one_that_was_meant(flag, hint):
+    with pytest.raises(UserError, match=f"{flag}: no such flag.*{hint}"):
+        cli.parse(Config, [flag, "1"])
+
+
+def test_the_built_in_task_says_which_flags_it_sets(capsys):
+    @dataclass
+    class Script:
+        data: str = ""  # problems
+        bf16: bool = True  # compute in bfloat16
+        max_new: int = 1  # tokens
+
+    preset = {"data": "x.jsonl", "bf16": False, "max_new": 128}
+    cli.parse(Script, ["--max-new", "64"], preset=lambda given: preset)
+    printed = capsys.readouterr().out
+    assert printed == "the built-in task, with --data x.jsonl --no-bf16\n"
+
+
+@pytest.mark.parametrize(
+    "require, good, bad",
+    [
+        (cli.require_positive, 1, 0),
+        (cli.require_positive, 0.5, float("nan")),
+        (cli.require_not_negative, 0, -1),
+        (cli.require_not_negative, 0.0, float("nan")),
+        (cli.require_share, 1.0, 1.5),
+        (cli.require_share, 0.0, -0.1),
+    ],
+)
+def test_a_number_out_of_range_is_refused_with_its_flag(require, good, bad):
+    require(Config(save_every=good), "lr", "save_every")
+    with pytest.raises(UserError, match=f"--save-every is {bad}"):
+        require(Config(save_every=bad), "lr", "save_every")
+
+
+def test_the_command_that_goes_on_is_the_one_that_was_typed_and_resume(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["sft.py", "--out", "a b", "--overwrite"])
+    assert cli.again() == "python sft.py --out 'a b' --resume"
+
+
+# ---- how a script ends ---------------------------------------------------------------------------
+@pytest.mark.parametrize("argv", [["--nope"], ["--lr", "fast"], ["--shape", "c"], ["--ou", "x"]])
+def test_a_wrong_flag_is_one_line_and_code_2(argv, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x", *argv])
+    with pytest.raises(SystemExit) as end:
+        cli.run(lambda cfg: None, Config)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2
+    assert line.startswith("error: ")
+    assert argv[0] in line
+
+
+def raises(error):
+    def main(cfg):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize("error", [UserError("a.jsonl:3: odd"), OSError("a.jsonl:3: odd")])
+def test_a_users_mistake_is_one_line_and_code_2(error, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["x"])
+    with pytest.raises(SystemExit) as end:
+        cli.run(raises(error), Config)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "\nerror: a.jsonl:3: odd\n"
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("x"), KeyError("x"), RuntimeError("peer"), TypeError("x")]
+)
+def test_every_other_exception_is_a_bug_and_passes_through(error, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x"])
+    with pytest.raises(type(error)):
+        cli.run(raises(error), Config)
+
+
+@pytest.mark.parametrize("Script, resumes", [(Config, True), (Method, False)])
+def test_a_second_ctrl_c_ends_with_code_130_and_says_what_can_be_done(
+    Script, resumes, monkeypatch, capsys
+):
+    monkeypatch.setattr("sys.argv", ["x"])
+    with pytest.raises(SystemExit) as end:
+        cli.run(raises(KeyboardInterrupt()), Script)
+    assert end.value.code == 130
+    message = capsys.readouterr().err
+    assert "stopped at once" in message
+    assert ("--resume" in message) == resumes
+
+
+def test_a_planted_bug_keeps_its_traceback_in_the_real_command(small_task, tmp_path):
+    (tmp_path / "reward.py").write_text("def reward(response, row):\n    return 1 / 0\n")
+    command = [sys.executable, ROOT / "evaluate.py", "--init", small_task, "--n", "1"]
+    command += ["--data", small_task / "test.jsonl", "--limit", "1", "--max-new", "4"]
+    command += ["--reward", f"{tmp_path}/reward.py:reward"]
+    done = subprocess.run(list(map(str, command)), env=ENV, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert re.search(r'reward.py", line 2, in reward', done.stderr)
+    assert done.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
