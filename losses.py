@@ -397,11 +397,15 @@ def describe_updates(done: list[dict], norms: list[float]) -> dict:
 def describe_groups(groups: list[list[Row]]) -> dict:
     """Numbers of all sampled rows; shares in 0..100, lengths in tokens. Rows that begin with part
     of a demonstration are no measure of the policy: they count in `hybrid_reward` only."""
-    hybrids = [row for group in groups for row in group if row.n_prefix]
-    groups = [[row for row in group if not row.n_prefix] for group in groups]
-    rows = [row for group in groups for row in group]
+    rows = []
+    hybrids = []
+    agree = 0
+    for group in groups:
+        plain = [row for row in group if not row.n_prefix]
+        rows += plain
+        hybrids += [row for row in group if row.n_prefix]
+        agree += len({row.correct for row in plain}) == 1
     n = len(rows) / 100
-    agree = sum(len({row.correct for row in group}) == 1 for group in groups)
     extra = {}
     if hybrids:
         extra["hybrid_reward"] = 100 * sum(row.correct for row in hybrids) / len(hybrids)

@@ -144,6 +144,15 @@ def load_examples(cfg: Config, tokenizer) -> tuple[list, list]:
     return train, val
 
 
+def load_problems(cfg: Config, tokenizer) -> list:
+    """The problems whose answers are sampled at each validation."""
+    if not cfg.problems:
+        return []
+    columns = tasks.columns(cfg.reward)
+    problems, _ = data.problems(cfg.problems, tokenizer, cfg.max_len, **columns)
+    return problems
+
+
 class Batch(NamedTuple):
     """The rows of one optimizer step, cut for this rank."""
 
@@ -250,10 +259,7 @@ def main(cfg: Config) -> bool:
     folder = evaluate.find_start(cfg)
     tokenizer = evaluate.open_tokenizer(folder)
     train, val = load_examples(cfg, tokenizer)
-    problems = []
-    if cfg.problems:
-        columns = tasks.columns(cfg.reward)
-        problems, _ = data.problems(cfg.problems, tokenizer, cfg.max_len, **columns)
+    problems = load_problems(cfg, tokenizer)
     steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch))
     cfg = replace(cfg, eval_every=cfg.eval_every or max(1, steps // 10))
     show_plan(cfg, train, tokenizer, folder, device, steps)

@@ -63,7 +63,8 @@ def print_hints(cfg, run, row: dict) -> None:
             "another reward",
         )
     elif row["signal"] == 0:
-        same, other = ("wrong", "easier") if row["right"] < 50 else ("right", "harder")
+        same = "wrong" if row["right"] < 50 else "right"
+        other = "easier" if same == "wrong" else "harder"
         run.hint(
             "signal",
             f"all responses to each prompt are {same}: there is nothing to learn from. Try "
@@ -72,7 +73,8 @@ def print_hints(cfg, run, row: dict) -> None:
     measured = [step for step in run.of_kind("train") if step.get("entropy") is not None]
     if len(measured) < 20:
         return
-    first, last = measured[0], measured[-1]
+    first = measured[0]
+    last = measured[-1]
     if last["entropy"] > 1.5 * first["entropy"] and last["reward"] <= first["reward"]:
         run.hint(
             "entropy",
