@@ -1,6 +1,7 @@
 """The loops end to end on a tiny model: they learn, resume to the same bits, and do not depend on
 how a step is cut."""
 
+import math
 import re
 from dataclasses import replace
 
