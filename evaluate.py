@@ -252,7 +252,7 @@ class Policy:
             value = float(verdict.correct)
         else:
             value = float(verdict)
-            verdict = Verdict(value > 0.5, value > 0.5, None, "scored")
+            verdict = Verdict(value > 0.5, value > 0.5, "", "scored")
         return {
             "problem": problem.text,
             "response": text,

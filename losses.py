@@ -119,7 +119,8 @@ def group_mean(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
 
 def is_informative(rewards: Tensor, groups: Tensor) -> Tensor:
     """(B,) bool: the rewards of the row's group differ."""
-    # Compared, not computed: the fp32 mean of three 0.1 is not 0.1, and over a std that is a spike
+    # Compared, not computed: the fp32 mean of three 0.1 is not 0.1, and that tiny residue over a
+    # tiny standard deviation becomes a huge advantage
     return ((groups[:, None] == groups) & (rewards[:, None] != rewards)).any(1)
 
 
@@ -139,10 +140,10 @@ def group_advantages(
     return advantages.to(rewards.dtype)
 
 
-def overlong_penalty(length: int, max_len: int, cache_len: int, factor: float = 1.0) -> float:
+def overlong_penalty(length: int, max_len: int, soft_len: int, factor: float = 1.0) -> float:
     """Added to the reward of a response of `length` tokens: 0, falling to -factor over the last
-    cache_len tokens before max_len (soft overlong punishment, DAPO, arXiv 2503.14476)."""
-    return factor * max(-1.0, min(0.0, (max_len - cache_len - length) / cache_len))
+    soft_len tokens before max_len (soft overlong punishment, DAPO, arXiv 2503.14476)."""
+    return factor * max(-1.0, min(0.0, (max_len - soft_len - length) / soft_len))
 
 
 # ---- the aggregator ------------------------------------------------------------------------------
@@ -191,7 +192,7 @@ LOG_RATIO_BOUND = 20.0  # exp of the log-ratio cannot overflow; outside there is
 
 def kl_penalty(logp: Tensor, ref_logp: Tensor, mask: Tensor, kind: str = "k3") -> Tensor:
     """(B, R) estimate of KL(policy | reference) per token, d = logp - ref_logp (Schulman 2020):
-    k1 = d, k2 = d^2 / 2, k3 = exp(-d) + d - 1. Only k2 has the gradient of that KL."""
+    k1 = d, k2 = d^2 / 2, k3 = exp(-d) + d - 1. In expectation only k2's gradient is that KL's."""
     d = torch.where(mask, logp - ref_logp, 0.0)
     if kind == "k1":
         return d
@@ -222,7 +223,7 @@ def log_ratio(logp: Tensor, old_logp: Tensor | None, tokens: Tensor, per_sequenc
 class GRPO:
     """GRPO [11, 12], its common variants as flags, and the questions that rl.py asks a method."""
 
-    surrogate: Literal["token", "sequence", "cispo"] = "token"  # ratio per token; GSPO; CISPO
+    surrogate: Literal["token", "sequence", "cispo"] = "token"  # PPO's ratio; GSPO; CISPO
     clip_low: float | None = 0.2  # clip ratios below 1 - this; GSPO 3e-4, CISPO none
     clip_high: float | None = 0.2  # clip ratios above 1 + this; GSPO 4e-4, CISPO 4
     dual_clip: float | None = None  # where A < 0: the loss is at most this times |A| (verl: 3)
@@ -244,7 +245,7 @@ class GRPO:
     settings: ClassVar[dict] = dict(prompts=128, update_prompts=64, lr=1e-6, temperature=1.0)
     demonstrations: ClassVar[str] = ""  # what it needs of them: "", "rows" or "prefixes"
     needs_entropy: ClassVar[bool] = False  # entropies before the update: one more forward
-    expert_forward: ClassVar[bool] = False  # the paper counts one for each expert row [26]
+    expert_forward: ClassVar[bool] = False  # the paper's FLOPs count one per expert row [26]
 
     def __post_init__(self):
         for name, kind in get_type_hints(type(self)).items():
@@ -258,7 +259,7 @@ class GRPO:
     def requests(self, expert: list[int] | None, group: int, done: float, u: float) -> list:
         """[(first tokens of the response, number of responses)] to sample for one prompt.
 
-        expert: the demonstration's ids, if the prompt has one. done: share of the run behind us.
+        expert: the demonstration's ids, if the prompt has one. done: share of the run that is done.
         u: uniform in [0, 1), drawn for this prompt.
         """
         return [([], group)]
@@ -298,8 +299,8 @@ class GRPO:
         return low, high
 
     def teaches(self, batch: Batch) -> Tensor:
-        """(B,) bool: rows that the reward has something to say about. Without one there is no
-        update: an entropy bonus alone would be all of the gradient, and Adam would scale it up."""
+        """(B,) bool: rows that get a gradient from the reward. Without one there is no update: an
+        entropy bonus alone would be all of the gradient, and Adam would scale it up."""
         return (batch.advantages != 0).any(1)
 
 

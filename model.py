@@ -64,18 +64,18 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, kv_width, bias=config.attention_bias)
         self.o_proj = nn.Linear(q_width, D, bias=config.output_bias)
         # Width of a norm over q, and over k: one head, or all of them
-        self.q_normed = q_width if config.joint_qk_norm else K
+        self.q_norm_width = q_width if config.joint_qk_norm else K
         self.k_normed = kv_width if config.joint_qk_norm else K
         self.q_norm = nn.Identity()
         self.k_norm = nn.Identity()
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(self.q_normed, config.rms_norm_eps)
+            self.q_norm = nn.RMSNorm(self.q_norm_width, config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(self.k_normed, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         B, T, _ = x.shape
         heads = (B, T, -1, self.head_dim)
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.q_normed)).view(heads)
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.q_norm_width)).view(heads)
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.k_normed)).view(heads)
         if self.rotary:
             q = rotate(q, cos, sin)

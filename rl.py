@@ -58,10 +58,8 @@ class Config:
     prompts: int | None = None  # prompts trained on per round
     update_prompts: int | None = None  # prompts per optimizer step
     group: int = 8  # responses per prompt; some methods put a demonstration in place of one
-    gen_prompts: int | None = (
-        None  # prompts that dynamic sampling draws at once; none = 2 x prompts
-    )
-    max_rounds: int = 10  # dynamic sampling trains on what there is after so many draws
+    gen_prompts: int | None = None  # prompts per draw of dynamic sampling; none = 2 x prompts
+    max_rounds: int = 10  # dynamic sampling: after so many draws train on the groups found
     temperature: float | None = None  # of sampling and of the trained log-probs
     max_new: int = 8192  # tokens per response, at most
     max_prompt: int = 1024  # tokens per prompt; longer ones are dropped and counted
@@ -78,13 +76,13 @@ class Config:
     eval_n: int = 4  # samples per problem at an evaluation
     eval_temperature: float = 0.7  # of evaluation
     max_flops: float = 0.0  # stop after so much compute (the paper's count); 0 = never
-    until_share: float = 0.0  # stop when this share of the gain is surely reached; 0 = never
+    until_share: float = 0.0  # stop when 90% sure that this share of the gain is reached; 0 = never
     keep: int = 0  # checkpoints to keep; 0 = all; the newest and the best always stay
     bf16: bool = False  # sample and compute in bfloat16; weights and optimizer stay fp32
     recompute: bool = True  # keep no activations inside a block: less memory, 4/3 of the work
     compile: bool = False  # torch.compile each block: slow to start, then faster updates
     offload: bool = False  # several GPUs: weights and optimizer state wait in the CPU's memory
-    gpus: int = 0  # of --dry-run: show the memory for so many; 0 = the processes there are
+    gpus: int = 0  # --dry-run: memory plan for so many GPUs; 0 = the running processes
     options: dict = field(default_factory=dict)  # of the method, as typed
 
     optimizer = "adamw"
@@ -152,16 +150,16 @@ def collect(cfg: Config, method, policy, pool: list, run: Run) -> Round:
     records = []
     chosen = []
     n_rounds = 0
-    while len(chosen) < cfg.prompts and n_rounds < cfg.max_rounds:
+    while len(chosen) < cfg.prompts and n_rounds < cfg.max_rounds:  # one pass unless dynamic
         problems = [pool[i] for i in data.plan(len(pool), cfg.seed, run.position, n_prompts)]
-        groups = {}  # rows by number of the prompt
+        groups = {}  # rows by number of the prompt, in the order of the problems
         for request, response, record in sample(cfg, method, policy, problems, run):
             row = score(cfg, request, response, record)
             groups.setdefault(row.group, []).append(row)
             records.append({**record, "reward": row.reward})
         for problem, rows in zip(problems, groups.values()):
             sampled.append(rows)
-            # The reward before penalties: partial credit counts, a long right answer is right
+            # Before penalties: a right answer that is too long still counts as right
             rewards = [row.correct for row in rows]
             if not dynamic or method.carries_signal(rewards, problem.expert):
                 chosen.append((problem, rows))
@@ -238,7 +236,7 @@ def make_batches(cfg: Config, method, net, reference, groups: list) -> list[Upda
         batch = losses.make_batch(rows, net.head.device, method.mask_truncated)
         R = batch.mask.shape[1]
         if method.needs_entropy:
-            old_logp, entropy = look(cfg, net, rows, R, entropy=True)
+            old_logp, entropy = logp_now(cfg, net, rows, R, entropy=True)
             batch = batch._replace(old_logp=old_logp, entropy=entropy)
         batch = losses.weigh(method, batch)
 
@@ -251,11 +249,11 @@ def make_batches(cfg: Config, method, net, reference, groups: list) -> list[Upda
             rows = [rows[i] for i in index.tolist()]
 
         if first == 0:
-            batch = batch._replace(old_logp=None)  # it is the update's own forward
+            batch = batch._replace(old_logp=None)  # the first update uses its own forward: r = 1
         elif batch.old_logp is None:
-            batch = batch._replace(old_logp=look(cfg, net, rows, R)[0])
+            batch = batch._replace(old_logp=logp_now(cfg, net, rows, R)[0])
         if reference is not None:
-            batch = batch._replace(ref_logp=look(cfg, reference, rows, R)[0])
+            batch = batch._replace(ref_logp=logp_now(cfg, reference, rows, R)[0])
         updates.append(Update(rows, batch))
     return updates
 
@@ -276,7 +274,7 @@ def forward(cfg: Config, net, ids, mask, width: int, entropy: bool = True) -> tu
 
 
 @torch.no_grad()
-def look(cfg: Config, net, rows: list[Row], R: int, entropy: bool = False) -> tuple:
+def logp_now(cfg: Config, net, rows: list[Row], R: int, entropy: bool = False) -> tuple:
     """Log-probs and entropies (B, R) of all rows under the weights as they are."""
     logp = torch.zeros(len(rows), R, device=net.head.device)
     spread = torch.zeros_like(logp)
@@ -466,8 +464,10 @@ def compute_of(cfg: Config, method, config, collected: Round, updates: list) -> 
         lengths = [row.length for row in update.rows]
         work = model_file.flops(config, lengths, sum(len(row.response) for row in update.rows))
         passes = 3  # a backward is two forwards
-        passes += method.needs_entropy or n > 0  # old_logp
-        passes += bool(method.kl_coef)  # ref_logp
+        if method.needs_entropy or n > 0:
+            passes += 1  # old_logp
+        if method.kl_coef:
+            passes += 1  # ref_logp
         machine += passes * (work.blocks + work.head) + cfg.recompute * work.blocks
     return sum(sampled), paper, machine
 

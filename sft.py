@@ -65,7 +65,7 @@ class Config:
     recompute: bool = True  # keep no activations inside a block: less memory, 4/3 of the work
     compile: bool = False  # torch.compile each block: slow to start, then faster steps
     offload: bool = False  # several GPUs: weights and optimizer state wait in the CPU's memory
-    gpus: int = 0  # of --dry-run: show the memory for so many; 0 = the processes there are
+    gpus: int = 0  # --dry-run: memory plan for so many GPUs; 0 = the running processes
     seed: int = 0  # order of the data
     save_every: int = 0  # steps between checkpoints besides the validated ones; 0 = none
     log_every: int = 1  # steps between printed lines; metrics.jsonl has every step
@@ -110,7 +110,8 @@ def write_built_in(task) -> None:
 
 
 def make_built_in(cfg: Config) -> Config:
-    """Write the built-in problems and train the tiny base model, each once; cfg with it as init."""
+    """Write the built-in problems and train the tiny base model, each once. Returns cfg with the
+    base model as its init."""
     task = tasks.load(tasks.BUILT_IN)
     marker = task.FOLDER / f"{tasks.BUILT_IN}.json"
     if not ranks.from_first(marker.exists):
@@ -153,7 +154,7 @@ def load_problems(cfg: Config, tokenizer) -> list:
     return problems
 
 
-class Batch(NamedTuple):
+class Step(NamedTuple):
     """The rows of one optimizer step, cut for this rank."""
 
     parts: list  # (ids (B, T), mask (B, T)) of each micro-batch
@@ -161,13 +162,13 @@ class Batch(NamedTuple):
     n_trained: int  # response tokens of all rows, on all ranks
 
 
-def make_batch(rows: list, micro_tokens: int, pin: bool = False) -> Batch:
+def make_step(rows: list, micro_tokens: int, pin: bool = False) -> Step:
     """Micro-batches of like length; every rank gets as many. pin: for asynchronous copies."""
     parts = []
     for _, ids, mask in data.micro_batches(rows, micro_tokens, ranks.rank(), ranks.world()):
         parts.append((ids.pin_memory() if pin else ids, mask))
     lengths = [len(row.prompt) + len(row.response) for row in rows]
-    return Batch(parts, lengths, sum(len(row.response) for row in rows))
+    return Step(parts, lengths, sum(len(row.response) for row in rows))
 
 
 def show_plan(cfg: Config, train: list, tokenizer, folder: Path, device, steps: int) -> None:
@@ -195,11 +196,12 @@ def show_plan(cfg: Config, train: list, tokenizer, folder: Path, device, steps: 
         print(
             f"first step: {sum(first):,} tokens in {n_parts} micro-batches on each of {world} "
             f"processes, {data.padding(first, cfg.micro_tokens):.1f}% padding\n"
-            "tokenizing prompt and response as one text would change the ids of "
-            f"{data.joint_mismatch(cfg.data, tokenizer):.1f}% of the rows"
+            "prompt and response are tokenized apart; as one text, "
+            f"{data.joint_mismatch(cfg.data, tokenizer):.1f}% of the rows would get other ids"
         )
-        with_gold, _ = data.problems(cfg.data, tokenizer, cfg.max_len, needs_gold=False)
-        print(evaluate.check_demonstrations(with_gold, tokenizer, tasks.load_reward(cfg.reward)))
+        columns = tasks.columns(cfg.reward) | {"needs_gold": False}
+        problems, _ = data.problems(cfg.data, tokenizer, cfg.max_len, **columns)
+        print(evaluate.check_demonstrations(problems, tokenizer, tasks.load_reward(cfg.reward)))
 
 
 # ---- loss ----------------------------------------------------------------------------------------
@@ -216,7 +218,7 @@ def batch_loss(net, ids, mask, n_trained: int) -> torch.Tensor:
 @torch.no_grad()
 def validation_loss(net, rows: list, micro_tokens: int) -> float:
     """Mean loss over all response tokens of the validation set, nats per token."""
-    batch = make_batch(rows, micro_tokens)
+    batch = make_step(rows, micro_tokens)
     loss = 0.0
     for ids, mask in batch.parts:
         loss += batch_loss(net, ids, mask, batch.n_trained).item()
@@ -235,12 +237,17 @@ def validate(cfg: Config, run: Run, step: int, policy, val: list, problems: list
         run.log_samples(step, records[:20])
     run.log_together(step, lines)
     found = diagnose(run)
-    regime = found.regimes[-1]
-    if regime == "stable" and not found.saturated:  # the lowest so far: is it a minimum yet?
-        regime = "stable" if "stable" in found.regimes[:-1] else "adaptive"
-        regime += ", still improving"
-    print(f"step {step:5d}  val loss {loss:.4f}  {regime}{shown}", flush=True)
+    print(f"step {step:5d}  val loss {loss:.4f}  {regime_now(found)}{shown}", flush=True)
     run.prune({found.recommended_step})
+
+
+def regime_now(found: phases.Diagnosis) -> str:
+    """The regime of the last validation. The lowest loss so far is "stable" by definition, and
+    until the loss is saturated nobody knows whether it is the minimum."""
+    regime = found.regimes[-1]
+    if regime != "stable" or found.saturated:
+        return regime
+    return ("stable" if "stable" in found.regimes[:-1] else "adaptive") + ", still improving"
 
 
 def diagnose(run: Run) -> phases.Diagnosis:
@@ -270,12 +277,12 @@ def main(cfg: Config) -> bool:
     reward = tasks.load_reward(cfg.reward)
     policy = evaluate.Policy(net, tokenizer, reward, cfg.max_new)
 
-    def prepare(position: int) -> Batch:
+    def prepare(position: int) -> Step:
         rows = [train[i] for i in data.plan(len(train), cfg.seed, position, cfg.batch)]
-        return make_batch(rows, cfg.micro_tokens, pin=device.type == "cuda")
+        return make_step(rows, cfg.micro_tokens, pin=device.type == "cuda")
 
-    last = run.position + (steps - run.first) * cfg.batch
-    coming = data.prefetch(prepare, range(run.position, last, cfg.batch))
+    end_position = run.position + (steps - run.first) * cfg.batch  # in rows
+    coming = data.prefetch(prepare, range(run.position, end_position, cfg.batch))
 
     for step in run.steps():
         run.checkpoint(step)
@@ -292,11 +299,11 @@ def main(cfg: Config) -> bool:
         clock.append(time.monotonic())
         loss = torch.zeros((), dtype=torch.float64, device=device)
         for n, (ids, mask) in enumerate(batch.parts, 1):
-            ranks.reduce_now(net, n == len(batch.parts))
+            ranks.reduce_now(net, n == len(batch.parts))  # ranks sum gradients in the last part
             part = batch_loss(net, ids, mask, batch.n_trained)
             part.backward()
             loss += part.detach()
-        loss = ranks.add_up(loss).item()  # the step's one wait for the device, besides the norm
+        loss = ranks.add_up(loss).item()  # the host waits for the device here and for the norm
         clock.append(time.monotonic())
 
         lr = optim.lr_at(step, steps, cfg.lr, cfg.schedule, cfg.warmup)
@@ -312,7 +319,7 @@ def main(cfg: Config) -> bool:
     return not run.interrupted
 
 
-def log_step(cfg: Config, run: Run, step: int, numbers: dict, batch: Batch, clock: list) -> None:
+def log_step(cfg: Config, run: Run, step: int, numbers: dict, batch: Step, clock: list) -> None:
     """The step's line in metrics.jsonl and, every --log-every steps, on the terminal.
 
     clock: when data, forward and backward, update began, and when the update ended.

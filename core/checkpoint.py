@@ -77,7 +77,7 @@ def save(final: Path, model, optimizers, write_model: Callable, about: dict) -> 
     """Write a checkpoint; all ranks call it. write_model(folder) writes the Hugging Face folder.
     about: counters for trainer.json. A whole one that is there already stays as it is."""
     aside = final.with_suffix(".tmp")
-    ranks.settle(model)
+    ranks.reshard(model)
     state = sum(ranks.local(value).nbytes for _, value in named_state(model, optimizers))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     n_bytes = ranks.total(state) + weights  # the model folder is at most as large as the weights
@@ -157,7 +157,7 @@ def save_state(folder: Path, model, optimizers) -> None:
 
 
 def load_state(folder: Path, model, optimizers) -> None:
-    """The reverse of save_state, whatever the number of ranks was then.
+    """The reverse of save_state; the number of ranks may differ.
 
     Raises UserError, naming file or parameter, for a damaged file and for another model's state.
     """
@@ -202,7 +202,7 @@ def _load_entry(key: str, p: torch.Tensor, optimizers, files: list, places: list
             owner = optimizer
     if key in places[0]:
         mine = ranks.rows_of(p.shape[0], ranks.is_sharded(p))
-        value = ranks.like(p, _read_rows(key, mine, files, places).to(place))
+        value = ranks.shard_like(p, _read_rows(key, mine, files, places).to(place))
     else:  # a scalar, the same in each file; a fused optimizer counts its steps on the device
         value = files[0].get_tensor(key).to(place if owner.defaults.get("fused") else "cpu")
     owner.state[p][entry[0]] = value

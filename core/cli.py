@@ -77,7 +77,7 @@ def parse(Config, argv: list[str] | None = None, preset=None, options=None):
             if field.name in given:
                 chosen[field.name] = given.pop(field.name)
     values = saved
-    if preset and not saved:  # it may take a flag that it understood out of `given`
+    if preset and not saved:  # preset may remove flags that it has used from `given`
         values = preset(given)
         values = {name: value for name, value in values.items() if name not in given}
         if "data" in values and not int(os.environ.get("RANK", 0)):
@@ -226,8 +226,8 @@ def run(main, Config, preset=None, options=None) -> None:
         if ranks.world() == 1 or not lost:
             raise
         give_up(
-            f"error: process {ranks.rank()} lost another one ({first_line}); what that one printed "
-            "last is above. --resume goes on from the newest checkpoint",
+            f"error: process {ranks.rank()} lost another one ({first_line}); its last message "
+            "is above. --resume goes on from the newest checkpoint",
             1,
         )
     ranks.stop()

@@ -134,7 +134,7 @@ class Matrix:
         torch.bmm(x.expand(P, n, K), self.panels, out=out)
         return y if self.bias is None else y.add_(self.bias)
 
-    def rows(self, ids: Tensor) -> Tensor:
+    def embed(self, ids: Tensor) -> Tensor:
         """Rows of the matrix, for an embedding that is also the head: ids (n,) -> (n, K)."""
         if self.panels is None:
             return F.embedding(ids, self.modules[0].weight)
@@ -165,7 +165,7 @@ class Decoder:
         self.final_norm = model.model.norm.weight
         tied = config.tie_word_embeddings
         self.head = Matrix([model.model.embed_tokens if tied else model.lm_head])
-        self.embed = self.head.rows if tied else model.model.embed_tokens
+        self.embed = self.head.embed if tied else model.model.embed_tokens
         self.matrices = [self.head]
         self.layers = []
         H, Hkv, K = self.shape
@@ -212,7 +212,7 @@ class Decoder:
         """
         slots = torch.arange(top, device=token.device)
         unseen = slots > position[:, None, None, None]  # (n, 1, 1, top)
-        # Added to the scores. From booleans, each layer would make these numbers again.
+        # Added to the scores: a boolean mask would be converted in every layer.
         mask = torch.zeros(unseen.shape, dtype=self.dtype, device=token.device)
         mask.masked_fill_(unseen, -math.inf)
         return self.logits(self._layers(token[:, None], position[:, None], cache, top, mask))

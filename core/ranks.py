@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from core.errors import UserError
 
-# A wait in a collective: one rank may decode long after the others are done. A rank that dies is
+# Timeout of a collective: one rank may decode long after the others are done. A rank that dies is
 # noticed at once all the same, because its connections close.
 PATIENCE = timedelta(hours=12)
 
@@ -194,7 +194,7 @@ def shard_groups(model) -> list:
     return [module for module in model.modules() if hasattr(module, "unshard")]
 
 
-def settle(model) -> None:
+def reshard(model) -> None:
     """Let go of parameters that a forward without a backward has gathered."""
     for module in shard_groups(model):
         module.reshard()
@@ -215,7 +215,7 @@ def whole(p: torch.Tensor) -> torch.Tensor:
     return p.detach().full_tensor() if is_sharded(p) else p.detach()
 
 
-def like(p: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def shard_like(p: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """`rows` as the local part of a tensor that is cut as p is."""
     if not is_sharded(p):
         return rows

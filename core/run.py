@@ -181,7 +181,7 @@ class Run:
             print(f"resuming {self.dir} after step {self.first}", flush=True)
         self._opened = time.monotonic()
         self._before = self.metrics[-1]["seconds"] if self.metrics else 0.0
-        self._clock = self._opened  # when the last lap ended
+        self._clock = self._opened  # when time was last charged
         self._spent = {"steps": 0.0, "evaluations": 0.0}  # seconds of this process
 
     def steps(self) -> Iterator[int]:
@@ -213,7 +213,7 @@ class Run:
 
     def over(self, step: int) -> bool:
         """Whether the run ends here: its last step, end(), or a signal."""
-        self._lap("evaluations")
+        self._charge_time("evaluations")
         return self._at_end(step) or self.interrupted
 
     def end(self) -> None:
@@ -249,8 +249,8 @@ class Run:
         left = pace * (last - step) + evaluation * (last // every - step // every)
         return f"ETA {int(left // 60)}m{int(left % 60):02d}s"
 
-    def _lap(self, use: str) -> None:
-        """The time since the last lap went into this: "steps" or "evaluations" (and saving)."""
+    def _charge_time(self, use: str) -> None:
+        """The time since the last call went into this: "steps" or "evaluations" (and saving)."""
         now = time.monotonic()
         self._spent[use] += now - self._clock
         self._clock = now
@@ -280,7 +280,7 @@ class Run:
         """Append a line of each kind in one write: a kill leaves all of them or none."""
         peak = {}
         if "train" in kinds:
-            self._lap("steps")
+            self._charge_time("steps")
             peak = peak_memory()
         rows = []
         for kind, numbers in kinds.items():

@@ -3,7 +3,7 @@
 A group has G - 1 rollouts and the expert's row; the baseline is the mean reward over all of them.
     rollout token   -r A               no clip at all                                    [13]
     expert token    -A p / (p + 0.1)   p the policy's probability; slope A 0.1 p / (p + 0.1)^2
-The shaping weighs an expert token most where p = 0.1, and lets go of certain and hopeless ones.
+The shaping weighs an expert token most where p = 0.1; near 0 and 1 it has almost no gradient.
 
 Choices: 1) Expert tokens count as sampled with probability 1: the official code; equation 13 prints
 a ratio. 2) Tokens are averaged over the whole step (official: their sum over 8192).
@@ -31,7 +31,7 @@ class Method(GRPO):
         return [([], group - bool(expert))]
 
     def carries_signal(self, rewards, expert):
-        unsolved = bool(expert) and max(rewards) <= 0  # what the demonstration is there for
+        unsolved = bool(expert) and max(rewards) <= 0  # the demonstration is the only signal
         return super().carries_signal(rewards, expert) or unsolved
 
     def complete(self, rollouts, expert):

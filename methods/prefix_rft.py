@@ -30,7 +30,7 @@ def prefix_window(done: float, low_init=0.95, low_target=0.05, high=0.95) -> tup
 
 def prefix_length(u: float, window: tuple[float, float], demo_len: int) -> int:
     """Tokens to copy, u uniform in [0, 1): at least 1, and at least 1 is left to write.
-    0 = the demonstration is too short for that: a plain rollout."""
+    Returns 0, a plain rollout, if the demonstration is too short for that."""
     low, high = window
     wanted = int((low + (high - low) * u) * demo_len)
     return max(0, min(max(wanted, 1), demo_len - 1))

@@ -33,14 +33,14 @@ FILES = ("data", "val", "problems", "demonstrations")  # settings that name a fi
 
 
 def preset(script: str, given: dict) -> dict:
-    """The settings of a task for a script ("sft", "rl", "evaluate"), where the command line means
+    """The settings of a task for a script ("sft", "rl", "evaluate"), if the command line asks for
     one: without --data, or with --data FOLDER where the task wrote its files. Else {}.
 
     --data FOLDER is taken out of `given`, as the settings name the files in it.
     """
     task = load(BUILT_IN)
     folder = Path(given.get("data", task.FOLDER))
-    if "data" not in given and not speaks(given.get("init", ""), task):
+    if "data" not in given and not has_tokenizer_of(given.get("init", ""), task):
         raise UserError(
             f"--init {given['init']} is a model of your own: give --data too (and --val). The "
             "built-in problems and their settings are for runs/base and what is trained from it"
@@ -62,7 +62,7 @@ def preset(script: str, given: dict) -> dict:
     return settings
 
 
-def speaks(init: str, task) -> bool:
+def has_tokenizer_of(init: str, task) -> bool:
     """Whether --init is empty, missing, or a model with the tokenizer of the built-in task."""
     folder = Path(init.partition("@")[0])
     ours = task.FOLDER / "tokenizer.json"

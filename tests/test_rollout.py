@@ -359,7 +359,7 @@ for scale in (1, 2):  # training goes on with other weights
     assert type(model.model.layers[0].mlp.up_proj.weight.data).__name__ == "DTensor"
     hidden = model(torch.tensor([[3, 4, 5]]))  # a collective
     torch.testing.assert_close(hidden, expected[scale], atol=1e-4, rtol=1e-4)
-    ranks.settle(model)
+    ranks.reshard(model)
 dist.barrier()
 """
 
