@@ -161,6 +161,25 @@ def test_a_mistake_of_several_processes_is_printed_once_and_ends_them_all(small_
     assert all("Traceback" not in text for text in errors)
 
 
+def test_a_bug_in_one_process_keeps_its_traceback_and_ends_the_others(coin, tmp_path):
+    (tmp_path / "bug.py").write_text(
+        "import os\ndef reward(response, row):\n    return 1 / (1 - int(os.environ['RANK']))\n"
+    )
+    words = rl_command(coin, tmp_path / "r", "--reward", f"{tmp_path}/bug.py:reward")
+    group = start_group(words, 2)
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in group]
+    finally:
+        for process in group:
+            process.kill()
+            process.wait()
+    assert "ZeroDivisionError" in errors[1]
+    assert "Traceback" in errors[1]
+    assert group[1].returncode != 0
+    assert group[0].returncode == 1
+    assert "lost another one" in errors[0]
+
+
 # ---- disks and numbers ---------------------------------------------------------------------------
 def test_a_full_disk_ends_the_run_in_one_line_and_leaves_whole_checkpoints(small_task, tmp_path):
     out = tmp_path / "r"
