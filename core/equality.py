@@ -1,0 +1,549 @@
+r"""Do two trees say the same? Structures item by item, values exactly or at points.
+
+    Comparison().same(tree, tree)  ->  bool
+
+1) Lists and sets in any order, tuples and matrices in order. Equations up to a factor, inequalities
+   up to a positive one, but a solved one (x = 5, x > 4) only to a solved one. x > 4 is the
+   interval; x = 5 and 2 + 3 = 5 are 5.
+2) Units of one kind are converted, of different kinds refused, left out on one side forgiven. A
+   base may not be left out.
+3) Fractions are compared exactly. Other values are computed with P and with P + 40 digits, and are
+   equal when they differ at P + 40 digits by no more than the rounding error there: 10^-35 times
+   what P digits drifted by, or 10^3 units in the last place of the largest value on the way.
+   P >= 60 grows with the digits of the numbers written and with the size, large or small, of the
+   values on the way; above MAX_PRECISION nothing is decided and the answer is no.
+4) With variables, values must agree at 3 seeded points. Where |.|, floors, ceilings, even roots of
+   more than a monomial, factorials, binomials, max, min, mod or (-1)^n occur, they must agree at 40
+   (at 12 if the work runs out): all combinations of signs in turn; small, large and near the
+   constants written. Variables that only make sense as counts (n!, binomials, (-1)^n; n, m, k in a
+   floor) are positive integers. Two expressions that differ on a share s of such points are taken
+   for equal with a chance of (1 - s)^40.
+5) Points where a root or a logarithm leaves the real numbers say nothing, unless i is written.
+All work is counted, series before they are computed: what needs more than MAX_WORK is not equal.
+"""
+
+from __future__ import annotations
+
+from decimal import (
+    Context,
+    Decimal,
+    DivisionByZero,
+    InvalidOperation,
+    Overflow,
+    getcontext,
+    localcontext,
+)
+from fractions import Fraction
+from functools import lru_cache
+from zlib import crc32
+
+from core import regions
+from core.mathexpr import EMPTY
+from core.mathtext import Unread
+from core.mathunits import measure
+from core.mathvalue import MAX_BITS, Approx, evaluate, lift
+
+MAX_ITEMS = (
+    24  # longer lists are sorted by their spelling first: matching in any order is quadratic
+)
+MAX_PRECISION = 240  # digits of an approximate value
+EXTRA = 40  # digits of the second evaluation beyond the first
+MAX_WORK = 25_000  # units that one comparison may spend, each about 0.2 us
+SMOOTH_POINTS = (12, 3)  # points tried, points that must agree
+KINKED_POINTS = (64, 40)
+FEW = 12  # agreeing points that are enough when half of the work is spent
+COUNTS = set("nmkNMK")  # names of whole numbers
+
+
+# ----------------------------------------------------------------------- what a tree holds
+class Survey:
+    """What occurs in the trees of one comparison."""
+
+    def __init__(self, *trees: tuple):
+        self.names: set[str] = set()  # variables
+        self.heads: set[str] = set()
+        self.digits = 0  # of the longest number
+        self.kinked = False  # are three points too few?
+        self.counts: set[str] = set()  # variables that are small whole numbers
+        self.constants: set[Fraction] = set()
+        for tree in trees:
+            self.visit(tree)
+
+    def visit(self, node: tuple) -> None:
+        head = node[0]
+        if head == "num":
+            value = node[1]
+            digits = (value.numerator.bit_length() + value.denominator.bit_length()) // 3
+            self.digits = max(self.digits, digits)
+            self.constants.add(value)
+            return
+        if head in ("sym", "text"):
+            self.names.add(node[1])
+            return
+        self.heads.add("log" if node[1:2] == ("log",) else head)
+        if head in KINKS:
+            self.kinked = True
+            self.find_counts(node)
+        elif head in ("^", "root"):
+            self.visit_power(*(node[1:] if head == "^" else (node[2], ("/", ONE, node[1]))))
+        for child in node[1:]:
+            if isinstance(child, tuple):
+                self.visit(child)
+
+    def visit_power(self, base: tuple, exponent: tuple) -> None:
+        """Even roots of sums, powers and products are kinked, and so is (-1)^n."""
+        if base[0] == "neg" and base[1][0] == "num":
+            names = names_of(exponent)
+            if names:
+                self.kinked = True
+                self.counts |= names
+        degree = fraction(exponent)
+        even_root = degree.denominator % 2 == 0 if degree else exponent[0] == "/"
+        if even_root and base[0] not in ("num", "sym") and names_of(base):
+            factors = base[1:] if base[0] == "*" else (base,)
+            powers = [factor for factor in factors if factor[0] not in ("num", "sym")]
+            self.kinked = self.kinked or bool(powers) or len(factors) > 2
+
+    def find_counts(self, node: tuple) -> None:
+        names = names_of(node)
+        if node[0] in ("!", "binom", "gcd", "lcm"):
+            self.counts |= names
+        elif node[0] in ("\\lfloor", "\\lceil", "mod"):
+            self.counts |= names & COUNTS
+
+
+KINKS = {"|", "!", "binom", "mod", "max", "min", "gcd", "lcm", "\\lfloor", "\\lceil"}
+ONE = ("num", Fraction(1))
+
+
+def names_of(tree: tuple) -> set[str]:
+    """The variables of a tree."""
+    if tree[0] in ("sym", "text"):
+        return {tree[1]}
+    found: set[str] = set()
+    for child in tree[1:]:
+        if isinstance(child, tuple):
+            found |= names_of(child)
+    return found
+
+
+# ---------------------------------------------------------------------------------- points
+def smooth_value(name: str, point: int) -> Fraction:
+    """By point below 1, above 1, negative, an integer, a larger integer."""
+    seed = crc32(f"{name} {point}".encode("utf-8", "replace"))
+    kinds = (
+        (1 + seed % 28, 29),
+        (30 + seed % 97, 29),
+        (-1 - seed % 97, 31),
+        (2 + seed % 9, 1),
+        (5 + seed % 40, 1),
+    )
+    return Fraction(*kinds[point % 5])
+
+
+def count_value(name: str, point: int) -> Fraction:
+    """A positive integer, mostly small."""
+    seed = crc32(f"{name} {point}".encode("utf-8", "replace"))
+    return Fraction(1 + seed // 8 % (5, 9, 14, 60)[seed % 4])
+
+
+def mixed_value(name: str, point: int, negative: bool, constants: list[Fraction]) -> Fraction:
+    """Small, medium, large, whole, or near a constant that is written; of the given sign."""
+    seed = crc32(f"{name} {point}".encode("utf-8", "replace"))
+    draw = seed // 16
+    kind = seed % 8
+    if kind < 3 and constants:
+        near = abs(constants[draw % len(constants)])
+        value = abs(near + Fraction(1 + draw // 64 % 40, 17) * (-1) ** (draw // 4096 % 2))
+    elif kind < 5:
+        value = Fraction(1 + draw % 160, 29)
+    elif kind == 5:
+        value = Fraction(1 + draw % 12)
+    elif kind == 6:
+        value = Fraction(20 + draw % 900, 7)
+    else:
+        value = Fraction(1000 + draw % 10_000, 3)
+    return -value if negative else value
+
+
+def values_at(survey: Survey, point: int) -> dict[str, Fraction]:
+    """A value for each variable, no two the same."""
+    values: dict[str, Fraction] = {}
+    constants = sorted(survey.constants)[:16] if survey.kinked else []
+    for n, name in enumerate(sorted(survey.names)):
+        if not survey.kinked:
+            value = smooth_value(name, point)
+        elif name in survey.counts:
+            value = count_value(name, point)
+        else:
+            value = mixed_value(name, point, bool(point >> n % 6 & 1), constants)
+        while value in values.values():
+            value += 1
+        values[name] = value
+    return values
+
+
+@lru_cache(64)
+def context(digits: int) -> Context:
+    traps = [Overflow, InvalidOperation, DivisionByZero]
+    return Context(prec=digits, Emax=20_000, Emin=-20_000, traps=traps)
+
+
+# ------------------------------------------------------------------------------ structures
+def fraction(tree: tuple) -> Fraction | None:
+    """The value of an integer, a decimal or a fraction, which is all that most answers need."""
+    if tree[0] == "num":
+        return tree[1]
+    if tree[0] == "neg":
+        value = fraction(tree[1])
+        return None if value is None else -value
+    if tree[0] == "/" and tree[1][0] == tree[2][0] == "num" and tree[2][1]:
+        return tree[1][1] / tree[2][1]
+    return None
+
+
+def members(node: tuple) -> list[tuple]:
+    """The items of a list, a set or a union; anything else is its own only item. A set in a list
+    stays one item."""
+    if node == EMPTY:
+        return []
+    if node[0] not in ("list", "set", "union"):
+        return [node]
+    found = []
+    for item in node[1:]:
+        flat = item[0] in ("list", "union") or (node[0] == "union" and item[0] == "set")
+        found += members(item) if flat else [item]
+    return found
+
+
+def unit_of(node: tuple) -> tuple[str, tuple]:
+    """(unit as written, value); "" where there is none."""
+    if node[0] == "neg":
+        unit, value = unit_of(node[1])
+        return unit, ("neg", value)
+    if node[0] == "°":
+        return "deg", node[1]
+    if node[0] != "unit":
+        return "", node
+    inner, value = unit_of(node[2])
+    return f"{inner} {node[1]}".strip(), value
+
+
+def base_of(node: tuple) -> str:
+    return node[1] if node[0] == "base" and node[1] != "10" else ""
+
+
+def named(side: tuple) -> bool:
+    """Can an answer be assigned to this: x, AB, |AB|, f(x), area, (x, y)?"""
+    if side[0] in ("tuple", "*", "|", "both", "union"):
+        parts = [part for part in side[1:] if isinstance(part, tuple)]
+        letters = side[0] != "|" or all(part[0] == "*" for part in parts)
+        return letters and all(named(part) for part in parts)
+    return side[0] in ("sym", "text", "call")
+
+
+def assignments(node: tuple) -> tuple | None:
+    """x = 1, y = 2 in any order -> (1, 2)"""
+    found = {}
+    for item in node[1:]:
+        if item[0] != "rel" or item[1] != ("=",) or item[2][0][0] != "sym":
+            return None
+        found[item[2][0][1]] = item[2][1]
+    if node[0] != "list" or len(found) != len(node) - 1:
+        return None
+    return ("tuple", "()", *(found[name] for name in sorted(found)))
+
+
+def solved(sides: tuple) -> bool:
+    """x = 5: a variable alone on one side, none on the other?"""
+    for one, other in (sides, sides[::-1]):
+        if one[0] == "sym" and not names_of(other):
+            return True
+    return False
+
+
+def without_degrees(node: tuple) -> tuple:
+    """90° - x -> 90 - x: the sign taken off the terms of a sum."""
+    if node[0] in ("+", "neg"):
+        return (node[0], *map(without_degrees, node[1:]))
+    return node[1] if node[0] == "°" else node
+
+
+# ------------------------------------------------------------------------------ comparison
+class Comparison:
+    """One comparison, exactly or to one part in `parts`: what it decides, whether it needed that,
+    and what it spent."""
+
+    def __init__(self, parts: int = 0):
+        self.parts = parts
+        self.tolerated = False
+        self.work = 0
+        self.peak = Decimal(0)  # largest approximate value on the way
+        self.extent = 0  # digits before or after the point of a fraction on the way
+        self.natural = False  # is \log the natural logarithm?
+        self.left_reals = False
+
+    def spend(self, series: int) -> None:
+        """Pay for series before they are computed."""
+        self.work += series * 4 * getcontext().prec
+        if self.work > MAX_WORK:
+            raise Unread("too much work")
+
+    def pay(self, value, from_real: bool = False):
+        """Count the cost of a value. from_real: it was computed from real numbers."""
+        if isinstance(value, Fraction):
+            above = value.numerator.bit_length()
+            below = value.denominator.bit_length()
+            bits = max(above, below)
+            if bits > MAX_BITS:
+                raise Unread("too large")
+            self.work += 2 + bits // 64 + (bits // 512) ** 2
+            self.extent = max(self.extent, abs(below - above) // 3)
+        else:
+            self.work += 8 + getcontext().prec // 16
+            self.peak = max(self.peak, abs(value.re), abs(value.im))
+            if value.im and from_real:
+                self.left_reals = True
+        if self.work > MAX_WORK:
+            raise Unread("too much work")
+        return value
+
+    def same(self, a: tuple, b: tuple) -> bool:
+        """Do two answers say the same?"""
+        if a == b:
+            return True
+        heads = {a[0], b[0]}
+        if heads & {"both", "minus"}:
+            a, b = self.as_regions(a), self.as_regions(b)
+            return a is not None and b is not None and self.same(a, b)
+        if "rel" in heads:
+            if len(heads) == 1:
+                return self.same_relation(a, b)
+            a = self.assigned(a)
+            b = self.assigned(b)
+            return a is not None and b is not None and self.same(a, b)
+        if heads == {"list", "tuple"}:  # x = 1, y = 2 and (1, 2)
+            a = (assignments(a) if a[0] == "list" else a) or a
+            b = (assignments(b) if b[0] == "list" else b) or b
+            if a[0] == b[0]:
+                return self.same(a, b)
+        if {a[0], b[0]} & {"list", "set", "union"}:
+            return self.same_items(members(a), members(b))
+        return self.same_value(a, b)
+
+    def same_value(self, a: tuple, b: tuple) -> bool:
+        """Units, then tuples, matrices and ratios side by side, then values."""
+        unit_a, a = unit_of(a)
+        unit_b, b = unit_of(b)
+        if base_of(a) != base_of(b):
+            return False
+        if unit_a != unit_b and unit_a and unit_b:
+            size_a = measure(unit_a)
+            size_b = measure(unit_b)
+            if size_a and size_b and size_a[1] != size_b[1]:
+                return False
+            if size_a and size_b and size_a[0] != size_b[0]:
+                a = ("*", a, ("num", size_a[0] / size_b[0]))
+        heads = {a[0], b[0]}
+        if heads & {"tuple", "matrix", "ratio"}:
+            if len(heads) > 1 or len(a) != len(b):
+                return False
+            return all(map(self.same_part, a[1:], b[1:]))
+        if self.equal(a, b):
+            return True
+        plain_a = without_degrees(a)
+        plain_b = without_degrees(b)
+        one_sided = (plain_a == a) != (plain_b == b)  # 90° - x and 90 - x
+        return one_sided and self.equal(plain_a, plain_b)
+
+    def same_part(self, a, b) -> bool:
+        """Items of a tuple, or its brackets."""
+        return self.same(a, b) if isinstance(a, tuple) and isinstance(b, tuple) else a == b
+
+    def same_items(self, a: list[tuple], b: list[tuple]) -> bool:
+        """The same items equally often, in any order."""
+        if len(a) != len(b):
+            return False
+        if len(a) > MAX_ITEMS:
+            return all(map(self.same, sorted(a, key=repr), sorted(b, key=repr)))
+        rest = list(b)
+        for item in a:
+            at = next((n for n, other in enumerate(rest) if self.same(item, other)), None)
+            if at is None:
+                return False
+            rest.pop(at)
+        return True
+
+    def as_regions(self, node: tuple) -> tuple | None:
+        if node[0] not in ("both", "minus"):
+            return node
+        try:
+            return regions.as_tree(regions.pieces(node, self))
+        except ArithmeticError:
+            return None
+
+    def same_relation(self, a: tuple, b: tuple) -> bool:
+        """Equations up to a factor, inequalities up to a positive one, chains side by side,
+        others by their values."""
+        ops, left = regions.upward(*a[1:])
+        ops_b, right = regions.upward(*b[1:])
+        if ops != ops_b:
+            x = self.assigned(a)
+            y = self.assigned(b)
+            return x is not None and y is not None and self.same(x, y)
+        if all(map(self.same, left, right)):
+            return True
+        if ops == ("=",) and self.same(left[0], right[1]) and self.same(left[1], right[0]):
+            return True
+        if len(ops) > 1 or ops[0] in ("in", "≈") or solved(left) or solved(right):
+            return False
+        return self.proportional(ops[0], left, right)
+
+    def proportional(self, op: str, left: tuple, right: tuple) -> bool:
+        f = ("+", left[0], ("neg", left[1]))
+        g = ("+", right[0], ("neg", right[1]))
+        survey = Survey(f, g)
+        if "\\infty" in survey.names:
+            return False
+        values = values_at(survey, 0)
+        try:
+            ratio = evaluate(f, values, self) / evaluate(g, values, self)
+        except ArithmeticError:
+            return False
+        positive = (ratio if isinstance(ratio, Fraction) else ratio.re) > 0
+        if not positive and op not in ("=", "!="):
+            return False
+        return self.equal(("*", f, ("at", values, g)), ("*", g, ("at", values, f)))
+
+    def assigned(self, node: tuple) -> tuple | None:
+        """x = 5, 2 + 3 = 5 -> 5; x in S -> S; 2/3 ~ 0.67 -> 2/3; x > 4 -> (4, oo). None where
+        there is no value."""
+        if node[0] != "rel":
+            return node
+        ops, sides = node[1:]
+        if ops == ("in",):
+            return sides[1]
+        if ops == ("≈",):
+            return sides[0] if Comparison(100).same(*sides) else None
+        if set(ops) == {"="}:
+            return self.last_side(sides)
+        try:
+            return regions.as_tree(regions.pieces(node, self))
+        except ArithmeticError:
+            return None
+
+    def last_side(self, sides: tuple) -> tuple | None:
+        """The value of an assignment or of a chain of equal values."""
+        if named(sides[0]):
+            name, *rest = sides
+        elif named(sides[-1]):
+            *rest, name = sides
+        else:
+            name, rest = None, list(sides)
+        if not all(self.same(rest[0], other) for other in rest[1:]):
+            return None
+        value = rest[0]
+        variables = name is not None and name[0] == value[0] == "tuple" and len(name) == len(value)
+        if variables and all(part[0] == "sym" for part in name[2:]):  # (y, x) = (2, 1)
+            pairs = sorted(zip(name[2:], value[2:]), key=lambda pair: pair[0])
+            return (*value[:2], *(part for _, part in pairs))
+        return value
+
+    # ------------------------------------------------------------------------------ values
+    def equal(self, a: tuple, b: tuple) -> bool:
+        """Do two trees have the same value wherever both are defined?"""
+        x = fraction(a)
+        y = fraction(b)
+        if x is not None and y is not None:
+            return self.near(x, y)
+        survey = Survey(a, b)
+        if "\\infty" in survey.names:  # only the sign of an infinity counts; oo - oo is nothing
+            return infinite(a) == infinite(b) != 0
+        for self.natural in (False, True)[: 1 + ("log" in survey.heads)]:
+            if self.agree_at_points(a, b, survey):
+                return True
+        return False
+
+    def agree_at_points(self, a: tuple, b: tuple, survey: Survey) -> bool:
+        tried, enough = KINKED_POINTS if survey.kinked else SMOOTH_POINTS
+        if not survey.names and "call" not in survey.heads:
+            tried = enough = 1
+        digits = 60 + 2 * survey.digits
+        seen = 0
+        for point in range(tried):
+            verdict = self.agree(a, b, values_at(survey, point), digits, survey)
+            if verdict is False:
+                return False
+            seen += verdict is True
+            if seen == enough or (seen >= FEW and self.work > MAX_WORK // 2):
+                return True
+        return seen >= min(2, enough)
+
+    def agree(self, a: tuple, b: tuple, values: dict, digits: int, survey: Survey) -> bool | None:
+        """Are two values equal at a point? None where undefined, unequal but not real, or not
+        decided."""
+        self.peak = Decimal(0)
+        self.extent = 0
+        self.left_reals = False
+        unequal = False
+        try:
+            decided = digits <= MAX_PRECISION  # else only exact values can be
+            with localcontext(context(digits if decided else 60)):
+                x = evaluate(a, values, self)
+                y = evaluate(b, values, self)
+                if isinstance(x, Fraction) and isinstance(y, Fraction):
+                    unequal = not self.near(x, y)
+                elif not decided:
+                    return None
+                else:
+                    early = (self.pay(lift(x)), self.pay(lift(y)))
+                    unequal = self.apart(*early, slack=self.peak.scaleb(-digits // 2))
+            if unequal:
+                return None if self.left_reals and "i" not in survey.heads else False
+            if isinstance(x, Fraction) and isinstance(y, Fraction):
+                return True
+            needed = 60 + 2 * survey.digits + max(2 * self.peak.adjusted(), self.extent)
+            if digits < needed:  # 10^50 + x needs 50 digits more
+                return self.agree(a, b, values, needed, survey) if needed <= MAX_PRECISION else None
+            return self.agree_closely(a, b, values, digits + EXTRA, early)
+        except ArithmeticError:
+            return None
+
+    def agree_closely(
+        self, a: tuple, b: tuple, values: dict, digits: int, early: tuple
+    ) -> bool | None:
+        """The second evaluation. early: the values of the first one, with EXTRA digits less."""
+        with localcontext(context(digits)):
+            late = (
+                self.pay(lift(evaluate(a, values, self))),
+                self.pay(lift(evaluate(b, values, self))),
+            )
+            drift = sum(abs(after - before).re for before, after in zip(early, late))
+            error = max(drift.scaleb(5 - EXTRA), self.peak.scaleb(3 - digits))
+            if drift > Decimal("1e-25"):
+                return None
+            return not self.apart(*late, slack=error)
+
+    def apart(self, x: Approx, y: Approx, slack: Decimal) -> bool:
+        gap = abs(x - y).re
+        return gap > slack and not self.tolerates(gap, max(abs(x).re, abs(y).re))
+
+    def near(self, x: Fraction, y: Fraction) -> bool:
+        p = x.numerator * y.denominator
+        q = y.numerator * x.denominator
+        if p == q:
+            return True
+        integers = x.denominator == y.denominator == 1  # have no tolerance
+        return not integers and self.tolerates(abs(p - q), max(abs(p), abs(q)))
+
+    def tolerates(self, gap, size) -> bool:
+        near = self.parts > 0 and gap * self.parts <= size
+        self.tolerated |= near
+        return near
+
+
+def infinite(tree: tuple) -> int:
+    """1 for oo, -1 for -oo, 0 for anything else."""
+    if tree == regions.INFINITY:
+        return 1
+    return -infinite(tree[1]) if tree[0] == "neg" else 0
