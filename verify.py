@@ -13,9 +13,9 @@ r"""The reward: is the answer in a response equal to the gold answer? Exact and 
 3) Trees are compared by core/equality.py: fractions exactly, other values to 60 digits or more,
    expressions at points.
 4) Letters: an item that is nothing but letters (three or more, or a short English word) is a word
-   and equals only the same letters in the same order (core/mathtext.py, item_words); but a word
-   made of the variables of the other side is their product (`spread` below): dog is not god, and
-   abcd is a * b * c * d.
+   and equals only the same letters in the same order (core/mathtext.py, item_words): dog is not
+   god. But a word made of the variables of the other side is their product (core/reading.py,
+   spread): abcd is a * b * c * d.
 5) An answer is an answer: not a formula of the prompt where the gold answer is another text
    ("restates the question"), and a short closed form where it is a number ("not evaluated").
 6) strict (`correct`), the training reward, has no tolerance and no string similarity. lenient, for
@@ -36,23 +36,23 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from core.equality import Comparison, members, names_of
+from core.equality import Comparison
 from core.errors import UserError
 from core.files import read_jsonl
-from core.mathexpr import parse
-from core.mathtext import MAX_CHARS, SHORT_WORDS, Unread, tokenize
+from core.mathtext import Unread
 from core.mathunits import MONTHS
 from core.mathvalue import evaluate
+from core.reading import Reading, read, spread, unbraced
+from core.sampling import names_of
 
 MAX_BOXES = 8  # boxes tried, from the last one
 MAX_BRACES = 10_000  # in one box
 PLAIN_TAIL = 4000  # characters searched for "answer is"
 LENIENT = 10_000  # lenient equality is to one part in this many
-MAX_SIGNS = 3  # plus-minus signs in one item
 CLOSED_FORM = 8  # numbers in a closed form; more are allowed where the gold answer has more
 # gold answers that are none; data.py drops them
 NOT_ANSWERS = {"", "proof", "none", "null", "nan", "n/a", "notfound", "not found", "no answer"}
@@ -159,130 +159,8 @@ def extract_anywhere(response: str) -> str | None:
     return boxed(response) or phrased(response) or (last[-1] if last else None)
 
 
-# -------------------------------------------------------------------------------- readings
-SINGLE_BRACES = re.compile(r"\{ (\S+) \}")
-CASES_COMMA = re.compile(r", (?=&|\\\\)")
-
-
-def unbraced(plain: str) -> str:
-    r"""\pmod{7} -> \pmod 7, and the rows of cases without their commas."""
-    return CASES_COMMA.sub("", SINGLE_BRACES.sub(r"\1", plain))
-
-
-def letter_by_letter(token: str) -> str:
-    r"""A word in quotes -> its letters, so that \text{VW} is VW; capitals matter in one or two
-    letters."""
-    if token[0] != '"':
-        return token
-    word = token[1:-1].replace(" ", "").rstrip(".")
-    return " ".join(word.casefold() if len(word) > 2 or word.lower() in SHORT_WORDS else word)
-
-
-def with_signs(node, signs: list[bool]):
-    """A tree with its plus-minus signs decided, from the last of `signs` to the first."""
-    if not isinstance(node, tuple):
-        return node
-    if node[0] not in ("±", "∓"):
-        return tuple([with_signs(child, signs) for child in node])
-    left = with_signs(node[1], signs)
-    plus = signs.pop() == (node[0] == "±")
-    right = with_signs(node[2], signs)
-    return ("+", left, right if plus else ("neg", right))
-
-
-def both_signs(tree: tuple, n_signs: int, tied: bool) -> tuple:
-    """A tree with plus-minus signs -> the list of its values. tied: all signs together, as where
-    a ∓ is written."""
-    if n_signs > MAX_SIGNS and not tied:
-        raise Unread("too many signs")
-    found: dict[tuple, None] = {}
-    for choice in range(2 if tied else 2**n_signs):
-        bits = [bool(choice >> n & 1) for n in range(n_signs)]
-        signs = [bool(choice)] * n_signs if tied else bits
-        found[with_signs(tree, signs)] = None
-    return ("list", *found)
-
-
-def count_signs(node: tuple) -> int:
-    return (node[0] in ("±", "∓")) + sum(count_signs(c) for c in node[1:] if isinstance(c, tuple))
-
-
-def read_tree(tokens: list[str]) -> tuple:
-    """Tokens -> tree, its plus-minus signs written out."""
-    tree = parse(tokens)
-    if "±" not in tokens and "∓" not in tokens:
-        return tree
-    items = []
-    for item in members(tree):
-        n_signs = count_signs(item)
-        items.append(both_signs(item, n_signs, "∓" in tokens) if n_signs else item)
-    return ("list", *items)
-
-
-def read_right_side(tokens: list[str]) -> tuple:
-    """P(X > 3) = 1/2: the left side, which is not understood, is a name for the right one."""
-    depth = 0
-    for at, token in enumerate(tokens):
-        depth += (token in ("(", "[", "{", "\\{")) - (token in (")", "]", "}", "\\}"))
-        if token in (",", "&&") and depth == 0:
-            break
-        if token == "=" and depth == 0 and at > 0:
-            right = read_tree(tokens[at + 1 :])
-            name = ("text", " ".join(tokens[:at]))
-            if right[0] == "rel":
-                return ("rel", ("=", *right[1]), (name, *right[2]))
-            return ("rel", ("=",), (name, right))
-    raise Unread("no right side")
-
-
-class Reading:
-    """An answer as tokens. plain: these joined, to compare texts. tree: made when needed, None
-    where not understood."""
-
-    def __init__(self, text: str, thousands: bool):
-        try:
-            self.tokens = tokenize(text, thousands)
-        except Unread:
-            self.tokens = []
-        self.plain = " ".join(self.tokens) or text.strip()
-        self.has_words = '"' in self.plain
-        if self.has_words:
-            self.plain = " ".join(map(letter_by_letter, self.tokens))
-
-    @cached_property
-    def tree(self) -> tuple | None:
-        for reader in (read_tree, read_right_side):
-            try:
-                return reader(self.tokens)
-            except (ArithmeticError, ValueError):
-                continue
-        return None
-
-
-read_short = lru_cache(1024)(Reading)  # a gold answer is read once for its whole group
-read_long = lru_cache(4)(Reading)
-
-
-def read(text: str, thousands: bool = True) -> Reading:
-    """thousands=False reads the commas of 1,234 as those of a list."""
-    if len(text) <= 120:
-        return read_short(text, thousands)
-    return read_long(text, thousands) if len(text) <= MAX_CHARS else Reading(text, thousands)
-
-
-def spread(node, names: set[str]):
-    """Words and units made of the variables of the other side are their product: km is k * m
-    beside k and m."""
-    if not isinstance(node, tuple):
-        return node
-    node = tuple([spread(child, names) for child in node])
-    if node[0] in ("text", "unit") and len(node[1]) > 1 and names.issuperset(node[1]):
-        factors = [("sym", letter) for letter in node[1]]
-        return ("*", *node[2:], *factors)
-    return node
-
-
 # ------------------------------------------------------------------------------- judgement
+CHOICE_LETTER = re.compile(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])")
 ONE_CHOICE = re.compile(r"\(?([A-J])\)?\.?")
 # A) 5   (A) 5   C: a longer option   Option B
 LONG_CHOICE = re.compile(
@@ -347,8 +225,10 @@ def same_trees(a: Reading, b: Reading, comparison: Comparison) -> bool:
 
 def same_as_text(gold: str, answer: str, a: Reading, b: Reading) -> tuple[bool, bool]:
     """What may be the same in answers whose trees are not: text, the letter of a choice, a date."""
-    same = same_choice(gold, answer) or unbraced(a.plain) == unbraced(b.plain)
-    if any(month in gold.lower() for month in MONTHS):
+    same = unbraced(a.plain) == unbraced(b.plain)
+    if CHOICE_LETTER.search(gold):
+        same = same or same_choice(gold, answer)
+    if a.has_words and any(month in gold.lower() for month in MONTHS):
         same = sorted(map(str.lower, a.tokens)) == sorted(map(str.lower, b.tokens))
     return same, same
 
@@ -364,6 +244,7 @@ SIDES = re.compile(r"=|<|>|\\[lg]eq?\b|[,;]|\\text\s*\{[^{}]*\}")
 DECORATION = re.compile(
     r"\\text\s*\{[^{}]*\}|\\(?:left|right|displaystyle)(?![a-z])|\\[$%,;:!]|\^\s*\{?\\circ\}?|[\s{}$().]"
 )
+OPERATOR = re.compile(r"[-+*/^=]")
 TRIVIAL = re.compile(r"-?\d*|-?[A-Za-z]|-?\\[a-z]+")
 
 
@@ -374,22 +255,29 @@ def compact(text: str) -> str:
 
 
 @lru_cache(64)
-def formulas(prompt: str) -> frozenset[str]:
-    """The formulas of a prompt and their sides."""
-    found = set()
+def formulas(prompt: str) -> dict[str, str]:
+    """The formulas of a prompt and their sides: without decoration -> as written."""
+    found = {}
     for match in FORMULA.finditer(prompt):
         formula = match[1] or match[2] or match[3]
-        found |= {compact(part) for part in (formula, *SIDES.split(formula))}
-    return frozenset(found)
+        for part in (formula, *SIDES.split(formula)):
+            found[compact(part)] = part
+    return {text: part for text, part in found.items() if not TRIVIAL.fullmatch(text)}
 
 
 def restates(answer: str, gold: str, prompt: str) -> bool:
-    """Is the answer a formula of the prompt, spelled as there, while the gold answer is spelled
-    otherwise?"""
+    """Is the answer a formula of the prompt, where the gold answer is spelled otherwise?
+
+    Also with something around it (S = ..., ... + 0) where the formula alone is right.
+    """
     text = compact(answer)
     if text == compact(gold) or TRIVIAL.fullmatch(text):
         return False
-    return text in formulas(prompt)
+    known = formulas(prompt)
+    if not known and OPERATOR.search(text):  # a prompt without LaTeX
+        return text in compact(prompt)
+    inside = [part for formula, part in known.items() if formula in text]
+    return text in known or any(is_equivalent(gold, part) for part in inside)
 
 
 def numbers_in(tree: tuple) -> int:

@@ -12,12 +12,10 @@ r"""Do two trees say the same? Structures item by item, values exactly or at poi
    what P digits drifted by, or 10^3 units in the last place of the largest value on the way.
    P >= 60 grows with the digits of the numbers written and with the size, large or small, of the
    values on the way; above MAX_PRECISION nothing is decided and the answer is no.
-4) With variables, values must agree at 3 seeded points. Where |.|, floors, ceilings, even roots of
-   more than a monomial, factorials, binomials, max, min, mod or (-1)^n occur, they must agree at 40
-   (at 12 if the work runs out): all combinations of signs in turn; small, large and near the
-   constants written. Variables that only make sense as counts (n!, binomials, (-1)^n; n, m, k in a
-   floor) are positive integers. Two expressions that differ on a share s of such points are taken
-   for equal with a chance of (1 - s)^40.
+4) With variables, values must agree at 3 seeded points (core/sampling.py); kinked functions (|.|,
+   floors, even roots, (-1)^n ...) at 160, or at what ENOUGH_WORK allows and at least 12. Two
+   expressions that differ on a share s of such points are taken for equal with a chance of
+   (1 - s)^(number of points).
 5) Points where a root or a logarithm leaves the real numbers say nothing, unless i is written.
 All work is counted, series before they are computed: what needs more than MAX_WORK is not equal.
 """
@@ -35,152 +33,25 @@ from decimal import (
 )
 from fractions import Fraction
 from functools import lru_cache
-from zlib import crc32
 
 from core import regions
 from core.mathexpr import EMPTY
 from core.mathtext import Unread
 from core.mathunits import measure
-from core.mathvalue import MAX_BITS, Approx, evaluate, lift
+from core.mathvalue import MAX_BITS, Approx, evaluate, fraction, lift
+from core.sampling import Survey, names_of, values_at
 
-MAX_ITEMS = (
-    24  # longer lists are sorted by their spelling first: matching in any order is quadratic
-)
+MAX_ITEMS = 24  # of a list that is matched in any order, which is quadratic; longer ones are sorted
 MAX_PRECISION = 240  # digits of an approximate value
 EXTRA = 40  # digits of the second evaluation beyond the first
-MAX_WORK = 25_000  # units that one comparison may spend, each about 0.2 us
-SMOOTH_POINTS = (12, 3)  # points tried, points that must agree
-KINKED_POINTS = (64, 40)
-FEW = 12  # agreeing points that are enough when half of the work is spent
-COUNTS = set("nmkNMK")  # names of whole numbers
-
-
-# ----------------------------------------------------------------------- what a tree holds
-class Survey:
-    """What occurs in the trees of one comparison."""
-
-    def __init__(self, *trees: tuple):
-        self.names: set[str] = set()  # variables
-        self.heads: set[str] = set()
-        self.digits = 0  # of the longest number
-        self.kinked = False  # are three points too few?
-        self.counts: set[str] = set()  # variables that are small whole numbers
-        self.constants: set[Fraction] = set()
-        for tree in trees:
-            self.visit(tree)
-
-    def visit(self, node: tuple) -> None:
-        head = node[0]
-        if head == "num":
-            value = node[1]
-            digits = (value.numerator.bit_length() + value.denominator.bit_length()) // 3
-            self.digits = max(self.digits, digits)
-            self.constants.add(value)
-            return
-        if head in ("sym", "text"):
-            self.names.add(node[1])
-            return
-        self.heads.add("log" if node[1:2] == ("log",) else head)
-        if head in KINKS:
-            self.kinked = True
-            self.find_counts(node)
-        elif head in ("^", "root"):
-            self.visit_power(*(node[1:] if head == "^" else (node[2], ("/", ONE, node[1]))))
-        for child in node[1:]:
-            if isinstance(child, tuple):
-                self.visit(child)
-
-    def visit_power(self, base: tuple, exponent: tuple) -> None:
-        """Even roots of sums, powers and products are kinked, and so is (-1)^n."""
-        if base[0] == "neg" and base[1][0] == "num":
-            names = names_of(exponent)
-            if names:
-                self.kinked = True
-                self.counts |= names
-        degree = fraction(exponent)
-        even_root = degree.denominator % 2 == 0 if degree else exponent[0] == "/"
-        if even_root and base[0] not in ("num", "sym") and names_of(base):
-            factors = base[1:] if base[0] == "*" else (base,)
-            powers = [factor for factor in factors if factor[0] not in ("num", "sym")]
-            self.kinked = self.kinked or bool(powers) or len(factors) > 2
-
-    def find_counts(self, node: tuple) -> None:
-        names = names_of(node)
-        if node[0] in ("!", "binom", "gcd", "lcm"):
-            self.counts |= names
-        elif node[0] in ("\\lfloor", "\\lceil", "mod"):
-            self.counts |= names & COUNTS
-
-
-KINKS = {"|", "!", "binom", "mod", "max", "min", "gcd", "lcm", "\\lfloor", "\\lceil"}
-ONE = ("num", Fraction(1))
-
-
-def names_of(tree: tuple) -> set[str]:
-    """The variables of a tree."""
-    if tree[0] in ("sym", "text"):
-        return {tree[1]}
-    found: set[str] = set()
-    for child in tree[1:]:
-        if isinstance(child, tuple):
-            found |= names_of(child)
-    return found
-
-
-# ---------------------------------------------------------------------------------- points
-def smooth_value(name: str, point: int) -> Fraction:
-    """By point below 1, above 1, negative, an integer, a larger integer."""
-    seed = crc32(f"{name} {point}".encode("utf-8", "replace"))
-    kinds = (
-        (1 + seed % 28, 29),
-        (30 + seed % 97, 29),
-        (-1 - seed % 97, 31),
-        (2 + seed % 9, 1),
-        (5 + seed % 40, 1),
-    )
-    return Fraction(*kinds[point % 5])
-
-
-def count_value(name: str, point: int) -> Fraction:
-    """A positive integer, mostly small."""
-    seed = crc32(f"{name} {point}".encode("utf-8", "replace"))
-    return Fraction(1 + seed // 8 % (5, 9, 14, 60)[seed % 4])
-
-
-def mixed_value(name: str, point: int, negative: bool, constants: list[Fraction]) -> Fraction:
-    """Small, medium, large, whole, or near a constant that is written; of the given sign."""
-    seed = crc32(f"{name} {point}".encode("utf-8", "replace"))
-    draw = seed // 16
-    kind = seed % 8
-    if kind < 3 and constants:
-        near = abs(constants[draw % len(constants)])
-        value = abs(near + Fraction(1 + draw // 64 % 40, 17) * (-1) ** (draw // 4096 % 2))
-    elif kind < 5:
-        value = Fraction(1 + draw % 160, 29)
-    elif kind == 5:
-        value = Fraction(1 + draw % 12)
-    elif kind == 6:
-        value = Fraction(20 + draw % 900, 7)
-    else:
-        value = Fraction(1000 + draw % 10_000, 3)
-    return -value if negative else value
-
-
-def values_at(survey: Survey, point: int) -> dict[str, Fraction]:
-    """A value for each variable, no two the same."""
-    values: dict[str, Fraction] = {}
-    constants = sorted(survey.constants)[:16] if survey.kinked else []
-    for n, name in enumerate(sorted(survey.names)):
-        if not survey.kinked:
-            value = smooth_value(name, point)
-        elif name in survey.counts:
-            value = count_value(name, point)
-        else:
-            value = mixed_value(name, point, bool(point >> n % 6 & 1), constants)
-        while value in values.values():
-            value += 1
-        values[name] = value
-    return values
+MAX_WORK = 25_000  # units that one comparison may spend, each 0.2 to 0.4 us
+# points tried, points that are enough, points that are at least needed
+SMOOTH_POINTS = (12, 3, 2)
+KINKED_POINTS = (240, 160, 6)
+THOROUGH = 3  # points at which two evaluations are compared; one is enough for the others
+FEW = 12  # agreeing points that are enough when ENOUGH_WORK is spent
+ENOUGH_WORK = 15_000
+POINT_COST = 60  # of a value of a variable
 
 
 @lru_cache(64)
@@ -190,18 +61,6 @@ def context(digits: int) -> Context:
 
 
 # ------------------------------------------------------------------------------ structures
-def fraction(tree: tuple) -> Fraction | None:
-    """The value of an integer, a decimal or a fraction, which is all that most answers need."""
-    if tree[0] == "num":
-        return tree[1]
-    if tree[0] == "neg":
-        value = fraction(tree[1])
-        return None if value is None else -value
-    if tree[0] == "/" and tree[1][0] == tree[2][0] == "num" and tree[2][1]:
-        return tree[1][1] / tree[2][1]
-    return None
-
-
 def members(node: tuple) -> list[tuple]:
     """The items of a list, a set or a union; anything else is its own only item. A set in a list
     stays one item."""
@@ -297,10 +156,10 @@ class Comparison:
             bits = max(above, below)
             if bits > MAX_BITS:
                 raise Unread("too large")
-            self.work += 2 + bits // 64 + (bits // 512) ** 2
+            self.work += 15 + bits // 64 + (bits // 512) ** 2
             self.extent = max(self.extent, abs(below - above) // 3)
         else:
-            self.work += 8 + getcontext().prec // 16
+            self.work += 15 + getcontext().prec // 8
             self.peak = max(self.peak, abs(value.re), abs(value.im))
             if value.im and from_real:
                 self.left_reals = True
@@ -465,64 +324,79 @@ class Comparison:
         return False
 
     def agree_at_points(self, a: tuple, b: tuple, survey: Survey) -> bool:
-        tried, enough = KINKED_POINTS if survey.kinked else SMOOTH_POINTS
+        tried, enough, at_least = KINKED_POINTS if survey.kinked else SMOOTH_POINTS
         if not survey.names and "call" not in survey.heads:
-            tried = enough = 1
+            tried = enough = at_least = 1
         digits = 60 + 2 * survey.digits
-        seen = 0
+        seen: set[tuple] = set()
         for point in range(tried):
-            verdict = self.agree(a, b, values_at(survey, point), digits, survey)
+            values = values_at(survey, point)
+            self.work += POINT_COST * len(values)
+            verdict = self.agree(a, b, values, digits, closely=len(seen) < THOROUGH)
+            if verdict is None and self.left_reals and "i" in survey.heads:
+                verdict = False
             if verdict is False:
                 return False
-            seen += verdict is True
-            if seen == enough or (seen >= FEW and self.work > MAX_WORK // 2):
+            if verdict:
+                seen.add(tuple(values.values()))
+            if len(seen) == enough or (len(seen) >= FEW and self.work > ENOUGH_WORK):
                 return True
-        return seen >= min(2, enough)
+        return len(seen) >= at_least
 
-    def agree(self, a: tuple, b: tuple, values: dict, digits: int, survey: Survey) -> bool | None:
-        """Are two values equal at a point? None where undefined, unequal but not real, or not
-        decided."""
+    def agree(self, a: tuple, b: tuple, values: dict, digits: int, closely: bool) -> bool | None:
+        """Are two values equal at a point? None where undefined, not decided, or where they differ
+        and the real numbers are left (left_reals says so).
+
+        closely: with a second evaluation, which tells 10^-60 from nothing.
+        """
         self.peak = Decimal(0)
         self.extent = 0
         self.left_reals = False
-        unequal = False
+        decided = digits <= MAX_PRECISION  # else only exact values can be
         try:
-            decided = digits <= MAX_PRECISION  # else only exact values can be
             with localcontext(context(digits if decided else 60)):
                 x = evaluate(a, values, self)
                 y = evaluate(b, values, self)
-                if isinstance(x, Fraction) and isinstance(y, Fraction):
-                    unequal = not self.near(x, y)
-                elif not decided:
+                exact = isinstance(x, Fraction) and isinstance(y, Fraction)
+                if not exact and not decided:
                     return None
+                if exact:
+                    same = self.near(x, y)
                 else:
                     early = (self.pay(lift(x)), self.pay(lift(y)))
-                    unequal = self.apart(*early, slack=self.peak.scaleb(-digits // 2))
-            if unequal:
-                return None if self.left_reals and "i" not in survey.heads else False
-            if isinstance(x, Fraction) and isinstance(y, Fraction):
+                    same = not self.apart(*early, slack=self.peak.scaleb(-digits // 2))
+            if not same:
+                return None if self.left_reals else False
+            if exact:
                 return True
-            needed = 60 + 2 * survey.digits + max(2 * self.peak.adjusted(), self.extent)
-            if digits < needed:  # 10^50 + x needs 50 digits more
-                return self.agree(a, b, values, needed, survey) if needed <= MAX_PRECISION else None
-            return self.agree_closely(a, b, values, digits + EXTRA, early)
+            needed = digits + max(2 * self.peak.adjusted(), self.extent)
+            if closely and digits < needed:  # 10^50 + x needs 50 digits more
+                return self.agree_closely(a, b, values, needed)
+            return self.agree_closely(a, b, values, digits, early) if closely else True
         except ArithmeticError:
             return None
 
     def agree_closely(
-        self, a: tuple, b: tuple, values: dict, digits: int, early: tuple
+        self, a: tuple, b: tuple, values: dict, digits: int, early=None
     ) -> bool | None:
-        """The second evaluation. early: the values of the first one, with EXTRA digits less."""
-        with localcontext(context(digits)):
-            late = (
-                self.pay(lift(evaluate(a, values, self))),
-                self.pay(lift(evaluate(b, values, self))),
-            )
+        """Evaluates with `digits` (early, if that is done) and with EXTRA digits more."""
+        if digits > MAX_PRECISION:
+            return None
+        if early is None:
+            early = self.pair(a, b, values, digits)
+        late = self.pair(a, b, values, digits + EXTRA)
+        with localcontext(context(digits + EXTRA)):
             drift = sum(abs(after - before).re for before, after in zip(early, late))
-            error = max(drift.scaleb(5 - EXTRA), self.peak.scaleb(3 - digits))
             if drift > Decimal("1e-25"):
                 return None
+            error = max(drift.scaleb(5 - EXTRA), self.peak.scaleb(3 - digits - EXTRA))
             return not self.apart(*late, slack=error)
+
+    def pair(self, a: tuple, b: tuple, values: dict, digits: int) -> tuple[Approx, Approx]:
+        with localcontext(context(digits)):
+            x = self.pay(lift(evaluate(a, values, self)))
+            y = self.pay(lift(evaluate(b, values, self)))
+        return x, y
 
     def apart(self, x: Approx, y: Approx, slack: Decimal) -> bool:
         gap = abs(x - y).re

@@ -58,7 +58,8 @@ SAME = table(
     r"<= \le \leq \leqslant; < \lt; > \gt; >= \ge \geq \geqslant; != \ne \neq; = \equiv; "
     r"in \in; ≈ \approx; ± \pm; ∓ \mp; ∪ \cup; ∩ \cap; \setminus \backslash \smallsetminus; "
     r"| \vert \lvert \rvert \mid; ( \langle; ) \rangle; : \colon; \{ \lbrace; \} \rbrace; "
-    r"° \degree; \emptyset \varnothing; \arcsin \asin; \arccos \acos; \arctan \atan; \mod \pmod \bmod"
+    r"° \degree; \emptyset \varnothing; \arcsin \asin; \arccos \acos; \arctan \atan; "
+    r"\mod \pmod \bmod"
 )
 SPELLING = dict.fromkeys(NOTHING.split(), "") | SAME
 SPELLING |= {"\\ ": "", "\\%": '"%"', "%": '"%"', "\\$": "$$", ";": ",", "\\pounds": "££"}

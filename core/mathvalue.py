@@ -276,9 +276,7 @@ def floor(value) -> Fraction:
 
 
 def modulo(a, b):
-    if not (isinstance(a, Fraction) and isinstance(b, Fraction)):
-        raise Unread("not exact")
-    return a % b
+    return a - b * floor(a / b)
 
 
 def greatest(*values):
@@ -297,7 +295,7 @@ OPERATIONS = {
     "|": abs,
     "°": degrees,
     "!": lambda n: Fraction(math.factorial(small(n))),
-    "binom": lambda n, k: Fraction(math.comb(small(n), small(k))),
+    "binom": lambda n, k: Fraction(math.comb(small(n), small(k)) if whole(k) >= 0 else 0),
     "mod": modulo,
     "max": greatest,
     "min": least,
@@ -306,6 +304,18 @@ OPERATIONS = {
     "\\lfloor": floor,
     "\\lceil": lambda a: -floor(-a),
 }
+
+
+def fraction(tree: tuple) -> Fraction | None:
+    """The value of an integer, a decimal or a fraction, which is all that most answers need."""
+    if tree[0] == "num":
+        return tree[1]
+    if tree[0] == "neg":
+        value = fraction(tree[1])
+        return None if value is None else -value
+    if tree[0] == "/" and tree[1][0] == tree[2][0] == "num" and tree[2][1]:
+        return tree[1][1] / tree[2][1]
+    return None
 
 
 def evaluate(node: tuple, values: dict[str, Fraction], meter):

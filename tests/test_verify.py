@@ -29,12 +29,12 @@ from core.equality import MAX_WORK, Comparison  # noqa: E402
 from core.mathexpr import MAX_DEPTH, parse  # noqa: E402
 from core.mathtext import MAX_CHARS, Unread, tokenize  # noqa: E402
 from core.mathvalue import evaluate  # noqa: E402
+from core.reading import read  # noqa: E402
 from verify import (  # noqa: E402
     extract_answer,
     is_answer,
     is_equivalent,
     main,
-    read,
     verify,
     verify_row,
     verify_rows,
