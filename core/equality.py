@@ -51,7 +51,10 @@ KINKED_POINTS = (240, 160, 6)
 THOROUGH = 3  # points at which two evaluations are compared; one is enough for the others
 FEW = 12  # agreeing points that are enough when ENOUGH_WORK is spent
 ENOUGH_WORK = 15_000
+
+HOPELESS = 30  # points without a value
 POINT_COST = 60  # of a value of a variable
+EVENTS = ("rel", "both", "union", "tuple", "set")  # what a probability is of
 
 
 @lru_cache(64)
@@ -94,7 +97,9 @@ def base_of(node: tuple) -> str:
 
 def named(side: tuple) -> bool:
     """Can an answer be assigned to this: x, AB, |AB|, f(x), area, (x, y)?"""
-    if side[0] in ("tuple", "*", "|", "both", "union"):
+    if side[0] == "*" and side[1][0] == "sym" and side[-1][0] in EVENTS:  # P(X > 3)
+        return True
+    if side[0] in ("tuple", "*", "|"):
         parts = [part for part in side[1:] if isinstance(part, tuple)]
         letters = side[0] != "|" or all(part[0] == "*" for part in parts)
         return letters and all(named(part) for part in parts)
@@ -339,6 +344,8 @@ class Comparison:
                 return False
             if verdict:
                 seen.add(tuple(values.values()))
+            if self.work > MAX_WORK or (point > HOPELESS and not seen):
+                break
             if len(seen) == enough or (len(seen) >= FEW and self.work > ENOUGH_WORK):
                 return True
         return len(seen) >= at_least

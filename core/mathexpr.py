@@ -112,6 +112,7 @@ class Parser:
         self.tokens = [*tokens, "", "", ""]
         self.at = 0
         self.depth = 0
+        self.bars = False  # does the next bar close an absolute value?
 
     @property
     def next(self) -> str:
@@ -136,6 +137,7 @@ class Parser:
             if binding is None:
                 starts = token[0].isalnum() or token[0] in "([{."
                 starts = starts or (token[0] == "\\" and token not in ENDS)
+                starts = starts or (token == "|" and not self.bars)
                 next_function = argument and token[1:] in FUNCTIONS
                 binding = JOINED if starts and not next_function else 0
             if binding <= floor:
@@ -326,8 +328,11 @@ class Parser:
     def bracket(self, opener: str) -> tuple:
         if opener == "\\{":
             return self.braces()
+        bars = self.bars
+        self.bars = opener == "|"
         inner = self.expression()
         closer = self.take(*CLOSERS[opener])
+        self.bars = bars
         if opener in "([" and inner[0] == "list":
             return ("tuple", opener + closer, *inner[1:])
         if opener in "([" and opener + closer not in ("()", "[]"):
@@ -339,6 +344,8 @@ class Parser:
         if self.next == "\\}":
             self.take()
             return EMPTY
+        bars = self.bars
+        self.bars = True
         such_that = self.tokens[self.at + 1] in (":", "|") and self.next.isalpha()
         if such_that:
             self.at += 2
@@ -348,6 +355,7 @@ class Parser:
             inner = ("both", inner, self.expression())
             such_that = True
         self.take("\\}")
+        self.bars = bars
         if such_that:
             if inner[0] not in ("rel", "both", "list"):
                 raise Unread("not a condition")

@@ -119,7 +119,10 @@ PHRASES = (
         re.compile(r"\b(?:the set of )?(?:all|any) reals?(?: (?:numbers?|values?))?\b", re.I),
         r"(-\\infty,\\infty)",
     ),
-    (re.compile(r"\bno (?:real )?solutions?(?: exists?)?\b|\b(?:the )?empty set\b", re.I), "∅"),
+    (
+        re.compile(r"\bno (?:real )?solutions?(?: exists?)?\b|\b(?:the )?empty set\b", re.I),
+        r"\\emptyset ",
+    ),
     (re.compile(r"\bdne\b", re.I), "does not exist"),
 )
 

@@ -14,7 +14,6 @@ from zlib import crc32
 
 from core.mathvalue import fraction
 
-MAX_COUNT = 60
 COUNTS = set("nmkNMK")  # names of whole numbers
 
 
@@ -31,6 +30,8 @@ class Survey:
         self.constants: set[Fraction] = set()
         for tree in trees:
             self.visit(tree)
+        self.landmarks = sorted(self.constants)[:16] or [Fraction(1)]
+        self.tame = bool(self.heads & {"fn", "e"})  # no large values: exponentials
 
     def visit(self, node: tuple) -> None:
         head = node[0]
@@ -104,12 +105,19 @@ def smooth_value(name: str, point: int) -> Fraction:
     return Fraction(*kinds[point % 5])
 
 
-def count_value(name: str, point: int, alone: bool) -> Fraction:
-    """A positive integer, mostly small; the only count of an expression takes them in turn."""
-    if alone and point < MAX_COUNT:
-        return Fraction(point + 1)
+def count_value(name: str, point: int, alone: bool, landmarks: list[Fraction]) -> Fraction:
+    """A positive integer: the only count of an expression runs through 1, 2, 3 ..., several are
+    drawn, mostly small; one in four is large or near a landmark."""
     seed = crc32(f"{name} {point}".encode("utf-8", "replace"))
-    return Fraction(1 + seed // 8 % (5, 9, 14, MAX_COUNT)[seed % 4])
+    draw = seed // 8
+    if seed % 8 == 0:
+        return Fraction(1 + draw % 1500)
+    if seed % 8 == 1:
+        landmark = int(abs(landmarks[draw % len(landmarks)]))
+        return Fraction(max(1, landmark * (1 + draw // 32 % 3) + draw // 256 % 5 - 2))
+    if alone:
+        return Fraction(1 + point * 3 // 4)
+    return Fraction(1 + draw % (5, 9, 14, 60)[seed % 4])
 
 
 def mixed_value(name: str, point: int, landmarks: list[Fraction]) -> Fraction:
@@ -119,9 +127,10 @@ def mixed_value(name: str, point: int, landmarks: list[Fraction]) -> Fraction:
     draw = seed // 8
     if kind < 3:
         landmark = abs(landmarks[draw % len(landmarks)])
-        times = (1, 1, 2, 3, 5, 8, 1 + draw % 20, landmark)[draw // 32 % 8]
-        step = Fraction(draw // 256 % 41 - 20, 17)
-        return abs(landmark * times + step * (1, 1, 3)[kind])
+        step = Fraction(draw // 256 % 41 - 20, (170, 17, 6)[kind])
+        if kind == 2:
+            landmark *= (2, 3, 5, 8, 1 + draw % 20, landmark)[draw // 32 % 6]
+        return abs(landmark + step)
     if kind == 3:
         return Fraction(1 + draw % 160, 29)
     if kind == 4:
@@ -140,10 +149,10 @@ def values_at(survey: Survey, point: int) -> dict[str, Fraction]:
         if not survey.kinked:
             value = smooth_value(name, point)
         elif name in survey.counts:
-            value = count_value(name, point, alone)
+            value = count_value(name, point, alone, survey.landmarks)
         else:
-            landmarks = [*values.values(), *sorted(survey.constants)[:16]] or [Fraction(1)]
-            value = mixed_value(name, point, landmarks)
+            value = mixed_value(name, point, [*values.values(), *survey.landmarks])
+            value = value % 9 if survey.tame else value
             if point >> n % 6 & 1:
                 value = -value
         while value in values.values() and name not in survey.counts:
