@@ -115,7 +115,7 @@ def boxed(text: str) -> str | None:
         if opening := BOX.match(text, first):
             close = closing_brace(text, opening.end())
             if close is not None:
-                return text[opening.end() + 1 : close].strip()
+                return text[opening.end() + 1 : close].strip().strip("*")
         elif token := TEX_BOX.match(text, first):
             return token[1].strip()
         end = start

@@ -33,6 +33,8 @@ MAX_EXPONENT = 2048  # of 1e2048
 BINDING = {"\\over": 0.5, "\\choose": 0.5, ",": 1, "&&": 1, "∪": 3, "∩": 3, "\\setminus": 3, ":": 3}
 BINDING |= dict.fromkeys(["<", ">", "<=", ">=", "=", "!=", "in", "≈"], 2)
 BINDING |= {'"': 4, "\\mod": 4, "+": 5, "-": 5, "±": 5, "∓": 5, "*": 6, "/": 6}
+CURRENCIES = ("$$", "€", "£", "₹", "¥", "££")
+BINDING |= dict.fromkeys(CURRENCIES, 10)  # 60 €
 BINDING |= {"^": 9, "!": 10, "°": 10, "'": 10}
 RELATION = BINDING["="]
 SIGN = 5.5  # -2x is -(2x)
@@ -152,8 +154,8 @@ class Parser:
     def infix(self, left: tuple, token: str, binding: float) -> tuple:
         if token in ("!", "°"):
             return (token, left)
-        if token == "'":
-            return ("unit", "'", left)  # feet or minutes of arc
+        if token == "'" or token in CURRENCIES:
+            return ("unit", token[0], left)  # feet or minutes of arc
         if token[0] == '"':
             return self.unit(left, token[1:-1].strip().rstrip("."))
         if token == "^":
@@ -246,7 +248,7 @@ class Parser:
             return self.function(name)
         if token in ("-", "+", "±", "∓", "≈"):
             return self.signed(token)
-        if token in ("$$", "€", "£", "₹", "¥", "££"):
+        if token in CURRENCIES:
             return ("unit", token[0], self.expression(SIGN))
         if token == "\\sqrt":
             index = self.bracket("[") if self.next == "[" and self.take() else ("num", Fraction(2))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from core.mathunits import NUMERALS, UNITS, measure, scale
+from core.mathunits import NUMERALS, measure, scale
 
 MAX_CHARS = 2500
 MAX_TOKENS = 1000
@@ -106,6 +106,8 @@ REWRITES = (
     ),
     (r"\\end\s*\{(?:[pbB]?(?:small)?matrix\*?|array)\}", r" \end "),
     (r"\\\\\[\w+\]", r" \\ "),
+    (r"\^\s*\{?\s*\\circ\s*\}?\s*C\b", '"celsius"'),
+    (r"\^\s*\{?\s*\\circ\s*\}?\s*F\b", '"fahrenheit"'),
     (r"\^\s*\{?\s*\\circ\s*\}?", "°"),
     (r"\\[hv]?phantom\s*(?:\{[^{}]*\}|.)", ""),
     (r"\\(?:text)?color\s*\{[^{}]*\}", ""),
@@ -236,7 +238,9 @@ def letters(run: str, before: str) -> list[str]:
         return ["\\" + word]
     if word == "mod":
         return ["\\mod"]
-    unit = len(word) > 1 and (lower in UNITS or lower in NUMERALS or scale(lower) is not None)
+    unit = len(word) > 1 and (
+        measure(lower) is not None or lower in NUMERALS or scale(lower) is not None
+    )
     if apart and (len(word) > 3 or unit) or word in ("cm", "mm", "km", "kg"):
         return [f'"{word}"']
     return list(word)
@@ -272,8 +276,10 @@ def tokenize(text: str, thousands: bool = True) -> list[str]:
             tokens += letters(token, tokens[-1] if tokens else "")
         elif token:
             tokens.append(token)
-    while tokens and tokens[-1] in (".", ",", ":"):
+    while tokens and tokens[-1] in (".", ",", ":", "\\"):
         tokens.pop()
+    if tokens and tokens[0] == "=":
+        tokens.pop(0)
     if len(tokens) > MAX_TOKENS:
         raise Unread("too many tokens")
     return tokens

@@ -64,6 +64,8 @@ KINDS = {
     ("current", 1): "A amp amps ampere amperes 1",
     ("charge", 1): "C coulomb coulombs 1",
     ("temperature", 1): "K kelvin kelvins 1",
+    ("celsius", 1): "celsius 1",
+    ("fahrenheit", 1): "fahrenheit 1",
     ("frequency", 1): "Hz hertz 1",
     ("pressure", 1): "Pa pascal pascals 1",
     ("amount", 1): "mol mole moles 1",

@@ -60,7 +60,8 @@ def both_signs(tree: tuple, n_signs: int, tied: bool) -> tuple:
 
 
 def count_signs(node: tuple) -> int:
-    return (node[0] in ("±", "∓")) + sum(count_signs(c) for c in node[1:] if isinstance(c, tuple))
+    inner = sum(count_signs(child) for child in node if isinstance(child, tuple))
+    return inner + (node[0] in ("±", "∓"))
 
 
 def read_tree(tokens: list[str]) -> tuple:

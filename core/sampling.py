@@ -85,7 +85,7 @@ def names_of(tree: tuple) -> set[str]:
     if tree[0] in ("sym", "text"):
         return {tree[1]}
     found: set[str] = set()
-    for child in tree[1:]:
+    for child in tree:  # of a relation, the sides are a tuple without a head
         if isinstance(child, tuple):
             found |= names_of(child)
     return found
