@@ -44,14 +44,15 @@ from core.sampling import Survey, names_of, values_at
 MAX_ITEMS = 24  # of a list that is matched in any order, which is quadratic; longer ones are sorted
 MAX_PRECISION = 240  # digits of an approximate value
 EXTRA = 40  # digits of the second evaluation beyond the first
-MAX_WORK = 25_000  # units that one comparison may spend, each 0.2 to 0.4 us
+MAX_WORK = 20_000  # units that one comparison may spend, each 0.2 to 0.4 us
 # points tried, points that are enough, points that are at least needed
 SMOOTH_POINTS = (12, 3, 2)
 KINKED_POINTS = (240, 160, 6)
 THOROUGH = 3  # points at which two evaluations are compared; one is enough for the others
 FEW = 12  # agreeing points that are enough when ENOUGH_WORK is spent
-ENOUGH_WORK = 15_000
+ENOUGH_WORK = 14_000
 
+ZERO = Decimal("1e-20")
 HOPELESS = 30  # points without a value
 POINT_COST = 60  # of a value of a variable
 EVENTS = ("rel", "both", "union", "tuple", "set")  # what a probability is of
@@ -273,6 +274,8 @@ class Comparison:
         try:
             ratio = evaluate(f, values, self) / evaluate(g, values, self)
         except ArithmeticError:
+            return False
+        if abs(lift(ratio)).re < ZERO:  # 2 + 3 = 5 is a multiple of any equation
             return False
         positive = (ratio if isinstance(ratio, Fraction) else ratio.re) > 0
         if not positive and op not in ("=", "!="):

@@ -206,6 +206,7 @@ cat dog | dog cat | catdo
 No | on | Yes
 x = 2 | 2x + 3 = 7 | 2x = 4 | y = 2
 x > 4 | x + 3 > 7 | 2x > 8
+2 + 3 = 5 | x + k = 7 | y = 2x + 3 | 0 = x
 (1,2) | y = 1, x = 2 | x = 2, y = 1
 \{1,2\},\{3,4\} | \{1,3\},\{2,4\}
 (-\infty,1) \cup (5,\infty) | x > 5 \text{ and } x < 1
