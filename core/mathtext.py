@@ -19,7 +19,7 @@ import unicodedata
 from core.mathunits import NUMERALS, measure, scale
 
 MAX_CHARS = 2500
-MAX_TOKENS = 600
+MAX_TOKENS = 1000
 
 
 class Unread(ArithmeticError):
