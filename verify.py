@@ -225,7 +225,8 @@ def same_trees(a: Reading, b: Reading, comparison: Comparison) -> bool:
 
 def same_as_text(gold: str, answer: str, a: Reading, b: Reading) -> tuple[bool, bool]:
     """What may be the same in answers whose trees are not: text, the letter of a choice, a date."""
-    same = unbraced(a.plain) == unbraced(b.plain)
+    readable = bool(a.tokens and b.tokens)  # else only the same text is the same
+    same = readable and unbraced(a.plain) == unbraced(b.plain)
     if CHOICE_LETTER.search(gold):
         same = same or same_choice(gold, answer)
     if a.has_words and any(month in gold.lower() for month in MONTHS):
