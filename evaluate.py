@@ -267,7 +267,7 @@ def pass_at_k(n: int, right: int, k: int) -> float:
 def judge(problem, response, tokenizer) -> dict:
     """Decode and verify one response: a record as samples.jsonl keeps it."""
     text = tokenizer.decode(response.ids)
-    verdict = verify.verify(problem.opened + text, problem.gold, problem.numbers)
+    verdict = verify.verify(problem.opened + text, problem.gold, problem.text)
     return {
         "problem": problem.text,
         "response": text,

@@ -32,10 +32,8 @@ import json
 import os
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -43,9 +41,7 @@ from typing import NamedTuple
 from core.equality import Comparison
 from core.errors import UserError
 from core.files import read_jsonl
-from core.mathtext import Unread
 from core.mathunits import MONTHS
-from core.mathvalue import evaluate
 from core.reading import Reading, read, spread, unbraced
 from core.sampling import names_of
 
@@ -140,14 +136,14 @@ def phrased(text: str) -> str | None:
     return SENTENCE_END.split(tail, maxsplit=1)[0].strip() or None
 
 
-def extract_answer(response: str, only_boxed: bool = False) -> tuple[str | None, str]:
+def extract_answer(response: str) -> tuple[str | None, str]:
     """Response -> (the answer as written, or None; the reason if that is none or empty): what the
     reward sees."""
     text = response.rpartition("</think>")[2]
     if "<think>" in text:
         return None, "unfinished thinking"
     answer = boxed(text)
-    if answer is None and not only_boxed:
+    if answer is None:
         answer = phrased(text)
     return answer, "no boxed answer" if answer is None else "empty answer"
 
@@ -305,46 +301,14 @@ def evaluated(answer: str, gold: str) -> bool:
 
 
 # -------------------------------------------------------------------------------- verdicts
-def numbers_used(tree: tuple) -> list[Fraction]:
-    """The numbers in a Countdown expression; Unread where it holds anything but + - * / and
-    parentheses."""
-    if tree[0] == "num":
-        return [tree[1]]
-    if tree[0] not in ("+", "*", "/", "neg"):
-        raise Unread("not an expression")
-    return [used for child in tree[1:] for used in numbers_used(child)]
-
-
-def countdown(answer: str, gold: str, numbers: list[int]) -> str:
-    """The reason for a Countdown answer, which may go on with "= target"."""
-    tree = read(answer, thousands=False).tree or ("text",)
-    sides = tree[2] if tree[0] == "rel" and set(tree[1]) == {"="} else (tree,)
-    try:
-        if Counter(numbers_used(sides[0])) != Counter(map(Fraction, numbers)):
-            return "wrong numbers"
-    except (Unread, ValueError, TypeError):  # the latter two: numbers that are none
-        return "not an expression"
-    try:
-        same = all(evaluate(side, {}, Comparison()) == Fraction(gold) for side in sides)
-        return "correct" if same else "wrong value"
-    except (ArithmeticError, ValueError):  # a gold answer that is no number
-        return "wrong value"
-
-
-def verify(
-    response: str, gold: str, numbers: list[int] | None = None, prompt: str | None = None
-) -> Verdict:
+def verify(response: str, gold: str, prompt: str | None = None) -> Verdict:
     """Score one response against its gold answer. prompt: the question; to repeat it earns nothing.
 
     reason is one of: correct, wrong answer, answer not understood, no boxed answer, empty answer,
-    unfinished thinking, restates the question, not evaluated; for Countdown also: wrong numbers,
-    wrong value, not an expression.
+    unfinished thinking, restates the question, not evaluated.
     """
     gold = str(gold)
-    answer, reason = extract_answer(response, only_boxed=numbers is not None)
-    if numbers is not None:
-        reason = countdown(answer, gold, numbers) if answer else reason
-        return Verdict(reason == "correct", reason == "correct", answer, reason)
+    answer, reason = extract_answer(response)
     if not answer:
         loose = extract_anywhere(response)
         near = bool(loose) and judge(gold, loose, LENIENT)[0]
@@ -367,7 +331,7 @@ def verify_row(row: dict) -> dict:
     response = row.get("response", row.get("prediction"))
     prompt = row.get("prompt")
     known = prompt if isinstance(prompt, str) else None
-    verdict = verify(str(response or ""), row["gold"], row.get("numbers"), prompt=known)
+    verdict = verify(str(response or ""), row["gold"], known)
     return {**row, **verdict._asdict()}
 
 

@@ -353,43 +353,6 @@ def test_lenient_adds_tolerance_capitals_and_answers_outside_the_box(response, g
     assert verify(response, gold)[:2] == (False, lenient)
 
 
-@pytest.mark.parametrize(
-    "answer, gold, numbers, reason",
-    [
-        ("(9-8)*9+9", "18", [9, 8, 9, 9], "correct"),
-        (r"(9-8) \times 9 + 9 = 18", "18", [9, 9, 9, 8], "correct"),
-        (r"\frac{8}{4}\cdot 3", "6", [3, 4, 8], "correct"),
-        ("8 ÷ 4 − 3", "-1", [3, 4, 8], "correct"),
-        ("8/(3-8/3)", "24", [8, 3, 8, 3], "correct"),
-        ("2(3+4)", "14", [2, 3, 4], "correct"),
-        ("2*(3-7)", "-8", [2, 3, 7], "correct"),
-        ("9+9", "18", [9, 8], "wrong numbers"),
-        ("9+8+1", "18", [9, 8], "wrong numbers"),
-        ("18", "18", [9, 9], "wrong numbers"),
-        ("2 1/2", "2", [2, 1, 2], "wrong numbers"),
-        ("9+8", "18", [9, 8], "wrong value"),
-        ("9+8=18", "18", [9, 8], "wrong value"),
-        ("8/(4-4)", "1", [8, 4, 4], "wrong value"),
-        ("1,8+9", "18", [18, 9], "not an expression"),
-        ("9 8", "98", [9, 8], "not an expression"),
-        ("9^8", "1", [9, 8], "not an expression"),
-        ("x+8", "8", [8], "not an expression"),
-        ("9+8 or 9-8", "17", [9, 8], "not an expression"),
-        ("3!", "6", [3], "not an expression"),
-        (r"8 \text{ plus } 9", "17", [8, 9], "not an expression"),
-    ],
-)
-def test_countdown_uses_each_number_once_and_reaches_the_target(answer, gold, numbers, reason):
-    verdict = verify(f"<think>so</think> \\boxed{{{answer}}}", gold, numbers)
-    assert (verdict.reason, verdict.correct) == (reason, reason == "correct")
-
-
-def test_countdown_needs_a_box_and_finished_thinking():
-    assert verify("the answer is 9+9", "18", [9, 9]).reason == "no boxed answer"
-    assert verify("<think> \\boxed{9+9}", "18", [9, 9]).reason == "unfinished thinking"
-    assert verify("\\boxed{}", "18", [9, 9]).reason == "empty answer"
-
-
 # ------------------------------------------------------------------------- generated pairs
 def arithmetic(draw: random.Random, depth: int = 3) -> tuple[str, Fraction]:
     """A random expression over + - * / ^ and its value, computed beside it in fractions."""
@@ -671,7 +634,7 @@ def test_a_file_of_rows_gets_its_verdicts(tmp_path):
     rows = [
         {"response": r"\boxed{5}", "gold": "5", "id": 7},
         {"prediction": "nothing", "gold": 5},
-        {"response": r"\boxed{4+5}", "gold": "9", "numbers": [4, 5]},
+        {"response": r"\boxed{4+5}", "gold": "9", "prompt": "What is $4+8$?"},
     ]
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
