@@ -25,7 +25,7 @@ def table(head: str, *columns) -> str:
 
 
 def sft_step(examples: list, policy, optimizers) -> dict[str, str]:
-    ((ids, mask),) = sft.make_batch(examples, micro_tokens=4096).parts
+    ((ids, mask),) = sft.make_step(examples, micro_tokens=4096).parts
     N = int(mask.sum())
     logp = model.response_logp(policy.net, ids, mask)[0][0]  # (R,) of the first row
     words = [policy.tokenizer.decode([i]) for i in examples[0].response[:3]]

@@ -80,7 +80,7 @@ def test_sft_gradients_do_not_depend_on_how_the_step_is_cut(small):
     rows, _ = data.sft_examples(f"{folder}/train.jsonl", tokenizer, 256)
     gradients = []
     for budget in (1, 300, 100_000):  # one row each, some, all at once
-        batch = sft.make_batch(rows[:16], budget)
+        batch = sft.make_step(rows[:16], budget)
         for ids, mask in batch.parts:
             sft.batch_loss(model, ids, mask, batch.n_trained).backward()
         gradients.append(flat_gradient(model))

@@ -50,7 +50,7 @@ def gradients(folder, sizes, out, bf16=False) -> dict[str, torch.Tensor]:
     problems, _ = data.problems(f"{folder}/mixed.jsonl", policy.tokenizer, 64)
     found = {}
     for size in sizes:
-        batch = sft.make_batch(examples[:9], size)
+        batch = sft.make_step(examples[:9], size)
         for n, (ids, mask) in enumerate(batch.parts, 1):
             ranks.reduce_now(net, n == len(batch.parts))
             sft.batch_loss(net, ids, mask, batch.n_trained).backward()
