@@ -239,7 +239,8 @@ def is_equivalent(gold: str, answer: str) -> bool:
 FORMULA = re.compile(r"\$\$?((?:\\.|[^$\\])+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 SIDES = re.compile(r"=|<|>|\\[lg]eq?\b|[,;]|\\text\s*\{[^{}]*\}")
 DECORATION = re.compile(
-    r"\\text\s*\{[^{}]*\}|\\(?:left|right|displaystyle)(?![a-z])|\\[$%,;:!]|\^\s*\{?\\circ\}?|[\s{}$().]"
+    r"\\text\s*\{[^{}]*\}|\\(?:left|right|displaystyle)(?![a-z])"
+    r"|\\[$%,;:!]|\^\s*\{?\\circ\}?|[\s{}$().]"
 )
 OPERATOR = re.compile(r"[-+*/^=]")
 TRIVIAL = re.compile(r"-?\d*|-?[A-Za-z]|-?\\[a-z]+")
