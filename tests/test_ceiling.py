@@ -16,6 +16,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the command above
 
 import ceiling  # noqa: E402
+from core import curvefit  # noqa: E402
 
 RETU = Path(__file__).resolve().parents[2] / "shared" / "retu"
 needs_paper_data = pytest.mark.skipif(not RETU.is_dir(), reason="the paper's points are not here")
@@ -71,7 +72,7 @@ def synthetic_coverage(n_curves):
 
 
 def test_sigmoid_is_half_at_c_mid_zero_at_zero_and_grows_by_b():
-    s = ceiling.sigmoid([0, 1, 2, 4], [1.0, 3.0], [2.0, 2.0])
+    s = curvefit.sigmoid([0, 1, 2, 4], [1.0, 3.0], [2.0, 2.0])
     assert s[:, 0].tolist() == [0, 0] and s[:, 2].tolist() == [0.5, 0.5]
     assert s[1, 3] == pytest.approx(1 / (1 + (4 / 2) ** -3))
 
@@ -81,12 +82,12 @@ def test_posterior_of_one_cell_is_that_of_generalized_least_squares():
     rng = np.random.default_rng(1)
     x = np.array([0, 1, 2, 3, 5, 8.0])
     y, sigma, tau = rng.normal(size=6), 0.7, 0.9
-    cov = sigma**2 * np.eye(6) + tau**2 * ceiling._kernel(x, x, 8.0)
-    values, rotate = np.linalg.eigh(ceiling._kernel(x, x, 8.0))
-    cells = ceiling.sigmoid(x, [1.0, 2.0], [2.0, 3.0])
+    cov = sigma**2 * np.eye(6) + tau**2 * curvefit._kernel(x, x, 8.0)
+    values, rotate = np.linalg.eigh(curvefit._kernel(x, x, 8.0))
+    cells = curvefit.sigmoid(x, [1.0, 2.0], [2.0, 3.0])
     design = np.stack([np.broadcast_to(v, (2, 6)) for v in (np.ones(6), x > 0)] + [cells])
     weight = 1 / (sigma**2 + tau**2 * values)[None]
-    mean, covariance, log_fit = ceiling._linear_posterior(weight, design @ rotate, y @ rotate)
+    mean, covariance, log_fit = curvefit._linear_posterior(weight, design @ rotate, y @ rotate)
     prior = np.diag([100.0**2, 0.3**2, 20.0**2])
     evidence = []
     for k in range(2):
@@ -105,12 +106,12 @@ def test_forecast_carries_the_last_deviation_on_as_a_gaussian_process_does():
     rng = np.random.default_rng(2)
     x = np.array([0, 1, 2, 3.0])
     y, at = np.array([50, 55, 60, 66.0]), np.array([3.5, 30.0])
-    one = ceiling.Posterior(
+    one = curvefit.Posterior(
         *(np.array([v]) for v in (50.0, 0.0, 12.0, 1.5, 1.0, 0.5, 2.0)), x, y, np.ones(4)
     )
-    many = ceiling.Posterior(*(np.repeat(v, 20000) for v in one[:7]), *one[7:])
+    many = curvefit.Posterior(*(np.repeat(v, 20000) for v in one[:7]), *one[7:])
     mean, low, high = ceiling.predict(many, at)
-    cov, cross = 0.25 * np.eye(4) + 4 * ceiling._kernel(x, x, 3.0), 4 * ceiling._kernel(at, x, 3.0)
+    cov, cross = 0.25 * np.eye(4) + 4 * curvefit._kernel(x, x, 3.0), 4 * curvefit._kernel(at, x, 3.0)
     trend = lambda v: truth(v, 62, 50, 1.5, 1.0)
     expected = trend(at) + cross @ np.linalg.solve(cov, y - trend(x))
     spread = 1.645 * np.sqrt(0.25 + 4 - (cross * np.linalg.solve(cov, cross.T).T).sum(1))
@@ -120,12 +121,12 @@ def test_forecast_carries_the_last_deviation_on_as_a_gaussian_process_does():
 
 def test_least_squares_returns_the_parameters_of_a_noiseless_curve():
     x = np.linspace(0, 5e19, 40)
-    found = ceiling.least_squares_fit(x, truth(x, 8, 0, 1.4, 1.2e19))
+    found = curvefit.least_squares_fit(x, truth(x, 8, 0, 1.4, 1.2e19))
     assert (found.top, found.b, found.c) == pytest.approx(
         (8, 1.4, 1.2e19), rel=2e-3
     ) and not found.at_bound
-    offset = ceiling.least_squares_fit(
-        x[1:], 1 + 7 * ceiling.sigmoid(x[1:], [3.0], [1.2e19])[0], free_epsilon=True
+    offset = curvefit.least_squares_fit(
+        x[1:], 1 + 7 * curvefit.sigmoid(x[1:], [3.0], [1.2e19])[0], free_epsilon=True
     )
     assert (offset.top, offset.eps, offset.b) == pytest.approx((8, 1, 3), rel=5e-3)
 
@@ -134,7 +135,7 @@ def test_least_squares_drops_outliers_and_c_steps_keep_their_share():
     x = np.linspace(0, 50, 30)
     y = truth(x, 8, 0, 1.4, 12) + np.random.default_rng(0).normal(0, 0.1, 30)
     y[[7, 20]] += 4
-    plain, steps = ceiling.least_squares_fit(x, y), ceiling.least_squares_fit(x, y, lts_alpha=0.75)
+    plain, steps = curvefit.least_squares_fit(x, y), curvefit.least_squares_fit(x, y, lts_alpha=0.75)
     assert not plain.keep[[7, 20]].any() and plain.top == pytest.approx(8, abs=0.4)
     assert steps.keep.sum() == int(0.75 * plain.keep.sum())
 
@@ -423,7 +424,7 @@ def table4_rows():
         if published is None:
             continue
         part = slice(int(settings["train_start"]), int(settings["train_end"]))
-        found = ceiling.least_squares_fit(
+        found = curvefit.least_squares_fit(
             x[part],
             (y - y[0])[part],
             float(settings["outlier_tau"]),
