@@ -227,11 +227,11 @@ def test_words_with_at_become_checkpoints_and_compute(tmp_path):
 
 JOBS = """
 import sys; sys.path.insert(0, {root!r})
-from core import run
+from core import cli
 from paper import study
 from pathlib import Path
 out = Path({out!r}); (out / "done").mkdir(parents=True, exist_ok=True)
-make = lambda name, rows, *needs: study.Job(name, ["tasks.countdown", "--out", str(out / name), "--base", str(rows), "--val", "20",
+make = lambda name, rows, *needs: study.Job(name, ["-m", "tasks.countdown", "--out", str(out / name), "--base", str(rows), "--val", "20",
                                             "--rl", "20", "--test", "20", "--trajectories", "20"], needs, 0.05)
 jobs = [make("a", 20), make("b", 20000, "a"), make("c", 20, "b"), make("bad", "{bad}", "c")]
 import json
@@ -256,6 +256,7 @@ def drive(out, bad="20"):
 def test_a_study_killed_outright_goes_on_where_it_was_and_never_beside_its_own_rest(tmp_path):
     first = drive(tmp_path)
     while not (tmp_path / "logs" / "b.txt").exists():
+        assert first.poll() is None, first.stdout.read()
         time.sleep(0.02)
     first.send_signal(signal.SIGKILL)
     first.wait()
