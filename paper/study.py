@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import data
-from core import cli, files
+from core import cli, files, tables
 from core.errors import UserError
 from paper import curate, findings, report
 from paper.findings import MIXED
@@ -433,14 +433,14 @@ def fill(word: str, out: Path) -> str:
 
 def rl_compute(out: Path, seed: str) -> float:
     """FLOPs of plain RL from the middle scale's Stable checkpoint."""
-    return findings.read_run(out / f"rl-middle-stable-{seed}", "eval")[-1]["flops"]
+    return tables.read_metrics(out / f"rl-middle-stable-{seed}", "eval")[-1]["flops"]
 
 
 def sft_compute(out: Path, seed: str) -> float:
     """FLOPs of the middle scale's SFT up to its Stable checkpoint."""
     run = out / f"sft-middle-{seed}"
     step = findings.start_step(run, "stable")
-    return next(row["flops"] for row in findings.read_run(run, "val") if row["step"] == step)
+    return next(row["flops"] for row in tables.read_metrics(run, "val") if row["step"] == step)
 
 
 def start(cfg: Config, job: Job) -> subprocess.Popen:

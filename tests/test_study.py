@@ -300,7 +300,7 @@ def made(tmp_path_factory):
     out, rng = tmp_path_factory.mktemp("study"), np.random.default_rng(0)
     cfg = config()
     files.write_json(out / "study.json", vars(cfg))
-    (out / "command.txt").write_text("python study.py\n")
+    (out / "command.txt").write_text("python -m paper.study\n")
     (out / "sets").mkdir(), (out / "exams").mkdir(), (out / "done").mkdir()
     counted = {"rows": 10, "duplicate": 1, "overlap": 0, "near": 0, "kept": 9}
     files.write_json(
