@@ -1,5 +1,7 @@
-"""The ceiling's estimators against curves whose truth is known, and against the paper's own data where ../shared has
-it. The figures that docs/LOG.md quotes, with all 200 synthetic curves:
+"""The ceiling's estimators against curves of known truth, and against the paper's own data.
+
+The paper's data are tested where ../shared has them. The figures that docs/LOG.md quotes, with all
+200 synthetic curves:
 
     python tests/test_ceiling.py"""
 
@@ -35,8 +37,10 @@ def truth(x, a, p_sft, b, c):
 
 
 def synthetic(rng, n=30, noise=0.5):
-    """A run of n evaluations and one at 0, with Gaussian noise on each: (flops, performance, its truth)."""
-    b, gain, p_sft = rng.uniform(0.8, 3), rng.uniform(3, 15), rng.uniform(40, 75)
+    """A run of n evaluations and one at 0, with Gaussian noise: (flops, performance, its truth)."""
+    b = rng.uniform(0.8, 3)
+    gain = rng.uniform(3, 15)
+    p_sft = rng.uniform(40, 75)
     c = math.exp(rng.uniform(math.log(0.05), 0))  # of the run's compute
     x = np.linspace(0, 1, n + 1)
     reached = float(truth(1, 1, 0, b, c))
@@ -52,8 +56,12 @@ def synthetic(rng, n=30, noise=0.5):
 
 
 def synthetic_coverage(n_curves):
-    """How often 90% intervals hold the truth, and the error of A_post's median where the data reach 70% of the gain."""
-    rng, hits, errors = np.random.default_rng(0), [], []
+    """How often 90% intervals hold the truth, and the median error of A_post.
+
+    The error is that of the posterior's median, where the data reach 70% of the gain."""
+    rng = np.random.default_rng(0)
+    hits = []
+    errors = []
     for _ in range(n_curves):
         x, y, known = synthetic(rng)
         found = ceiling.fit(x, y)
@@ -78,7 +86,7 @@ def test_sigmoid_is_half_at_c_mid_zero_at_zero_and_grows_by_b():
 
 
 def test_posterior_of_one_cell_is_that_of_generalized_least_squares():
-    """Against the textbook formula with the full covariance, no rotation: mean, covariance and evidence differences."""
+    """Mean, covariance and differences of the evidence, with the full covariance, unrotated."""
     rng = np.random.default_rng(1)
     x = np.array([0, 1, 2, 3, 5, 8.0])
     y, sigma, tau = rng.normal(size=6), 0.7, 0.9
@@ -103,15 +111,16 @@ def test_posterior_of_one_cell_is_that_of_generalized_least_squares():
 
 
 def test_forecast_carries_the_last_deviation_on_as_a_gaussian_process_does():
-    rng = np.random.default_rng(2)
     x = np.array([0, 1, 2, 3.0])
-    y, at = np.array([50, 55, 60, 66.0]), np.array([3.5, 30.0])
+    y = np.array([50, 55, 60, 66.0])
+    at = np.array([3.5, 30.0])
     one = curvefit.Posterior(
         *(np.array([v]) for v in (50.0, 0.0, 12.0, 1.5, 1.0, 0.5, 2.0)), x, y, np.ones(4)
     )
     many = curvefit.Posterior(*(np.repeat(v, 20000) for v in one[:7]), *one[7:])
     mean, low, high = ceiling.predict(many, at)
-    cov, cross = 0.25 * np.eye(4) + 4 * curvefit._kernel(x, x, 3.0), 4 * curvefit._kernel(at, x, 3.0)
+    cov = 0.25 * np.eye(4) + 4 * curvefit._kernel(x, x, 3.0)
+    cross = 4 * curvefit._kernel(at, x, 3.0)
     trend = lambda v: truth(v, 62, 50, 1.5, 1.0)
     expected = trend(at) + cross @ np.linalg.solve(cov, y - trend(x))
     spread = 1.645 * np.sqrt(0.25 + 4 - (cross * np.linalg.solve(cov, cross.T).T).sum(1))
@@ -135,7 +144,8 @@ def test_least_squares_drops_outliers_and_c_steps_keep_their_share():
     x = np.linspace(0, 50, 30)
     y = truth(x, 8, 0, 1.4, 12) + np.random.default_rng(0).normal(0, 0.1, 30)
     y[[7, 20]] += 4
-    plain, steps = curvefit.least_squares_fit(x, y), curvefit.least_squares_fit(x, y, lts_alpha=0.75)
+    plain = curvefit.least_squares_fit(x, y)
+    steps = curvefit.least_squares_fit(x, y, lts_alpha=0.75)
     assert not plain.keep[[7, 20]].any() and plain.top == pytest.approx(8, abs=0.4)
     assert steps.keep.sum() == int(0.75 * plain.keep.sum())
 
@@ -167,7 +177,7 @@ def test_intervals_hold_the_truth_about_nine_times_in_ten_on_synthetic_curves():
 
 
 def test_plasticity_carries_the_noise_of_p_sft():
-    """On a long plateau A_post is sharp, but P_sft is one evaluation: the gain is not known better than that."""
+    """On a long plateau A_post is sharp, but the gain is no better known than P_sft, one point."""
     x = np.linspace(0, 1, 61)
     y = truth(x, 80, 70, 4, 0.05) + np.random.default_rng(0).normal(0, 0.5, 61)
     found = ceiling.fit(x, y)
@@ -291,8 +301,9 @@ def test_repeated_falls_are_an_oscillation_and_one_bad_point_or_noise_is_neither
 
 
 def test_share_is_not_called_reached_before_it_is():
-    """rl.py --until-share 0.95 stops by the interval's lower end: over whole runs, seldom below the true share."""
-    rng, stops = np.random.default_rng(3), []
+    """rl.py --until-share 0.95 stops by the interval's lower end: seldom below the true share."""
+    rng = np.random.default_rng(3)
+    stops = []
     for _ in range(8):
         b, c = rng.uniform(2, 4), rng.uniform(2, 6)
         x = np.arange(0, 61, 4.0)
@@ -402,7 +413,7 @@ def test_user_mistakes_are_named():
 
 
 def paper_runs():
-    """{(dataset, sft_step): (flops, performance with the point at 0, settings, Table 4's row)} of the given runs."""
+    """{(dataset, sft_step): (flops, performance, settings, Table 4's row)}; the first is at 0."""
     table = lambda name: list(csv.DictReader(open(RETU / name, newline="")))
     key = lambda row: (row["dataset"], int(row["sft_step"]))
     start = {key(row): float(row["performance"]) for row in table("sft_points.csv")} | {
@@ -418,7 +429,9 @@ def paper_runs():
 
 
 def table4_rows():
-    """(run, published plasticity, --paper's fit by the released split and settings, published C_mid and B) of each."""
+    """(run, published plasticity, --paper's fit, published C_mid and B) of each run.
+
+    The fit takes the released split and settings."""
     rows = []
     for run, (x, y, settings, published) in paper_runs().items():
         if published is None:
@@ -444,9 +457,11 @@ def table4_rows():
 
 
 def forecast_errors(fraction):
-    """(RMSE of ours, of the bounded sigmoid, coverage) by run, after `fraction` of it; negative gains left out."""
+    """(RMSE of ours, of the bounded sigmoid, coverage) by run, after `fraction` of it.
+
+    Points below P_sft are left out."""
     rows = []
-    for run, (x, y, _, published) in paper_runs().items():
+    for x, y, _, published in paper_runs().values():
         if published is None:
             continue
         n = int(fraction * len(x) + 0.5)
@@ -539,8 +554,8 @@ def report() -> None:
                 else "off by over 0.5"
             )
             print(
-                f"  {name:>9} {step:>6} {published:6.1f} {found.top:6.2f} {c:6.0f} {found.c / 1e18:7.1f} {b:5.1f} "
-                f"{found.b:6.2f}  {note}"
+                f"  {name:>9} {step:>6} {published:6.1f} {found.top:6.2f} {c:6.0f} "
+                f"{found.c / 1e18:7.1f} {b:5.1f} {found.b:6.2f}  {note}"
             )
         free = [
             abs(found.top - published) for _, published, found, *_ in rows if not found.at_bound
@@ -550,7 +565,8 @@ def report() -> None:
             f"{sum(abs(f.top - v) <= 0.5 for _, v, f, *_ in rows)} of all {len(rows)}"
         )
         print(
-            "Forecasts: mean RMSE over runs, ours / bounded sigmoid with MAD 2.5; coverage of the 90% interval"
+            "Forecasts: mean RMSE over runs, ours / bounded sigmoid with MAD 2.5; coverage of the "
+            "90% interval"
         )
         for fraction in (0.71, 0.5, 0.35):
             rows = forecast_errors(fraction)
@@ -569,7 +585,7 @@ def report() -> None:
     )
     print(
         f"200 synthetic curves (30 points, noise 0.5): 90% intervals cover {covered};\n"
-        f"  median error of A_post {error:.2f} points on the {n} curves whose data reach 70% of the gain"
+        f"  median error of A_post {error:.2f} points on the {n} curves that reach 70% of the gain"
     )
 
 

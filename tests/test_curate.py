@@ -8,9 +8,18 @@ import pytest
 from paper import curate
 from tasks import countdown
 
-AMY = "Amy has 6 fewer cards than Leo. Leo has 17 cards, and he buys two packs of 5. How many cards does Amy have in the end?"
-BEN = "Zoe has 9 fewer cards than Max. Max has 31 cards, and he buys three packs of 8. How many cards does Zoe have in the end?"
-OTHER = "A train leaves Rome at 9 and travels at 80 km per hour. Another follows one hour later. When do they meet near Pisa?"
+AMY = (
+    "Amy has 6 fewer cards than Leo. Leo has 17 cards, and he buys two packs of 5. "
+    "How many cards does Amy have in the end?"
+)
+BEN = (
+    "Zoe has 9 fewer cards than Max. Max has 31 cards, and he buys three packs of 8. "
+    "How many cards does Zoe have in the end?"
+)
+OTHER = (
+    "A train leaves Rome at 9 and travels at 80 km per hour. Another follows one hour later. "
+    "When do they meet near Pisa?"
+)
 BOILER = (
     " Please reason step by step, and put your final answer within the box at the very end of it."
 )

@@ -1,4 +1,4 @@
-"""Regimes of every kind of validation curve, the recommendation, reading a run, and comparing runs."""
+"""Regimes of every kind of validation curve, the recommendation, reading and comparing runs."""
 
 import json
 import math
@@ -23,7 +23,7 @@ def named(losses, steps=None) -> str:
 
 
 def noisy_valley(seed, sigma, n=30, rise=0.0):
-    """exp decay to .26 within 4 evaluations, then flat or rising from the 15th on, with Gaussian noise."""
+    """Decay to .26 within 4 evaluations, flat or rising from the 15th on, with Gaussian noise."""
     i = np.arange(n)
     return (
         0.26
@@ -105,7 +105,7 @@ def test_curve_of_a_built_in_run_passes_all_four_regimes():
 
 
 def test_noisier_built_in_run_still_improves_at_its_end():
-    """8,000 trajectories: the last point is not the lowest, but within the noise of it, and the second half falls."""
+    """8,000 trajectories: the last point is within noise of the lowest, the second half falls."""
     losses = [
         1.9208,
         0.4301,
@@ -360,7 +360,7 @@ PAPER = {
 
 
 def test_compare_finds_the_papers_correlations(tmp_path, capsys):
-    """Minimum validation loss against ceiling over its five data sets: Pearson -0.94 as printed, Spearman -1."""
+    """Minimum loss against ceiling over its five data sets: Pearson -0.94, Spearman -1."""
     runs = [
         str(write_run(tmp_path / name, [1, loss, 1.1 * loss])) for name, (loss, _) in PAPER.items()
     ]

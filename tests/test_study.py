@@ -1,4 +1,4 @@
-"""The plan has every arm and fits its time; a killed study goes on; a verdict says what the numbers say."""
+"""The plan has every arm and fits its time; a killed study goes on; verdicts follow the numbers."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ def names(jobs):
     return {job.name for job in jobs}
 
 
-# ----------------------------------------------------------------------------------------------------------------- plan
+# --------------------------------------------------------------------------------------------- plan
 def test_the_plan_has_every_arm_of_the_paper():
     planned = names(study.plan(config()))
     assert {
@@ -58,9 +58,7 @@ def test_the_plan_has_every_arm_of_the_paper():
 
 
 def test_quick_is_the_same_plan_with_one_seed():
-    assert names(study.plan(config("--quick"))) == {
-        name for name in names(study.plan(config("--seeds", "1")))
-    }
+    assert names(study.plan(config("--quick"))) == names(study.plan(config("--seeds", "1")))
 
 
 @pytest.mark.parametrize("argv, minutes", [([], 90), (["--quick"], 15)])
@@ -131,7 +129,7 @@ def test_every_flag_is_known_to_its_script_and_agrees_with_its_built_in_preset()
             assert name in own or getattr(cfg, name) == value, (job.name, name)
 
 
-# ----------------------------------------------------------------------------------------------------------------- work
+# --------------------------------------------------------------------------------------------- work
 def test_sets_are_nested_free_of_duplicates_and_of_every_evaluation_prompt(tmp_path):
     cfg = config("--quick", "--sizes", "50,100,200", "--out", str(tmp_path))
     study.make_sets(cfg)
@@ -184,7 +182,7 @@ def test_sets_are_nested_free_of_duplicates_and_of_every_evaluation_prompt(tmp_p
 
 
 def write_run(folder, kind, points):
-    """A run directory with checkpoints at each (step, flops, value); value = validation loss or pass@1."""
+    """A run with checkpoints at each (step, flops, value): validation losses or pass@1."""
     key = {"val": "val_loss", "eval": "pass1"}[kind]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "metrics.jsonl", "a") as file:
@@ -226,16 +224,26 @@ def test_words_with_at_become_checkpoints_and_compute(tmp_path):
 
 
 JOBS = """
-import sys; sys.path.insert(0, {root!r})
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, {root!r})
 from core import cli
 from paper import study
-from pathlib import Path
-out = Path({out!r}); (out / "done").mkdir(parents=True, exist_ok=True)
-make = lambda name, rows, *needs: study.Job(name, ["-m", "tasks.countdown", "--out", str(out / name), "--base", str(rows), "--val", "20",
-                                            "--rl", "20", "--test", "20", "--trajectories", "20"], needs, 0.05)
+
+out = Path({out!r})
+(out / "done").mkdir(parents=True, exist_ok=True)
+
+
+def make(name, rows, *needs):
+    sizes = ["--base", str(rows), "--trajectories", "20"]
+    sizes += ["--val", "20", "--rl", "20", "--test", "20"]
+    return study.Job(name, ["-m", "tasks.countdown", "--out", str(out / name), *sizes], needs, 0.05)
+
+
 jobs = [make("a", 20), make("b", 20000, "a"), make("c", 20, "b"), make("bad", "{bad}", "c")]
-import json
-done = {{j.name: json.loads(m.read_text()) for j in jobs if (m := out / "done" / (j.name + ".json")).exists()}}
+done = study.finished(out, jobs)
 print("done before:", sorted(done), flush=True)
 lock = study.claim(out)
 study.work(cli.parse(study.Config, ["--out", str(out)], study.preset), jobs, done)
@@ -293,15 +301,17 @@ def test_a_job_that_fails_stops_the_study_and_names_its_log(tmp_path):
     assert not (tmp_path / "done" / "bad.json").exists() and (tmp_path / "done" / "c.json").exists()
 
 
-# --------------------------------------------------------------------------------------------------------------- report
+# ------------------------------------------------------------------------------------------- report
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A finished study with planted results: levels by arm, RL's gain grows with scale, losses fall with scale."""
-    out, rng = tmp_path_factory.mktemp("study"), np.random.default_rng(0)
+    """A finished study with planted results: RL's gain grows and losses fall with scale."""
+    out = tmp_path_factory.mktemp("study")
+    rng = np.random.default_rng(0)
     cfg = config()
     files.write_json(out / "study.json", vars(cfg))
     (out / "command.txt").write_text("python -m paper.study\n")
-    (out / "sets").mkdir(), (out / "exams").mkdir(), (out / "done").mkdir()
+    for folder in ("sets", "exams", "done"):
+        (out / folder).mkdir()
     counted = {"rows": 10, "duplicate": 1, "overlap": 0, "near": 0, "kept": 9}
     files.write_json(
         out / "sets" / "counts.json",
@@ -313,7 +323,8 @@ def made(tmp_path_factory):
         },
     )
     level = {"small": 8, "easy": 14, "middle": 18, "hard": 18, "large": 26}
-    ends, ease = {"base": 2}, rng.normal(size=600)
+    ends = {"base": 2}
+    ease = rng.normal(size=600)
     for job in study.plan(cfg):
         kind, *rest = job.name.split("-")
         x = np.arange(10) / 9
