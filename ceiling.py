@@ -13,11 +13,16 @@ performance[, p_sft, n, fit].
 The default estimator is a posterior on a grid of (B, C_mid), summarised by 1,500 draws. Its choices
 against the paper's least squares:
  1) P_sft is one noisy evaluation like the others, so its noise is in every interval.
- 2) Evaluations have binomial noise where the number of responses is known. Real runs also drift
-    slowly around any sigmoid; the size of that drift is learned.
- 3) The ceiling is "not identified" where its 90% interval is wider than the gain, or where C_mid
-    may lie beyond the data. The values are then null; the ends of the intervals stay.
- 4) The ceiling of a run that collapses or oscillates is its best performance before the last fall.
+ 2) Evaluations repeat the same problems, so the noise of a change, learned from the points, is
+    smaller than that of a level, which is given apart (level_se) and is in no interval.
+ 3) Runs always drift slowly around any sigmoid; size and length of that drift are learned. The
+    interval of the ceiling allows for a drift there, too.
+ 4) The ceiling is "not identified" where its 90% interval is wider than the gain, or where less
+    than 55% of the gain may have been reached. The values are then null; the intervals stay.
+ 5) The ceiling of a run that collapses or oscillates is its best performance before the last fall.
+ 6) A second ceiling, beside the first: the entropy law R = b - a exp(H) of arXiv 2505.22617, read
+    at entropy H = 0. A line says where the two disagree.
+How it was chosen and what it covers: docs/ceiling.md.
 --paper fits as the paper's Table 4 does: bounded least squares, outlier rejection, trimming.
 The arithmetic of both fits is in core/curvefit.py. Intervals are 90%.
 Shapes: N points, M draws of the posterior, X values of compute."""
@@ -35,15 +40,19 @@ import numpy as np
 
 from core import tables
 from core.curvefit import (
+    TOP,
     UNKNOWNS,
     Posterior,
     curve,
+    entropy_law,
     least_squares_fit,
     point_noise,
     predict,
     sample,
 )
 from core.errors import UserError
+
+LEAST_SHARE = 0.55  # of the gain, surely reached, for a ceiling to be identified
 
 
 @dataclass
@@ -74,6 +83,10 @@ class CeilingFit:
     share_high: float | None = None
     reached: float | None = None  # the curve at the last point, free of that point's noise
     forecast: list = field(default_factory=list)  # [{flops, mean, low, high}]
+    level_se: float | None = None  # of any level here, were it measured on other problems
+    entropy_ceiling: float | None = None  # by the entropy law; None where entropy hardly falls
+    entropy_ceiling_low: float | None = None
+    entropy_ceiling_high: float | None = None
     posterior: Posterior | None = None
 
     def as_json(self) -> dict:
@@ -95,7 +108,7 @@ def fit(flops, performance, p_sft=None, n=None, forecast_at=(), paper=None) -> C
     | flops       | (N,)     | FLOPs since the start of RL, any order; 0 is the SFT checkpoint    |
     | performance | (N,)     | points, 0..100; NaN points are left out                            |
     | p_sft       | number   | points; without it and a point at 0, plasticity and share are null |
-    | n           | (N,), () | responses behind each point, for their binomial noise              |
+    | n           | (N,), () | responses behind each point, for their weights and level_se        |
     | forecast_at | (X,)     | FLOPs at which to forecast, besides 2x and 10x the last x          |
     | paper       | dict     | settings of least_squares_fit ({}: its defaults): no posterior     |
     """
@@ -104,6 +117,9 @@ def fit(flops, performance, p_sft=None, n=None, forecast_at=(), paper=None) -> C
     last = float(x.max(initial=0))
     at = [float(v) for v in forecast_at] + [2 * last, 10 * last]
     result = CeilingFit(p_sft=p_sft, n_fit=len(x))
+    if n is not None and len(x):
+        rate = np.clip(y[-1] / TOP, 1 / n[-1], 1 - 1 / n[-1])
+        result.level_se = float(TOP * math.sqrt(rate * (1 - rate) / n[-1]))
     mean = low = high = [None] * len(at)
     status, fall = falls(y)
     if len(x) < UNKNOWNS or last <= 0:
@@ -171,19 +187,28 @@ def falls(y) -> tuple[str, int]:
     return "ok", len(y)
 
 
+def ceiling_draws(posterior: Posterior, seed: int = 0) -> np.ndarray:
+    """(M,) draws of A_post, the level that evaluations end at: the curve's limit and a drift."""
+    drift = posterior.tau * np.random.default_rng(seed).normal(size=len(posterior.tau))
+    limit = posterior.p_sft + posterior.eps + posterior.gain
+    return np.clip(limit + drift, 0, TOP)
+
+
 def _summarize(result: CeilingFit, posterior: Posterior) -> None:
     """Write medians and 90% intervals of the draws into result, and whether they are identified."""
     last = posterior.x.max()
-    plasticity = posterior.eps + posterior.gain
-    a_post = posterior.p_sft + plasticity
+    gain = posterior.eps + posterior.gain
+    a_post = ceiling_draws(posterior)
+    plasticity = a_post - posterior.p_sft
     trend = curve(posterior, [last])[:, 0]
+    share = (trend - posterior.p_sft) / np.maximum(gain, 1e-9)
     low, high = np.quantile(a_post, (0.05, 0.95))
-    past_half = np.quantile(posterior.c, 0.95) <= last
-    result.identified = bool(high - low <= np.median(plasticity) and past_half)
+    narrow = high - low <= np.median(gain)
+    result.identified = bool(narrow and np.quantile(share, 0.05) >= LEAST_SHARE)
     known = {"a_post": a_post, "c_mid": posterior.c, "b": posterior.b}
     if result.p_sft is not None:
         known["plasticity"] = plasticity
-        known["share"] = (trend - posterior.p_sft) / np.maximum(plasticity, 1e-9)
+        known["share"] = share
         known["epsilon"] = posterior.eps
     for name, draws in known.items():
         low, median, high = (float(v) for v in np.quantile(draws, (0.05, 0.5, 0.95)))
@@ -229,17 +254,35 @@ class Points(NamedTuple):
     n: np.ndarray | None = None
     fit: np.ndarray | None = None  # 1: fit this point, 0: forecast it
     settings: dict = {}  # of least_squares_fit, for --paper
+    se: np.ndarray | None = None  # of a level, over problems
+    entropy: np.ndarray | None = None  # of the policy, nats per token
 
 
 def read_run(run_dir) -> Points:
-    """The evaluations of an RL run: eval lines of metrics.jsonl, with flops, pass1 and n."""
+    """The evaluations of an RL run: eval lines of metrics.jsonl, with flops, pass1 and n.
+
+    Entropy comes from its train lines: the one of step s + 1 sampled from the policy of step s."""
     rows = tables.read_metrics(run_dir, "eval", ("flops", "pass1"), "rl.py")
 
     def column(name):
         return np.array([row.get(name) or 0 for row in rows], float)
 
     n = column("n")
-    return Points(str(run_dir), column("flops"), column("pass1"), n=n if n.all() else None)
+    se = column("pass1_se")
+    train = tables.read_metrics(run_dir, "train")
+    known = {row.get("step"): row.get("entropy") for row in train}
+    entropy = []
+    for row in rows:
+        step = row.get("step", 0)
+        entropy.append(known.get(step + 1) or known.get(step))
+    return Points(
+        str(run_dir),
+        column("flops"),
+        column("pass1"),
+        n=n if n.all() else None,
+        se=se if se.all() else None,
+        entropy=np.array(entropy, float),
+    )
 
 
 def read_csv(path) -> list[Points]:
@@ -289,26 +332,60 @@ def fit_points(points: Points, fraction: float = 1.0, paper: bool = False) -> Ce
     settings = points.settings if paper else None
     result = fit(x[chosen], y[chosen], p_sft, n, np.sort(x[~chosen]), settings)
     result.run = points.run
+    if points.se is not None and chosen.any():
+        result.level_se = float(points.se[chosen][-1])
+    if points.entropy is not None and result.status == "ok" and not paper:
+        draws = entropy_law(points.entropy[chosen], y[chosen])
+        if draws is not None:
+            ends = (float(v) for v in np.quantile(draws, (0.05, 0.5, 0.95)))
+            low, result.entropy_ceiling, high = ends
+            result.entropy_ceiling_low = low
+            result.entropy_ceiling_high = high
     return result
 
 
-def report(result: CeilingFit) -> str:
-    """A run as text: reached / ceiling / share, then its parts and a forecast at 10x compute."""
+def line(result: CeilingFit) -> str:
+    """One line for the log of a run: the level reached and what twice the compute may give."""
     if result.status == "too few points":
-        return f"{result.run}: {result.n_fit} evaluations, too few for a ceiling ({UNKNOWNS})"
+        return f"{result.n_fit} evaluations, too few for a ceiling ({UNKNOWNS})"
     if result.status != "ok":
-        return f"{result.run}: {result.status}; the best before it is {result.a_post:.1f}"
-    far = result.forecast[-1]
-    band = "" if far["low"] is None else f" [{far['low']:.1f}, {far['high']:.1f}]"
-    p_sft = "unknown" if result.p_sft is None else f"{result.p_sft:.1f}"
+        return f"{result.status}; the best before it is {result.a_post:.1f}"
     return (
-        f"{result.run}: reached {result.reached:.1f} / ceiling {result.text('a_post', '.1f')}"
-        f" / share {result.text('share', '.0%')}\n"
+        f"reached {result.reached:.1f} / at 2x the compute {_ahead(result, -2)}"
+        f" / ceiling {result.text('a_post', '.1f')}"
+    )
+
+
+def _ahead(result: CeilingFit, which: int) -> str:
+    """A forecast as text, with its interval."""
+    far = result.forecast[which]
+    band = "" if far["low"] is None else f" [{far['low']:.1f}, {far['high']:.1f}]"
+    return f"{far['mean']:.1f}{band}"
+
+
+def report(result: CeilingFit) -> str:
+    """A run as text: its line, its parts, a forecast at 10x, and the second ceiling."""
+    lines = [f"{result.run}: {line(result)}"]
+    if result.reached is None:
+        return lines[0]
+    p_sft = "unknown" if result.p_sft is None else f"{result.p_sft:.1f}"
+    lines.append(
         f"    P_sft {p_sft}   PL_rl {result.text('plasticity', '.1f')}"
-        f"   C_mid {result.text('c_mid', '.3g')} FLOPs"
-        f"   at 10x the compute {far['mean']:.1f}{band}"
+        f"   C_mid {result.text('c_mid', '.3g')} FLOPs   share {result.text('share', '.0%')}"
+    )
+    lines.append(
+        f"    at 10x the compute {_ahead(result, -1)}"
         f"   ({result.n_fit} points, rmse {result.rmse:.2f})"
     )
+    if result.level_se is not None:
+        lines[-1] += f"   on other problems +- {result.level_se:.1f}"
+    if result.entropy_ceiling is not None:
+        low = result.entropy_ceiling_low
+        high = result.entropy_ceiling_high
+        lines.append(f"    by the entropy law {result.entropy_ceiling:.1f} [{low:.1f}, {high:.1f}]")
+        if low > result.a_post_high or high < result.a_post_low:
+            lines[-1] += ": it disagrees with the ceiling of the curve"
+    return "\n".join(lines)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -6,7 +6,7 @@ Eq. (5)-(9) of arXiv 2512.11470, with L_min the lowest validation loss of the ru
     mild      after that, below 1.1 L_min
     severe    after that, 1.1 L_min or more
 
-    python phases.py runs/sft [--json]      val lines of metrics.jsonl; checkpoints/step_N
+    python phases.py runs/sft [--json] [--recommend loss|signal|accuracy] [--group 8]
     python phases.py --csv curve.csv        columns val_loss and step or flops (or both)
     python phases.py --compare runs/a runs/b [--ceilings 77.3 79.7 | --ceilings FILE.csv]
 
@@ -17,8 +17,10 @@ Choices where the paper leaves something open:
     loss it had before a jump, has diverged.
  3) sigma, the noise of one validation, is estimated from the curve. Where 2 sigma exceeds the 2%
     band, both edges are raised by 2 sigma, and the reason says so.
- 4) RL starts from the saved checkpoint of lowest validation loss, as in the paper's Table 1.
-All of it works on the prefix of a run: sft.py calls diagnose() after each validation.
+ 4) RL starts from the saved checkpoint of lowest validation loss, as in the paper's Table 1; where
+    the curve is noisy, of the lowest mean of three. --recommend signal|accuracy: where most groups
+    of G would carry a signal, or pass@1 is highest, by the samples of the run's validations.
+It works on the prefix of a run, too: sft.py calls diagnose() after each validation.
 Shapes: N validations of one run. Losses in nats per token, compute in FLOPs since the start."""
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import json
 import math
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,10 +38,13 @@ import numpy as np
 
 from core import tables
 from core.errors import UserError
+from core.estimates import Readiness, correlation, ranks, readiness_of
 
 DELTA = 0.02  # eq. (5): the upper edge of Stable, relative to L_min
 DELTA2 = 0.1  # and that of Mild
 PATIENCE = 3  # validations before a stop; with 2, noise stops two to three times as many flat runs
+PATIENCE_NOISY = 5  # for --until stable where the curve shows noise
+GROUP = 8  # samples per problem in RL, for the expected signal
 REGIMES = ("adaptive", "stable", "mild", "severe")
 
 
@@ -51,6 +56,7 @@ class Curve(NamedTuple):
     flops: list  # None where not recorded
     saved: list | None = None  # steps with a checkpoint; None: unknown, so every step counts
     val_set: str | None = None  # hash of the validation rows
+    readiness: dict = {}  # step -> Readiness, where a validation sampled
 
 
 @dataclass(frozen=True)
@@ -79,17 +85,13 @@ class Diagnosis:
 
 
 # ------------------------------------------------------------------------------------ the regimes
-def regimes(
-    steps, losses, delta: float = DELTA, delta2: float = DELTA2, margin: float = 0.0
-) -> list[str]:
+def regimes(steps, losses, delta=DELTA, delta2=DELTA2, margin: float = 0.0) -> list[str]:
     """Eq. (5)-(9), made total: one of REGIMES for each (step, loss), in the order given.
 
     steps, losses (N,) nats; margin: nats by which both edges are raised for noise (0 = as printed).
     """
     if len(steps) != len(losses):
-        raise UserError(
-            f"regimes: {len(steps)} steps but {len(losses)} losses; give one loss per step"
-        )
+        raise UserError(f"regimes: {len(steps)} steps, {len(losses)} losses; needs one per step")
     x = np.asarray(steps, float)
     loss = _infinite_if_bad(losses)
     low = loss.min(initial=np.inf)
@@ -104,27 +106,22 @@ def regimes(
     return np.where(x < first, "adaptive", within).tolist()
 
 
-def diagnose(
-    steps, losses, flops=None, saved=None, delta: float = DELTA, delta2: float = DELTA2
-) -> Diagnosis:
+def diagnose(steps, losses, flops=None, saved=None, delta=DELTA, delta2=DELTA2) -> Diagnosis:
     """Regimes, saturation and the checkpoint to start RL from, of a run or of its prefix.
 
     steps, losses (N,) in any order, nats; where a step occurs twice the later row counts.
     flops (N,) or None; saved: steps that have a checkpoint, None = all."""
     flops = [None] * len(steps) if flops is None else flops
     if not len(steps) or len(steps) != len(losses) or len(steps) != len(flops):
-        raise UserError(
-            f"diagnose: {len(steps)} steps, {len(losses)} losses, {len(flops)} flops; "
-            "needs at least one validation and equal lengths"
-        )
+        sizes = f"{len(steps)} steps, {len(losses)} losses, {len(flops)} flops"
+        raise UserError(f"diagnose: {sizes}; needs at least one validation and equal lengths")
     rows = {}
     for step, loss, compute in zip(np.asarray(steps).tolist(), losses, flops):
         rows[step] = (float("nan") if loss is None else float(loss), compute)
     order = sorted(rows)
     loss = _infinite_if_bad([rows[step][0] for step in order])  # (N,)
     finite = np.isfinite(loss)
-    x = np.array(order, float)[finite]
-    y = loss[finite]
+    x, y = np.array(order, float)[finite], loss[finite]
     sigma = noise_of(x, y)
     margin = 2 * sigma if 2 * sigma > delta * y.min(initial=np.inf) else 0.0
     names = regimes(order, loss, delta, delta2, margin)
@@ -133,13 +130,16 @@ def diagnose(
     if diverged is not None:
         state = f"diverged at step {diverged}"
     usable = [i for i, step in enumerate(order) if finite[i] and (saved is None or step in saved)]
-    best = min(usable, key=lambda i: loss[i], default=None)
-    reason = _reason(order, loss, names, best, state)
+    smooth = loss.copy()
+    if sigma:
+        smooth[finite] = _running_mean(y)
+    best = min(usable, key=lambda i: smooth[i], default=None)
+    reason = _reason(order, smooth, names, best, state)
+    if sigma:
+        reason += "; losses are means of three validations"
     if margin:
-        reason += (
-            f"; a validation is noisy by {sigma:.2g}, so the edges of Stable and Mild are raised "
-            f"by {margin:.2g}"
-        )
+        raised = f"the edges of Stable and Mild are raised by {margin:.2g}"
+        reason += f"; a validation is noisy by {sigma:.2g}, so {raised}"
     return Diagnosis(
         steps=order,
         losses=[rows[step][0] for step in order],
@@ -157,7 +157,7 @@ def diagnose(
 def reached(diagnosis: Diagnosis, regime: str) -> bool:
     """Whether a run in training has reached `regime` for good: sft.py --until stable|mild|severe.
 
-    One bad validation may be a spike. PATIENCE in a row are asked for and, for mild and severe, a
+    One bad validation may be a spike. Several in a row are asked for and, for mild and severe, a
     mean excess over the Stable band of twice its standard error. A diverged run has reached all."""
     if regime not in REGIMES[1:]:
         raise UserError(f"until = {regime!r}: use one of {', '.join(REGIMES[1:])}")
@@ -165,7 +165,8 @@ def reached(diagnosis: Diagnosis, regime: str) -> bool:
     if diagnosis.diverged_step is not None:
         return True
     if regime == "stable":
-        return diagnosis.saturated and len(loss) - 1 - int(np.argmin(loss)) >= PATIENCE
+        patience = PATIENCE_NOISY if diagnosis.noise else PATIENCE
+        return diagnosis.saturated and len(loss) - 1 - int(np.argmin(loss)) >= patience
     beyond = [name in REGIMES[REGIMES.index(regime) :] for name in diagnosis.regimes]
     tail = beyond[::-1].index(False) if False in beyond else len(loss)
     settled = loss[[name == "stable" for name in diagnosis.regimes]]
@@ -182,8 +183,7 @@ def noise_of(x, loss) -> float:
     curve turns 3 times or more and these distances change sign 4 times and at every other point: a
     valley turns once, a spike or a second minimum bends few points; of noise three in four do."""
     start = int(np.argmax(loss <= 1.5 * loss.min(initial=np.inf))) if len(loss) else 0
-    x = x[start:]
-    loss = loss[start:]
+    x, loss = x[start:], loss[start:]
     if len(loss) < 7:  # 4 changes of sign need 5 distances
         return 0.0
     w = (x[1:-1] - x[:-2]) / (x[2:] - x[:-2])  # where a point lies between its neighbours
@@ -191,6 +191,12 @@ def noise_of(x, loss) -> float:
     if _sign_changes(np.diff(loss)) < 3 or _sign_changes(gap) < max(4, (len(gap) - 1) / 2):
         return 0.0
     return float(1.4826 * np.median(np.abs(gap)))  # of a Gaussian, sigma; the median skips spikes
+
+
+def _running_mean(loss) -> np.ndarray:
+    """(N,) means of each loss and its two neighbours (one at the ends, where it counts double)."""
+    padded = np.concatenate([loss[:1], loss, loss[-1:]])
+    return (padded[:-2] + padded[1:-1] + padded[2:]) / 3
 
 
 def _sign_changes(values) -> int:
@@ -207,13 +213,13 @@ def still_improving(x, loss, sigma: float) -> tuple[bool, str]:
     if np.argmin(loss) == len(loss) - 1:
         return True, "still improving: the last validation is the lowest"
     if sigma == 0 or loss[-1] - loss.min() > 2 * sigma:
-        return False, "saturated: the minimum has passed"
+        return False, "saturated so far: the minimum has passed"
     half = max(3, len(loss) // 2)
     t = x[-half:] - x[-half:].mean()
     slope = (t @ loss[-half:]) / (t @ t)
     if slope < -2 * sigma / math.sqrt(t @ t):
         return True, f"still improving: the last {half} fall by more than their noise"
-    return False, f"saturated: the last {half} are level within their noise"
+    return False, f"saturated so far: the last {half} are level within their noise"
 
 
 def _diverged_from(steps, loss):
@@ -249,9 +255,10 @@ def _infinite_if_bad(losses) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------- reading
-def read_run(run_dir) -> Curve:
-    """The validations of a run directory, its saved steps and its validation set."""
+def read_run(run_dir, group: int = GROUP) -> Curve:
+    """The validations of a run directory, its saved steps, its validation set and its readiness."""
     rows = tables.read_metrics(run_dir, "val", ("step", "val_loss"), "sft.py")
+    evaluations = tables.read_metrics(run_dir, "eval")
     saved = []
     for path in Path(run_dir, "checkpoints").glob("step_*"):
         match = re.fullmatch(r"step_(\d+)", path.name)
@@ -265,7 +272,20 @@ def read_run(run_dir) -> Curve:
         flops=[row.get("flops") for row in rows],
         saved=sorted(saved),
         val_set=known.get("val_set"),
+        readiness={row["step"]: readiness_of(row, group) for row in evaluations},
     )
+
+
+def recommendations(found: Diagnosis, curve: Curve) -> dict[str, int | None]:
+    """The checkpoint that each rule would start RL from: {"loss", "signal", "accuracy": step}."""
+    sampled = [step for step in found.steps if step in curve.readiness]
+    usable = [step for step in sampled if curve.saved is None or step in curve.saved]
+    chosen = {"loss": found.recommended_step}
+    for rule in ("signal", "accuracy"):
+        known = {step: getattr(curve.readiness[step], rule) for step in usable}
+        rates = {step: estimate.value for step, estimate in known.items() if estimate}
+        chosen[rule] = max(rates, key=rates.get, default=None)
+    return chosen
 
 
 def read_csv(path) -> Curve:
@@ -305,14 +325,9 @@ def compare(runs, ceilings=None, delta: float = DELTA, delta2: float = DELTA2) -
     rows = []
     for run, curve in curves.items():
         found = diagnose(curve.steps, curve.losses, delta=delta, delta2=delta2)
-        row = {
-            "run": run,
-            "min_val_loss": float(_infinite_if_bad(found.losses).min()),
-            "step": found.recommended_step,
-            "saturated": found.saturated,
-            "a_post": (ceilings or {}).get(run),
-        }
-        rows.append(row)
+        row = {"run": run, "min_val_loss": float(_infinite_if_bad(found.losses).min())}
+        row |= {"step": found.recommended_step, "saturated": found.saturated}
+        rows.append(row | {"a_post": (ceilings or {}).get(run)})
     rows.sort(key=lambda row: row["min_val_loss"])
     known = [row for row in rows if row["a_post"] is not None]
     loss = np.array([row["min_val_loss"] for row in known])
@@ -322,20 +337,8 @@ def compare(runs, ceilings=None, delta: float = DELTA, delta2: float = DELTA2) -
         "runs": rows,
         "n_ceilings": len(known),
         "pearson": correlation(loss, ceiling),
-        "spearman": correlation(_ranks(loss), _ranks(ceiling)),
+        "spearman": correlation(ranks(loss), ranks(ceiling)),
     }
-
-
-def correlation(a, b) -> float | None:
-    """Pearson's r of two (N,) arrays; None for fewer than two points or where one has no spread."""
-    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0 or not np.isfinite([a, b]).all():
-        return None
-    return float(np.corrcoef(a, b)[0, 1])
-
-
-def _ranks(values) -> np.ndarray:
-    """(N,) ranks for Spearman; ties share their mean rank."""
-    return np.array([(values < v).sum() + (values == v).sum() / 2 for v in values])
 
 
 def read_ceilings(words, runs) -> dict:
@@ -345,23 +348,30 @@ def read_ceilings(words, runs) -> dict:
         runs = [row["run"] for row in rows]
         words = [row["a_post"] for row in rows]
     if len(words) != len(runs):
-        raise UserError(
-            f"--ceilings: {len(words)} numbers for {len(runs)} runs; give one per run, in order"
-        )
+        raise UserError(f"--ceilings: {len(words)} numbers for {len(runs)} runs; one per run")
     return {str(run): tables.read_number("--ceilings", word) for run, word in zip(runs, words)}
 
 
 # ----------------------------------------------------------------------------------- command line
-def _report(found: Diagnosis) -> str:
+def _report(found: Diagnosis, curve: Curve, chosen: dict, group: int) -> str:
     """The text table: one row per validation, then the recommendation."""
-    lines = [f"{'step':>10} {'FLOPs':>10} {'val loss':>9}  regime"]
+    head = f"{'step':>10} {'FLOPs':>10} {'val loss':>9}  regime  "
+    if curve.readiness:
+        head += Readiness.head(group)
+    lines = [head.rstrip()]
     for step, loss, flops, name in zip(found.steps, found.losses, found.flops, found.regimes):
-        mark = " <- start RL here" if step == found.recommended_step else ""
         compute = "-" if flops is None else f"{flops:.3e}"
-        lines.append(f"{step:>10} {compute:>10} {loss:9.4f}  {name}{mark}")
+        line = f"{step:>10} {compute:>10} {loss:9.4f}  {name:8}"
+        if curve.readiness:
+            line += curve.readiness[step].text() if step in curve.readiness else ""
+        mark = " <- start RL here" if step == found.recommended_step else ""
+        lines.append(line.rstrip() + mark)
     lines.append(found.reason)
     if found.alternative_step is not None:
         lines.append(f"alternative: step {found.alternative_step}, first saved checkpoint in Mild")
+    if curve.readiness:
+        shown = ", ".join(f"by {rule} {step or '-'}" for rule, step in chosen.items())
+        lines.append(f"RL would start {shown} (--recommend)")
     return "\n".join(lines)
 
 
@@ -394,6 +404,8 @@ def parser() -> argparse.ArgumentParser:
     add("--ceilings", nargs="+", metavar="A_POST", help="--compare: points per run, or FILE.csv")
     add("--delta", type=float, default=DELTA, help="upper edge of Stable over L_min (0.02)")
     add("--delta2", type=float, default=DELTA2, help="upper edge of Mild over L_min (0.1)")
+    add("--recommend", choices=("loss", "signal", "accuracy"), default="loss", help="start RL by")
+    add("--group", type=int, default=GROUP, help="samples per problem in RL, for the signal (8)")
     add("--json", action="store_true", help="print JSON instead of a table")
     return flags
 
@@ -410,9 +422,19 @@ def run(args) -> str:
         ceilings = read_ceilings(args.ceilings, args.compare) if args.ceilings else None
         result = compare(args.compare, ceilings, args.delta, args.delta2)
         return json.dumps(result) if args.json else _comparison(result)
-    curve = read_csv(args.csv) if args.csv else read_run(args.run or "runs/sft")
+    curve = read_csv(args.csv) if args.csv else read_run(args.run or "runs/sft", args.group)
     found = diagnose(curve.steps, curve.losses, curve.flops, curve.saved, args.delta, args.delta2)
-    return json.dumps(found.as_json()) if args.json else _report(found)
+    chosen = recommendations(found, curve)
+    if args.recommend != "loss":
+        step = chosen[args.recommend]
+        if step is None:
+            raise UserError(f"--recommend {args.recommend}: no saved validation has measured it")
+        reason = f"highest {args.recommend} at step {step}; by loss: {found.reason}"
+        found = replace(found, recommended_step=step, reason=reason)
+    if not args.json:
+        return _report(found, curve, chosen, args.group)
+    rows = {step: ready.as_json() for step, ready in curve.readiness.items()}
+    return json.dumps(found.as_json() | {"recommended_by": chosen, "readiness": rows})
 
 
 def main(argv=None) -> int:

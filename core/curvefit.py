@@ -16,9 +16,13 @@ import numpy as np
 
 B_RANGE = (0.3, 10.0)
 C_RANGE = (0.005, 20.0)  # of C_mid, relative to the last x
-DRIFT_LENGTH = 0.3  # correlation length of the drift, relative to the last x
+# The grid of noise settings, chosen in docs/ceiling.md
+SIGMA_FACTORS = (0.5, 0.7, 1.0, 1.4, 2.0)  # noise of a change, over its estimate by point_noise
+DRIFT_SIZES = (0.5, 1.0, 2.0, 3.0)  # points; there is always some drift
+DRIFT_LENGTHS = (0.3, 1.5)  # correlation lengths of the drift, relative to the last x
 TOP = 100.0  # the metric's maximum, points
 N_DRAWS = 1500  # gives an end of a 90% interval to about 3% of its width
+LEAST_SEEN = 6  # points whose noise can be seen in their second differences
 UNKNOWNS = 5  # P_sft, eps, gain, B, C_mid: the fewest points that a fit is tried on
 
 
@@ -31,7 +35,7 @@ def sigmoid(x, b, c) -> np.ndarray:
 
 def point_noise(y) -> float:
     """Standard deviation of one point, from second differences: a smooth curve has next to none."""
-    if len(y) < 6:
+    if len(y) < LEAST_SEEN:
         return 0.5
     deviation = 1.4826 * float(np.median(np.abs(np.diff(y, 2))))
     return max(deviation / math.sqrt(6), 0.05)
@@ -47,7 +51,8 @@ class Posterior(NamedTuple):
     b: np.ndarray  # (M,)
     c: np.ndarray  # (M,) C_mid, FLOPs
     sigma: np.ndarray  # (M,) noise of one evaluation
-    tau: np.ndarray  # (M,) size of the drift, 0 for none
+    tau: np.ndarray  # (M,) size of the drift
+    length: np.ndarray  # (M,) its correlation length, relative to the last x
     x: np.ndarray  # (N,) fitted points
     y: np.ndarray  # (N,)
     relative: np.ndarray  # (N,) noise variance of a point over that of the mean point
@@ -58,6 +63,7 @@ class Noise(NamedTuple):
 
     sigma: np.ndarray  # (H,) of one evaluation
     tau: np.ndarray  # (H,) size of the drift
+    length: np.ndarray  # (H,) its correlation length, relative to the last x
     log_prior: np.ndarray  # (H,)
     relative: np.ndarray  # (N,) noise variance of a point over that of the mean point
 
@@ -96,39 +102,34 @@ def sample(x, y, n=None, seed: int = 0) -> Posterior:
     h, k, linear = (v[allowed][:N_DRAWS] for v in (h, k, linear))
     within = grid.half[:, None] * rng.uniform(-1, 1, (2, len(k)))
     b, c = np.exp(np.stack([grid.log_b[k], grid.log_c[k]]) + within)
-    return Posterior(*linear.T, b, c, noise.sigma[h], noise.tau[h], x, y, noise.relative)
+    settings = (noise.sigma[h], noise.tau[h], noise.length[h])
+    return Posterior(*linear.T, b, c, *settings, x, y, noise.relative)
 
 
 def _noise_settings(y, n) -> Noise:
-    """The grid of (sigma, tau); known binomial noise is the least that sigma can be."""
-    if n is None:
-        relative = np.ones(len(y))
-        centre = point_noise(y)
-        factors = np.array([0.5, 0.7, 1.0, 1.4, 2.0])
-    else:
+    """The grid of noise settings.
+
+    Evaluations repeat the same problems, so they differ by less than their binomial noise, which
+    is that of a level. The noise of a change is seen in second differences; n gives the points
+    their relative weights, and the noise itself where there are too few points to see it."""
+    relative = np.ones(len(y))
+    centre = point_noise(y)
+    if n is not None:
         right = (np.clip(y, 0, TOP) * n / TOP + 1) / (n + 2)  # +1, +2: above 0 at 0 and at 100
         binomial = TOP**2 * right * (1 - right) / n
         relative = binomial / binomial.mean()
-        centre = math.sqrt(binomial.mean())
-        factors = np.array([1.0, 1.2, 1.5, 2.0, 3.0])
-    sizes = np.array([0.0, 0.5, 1.0, 2.0])
-    odds = np.exp(-0.5 * sizes**2) * (sizes > 0)
-    odds = odds / odds.sum() + (sizes == 0)  # even odds: no drift against all sizes of it
-    factor, tau = (axis.ravel() for axis in np.meshgrid(factors, sizes, indexing="ij"))
-    log_prior = np.tile(np.log(odds), len(factors)) - 0.5 * (np.log(factor) / 0.5) ** 2
-    return Noise(centre * factor, tau, log_prior, relative)
+        if len(y) < LEAST_SEEN:
+            centre = math.sqrt(binomial.mean())
+    axes = np.meshgrid(SIGMA_FACTORS, DRIFT_SIZES, DRIFT_LENGTHS, indexing="ij")
+    factor, tau, length = (axis.ravel() for axis in axes)
+    log_prior = -0.5 * (tau / 2) ** 2 - 0.5 * (np.log(factor) / 0.5) ** 2
+    return Noise(centre * factor, tau, length, log_prior, relative)
 
 
 def _grid_posterior(x, y, noise: Noise) -> Grid:
     """The posterior of (B, C_mid) on 20 x 20 cells, zoomed in until they lie where the mass is."""
     last = x.max()
-    scale = 1 / np.sqrt(noise.relative)
-    values, vectors = np.linalg.eigh(scale[:, None] * _kernel(x, x, last) * scale)
-    rotate = scale[:, None] * vectors  # (N, N) makes noise and drift independent between points
-    variance = noise.sigma[:, None] ** 2 + noise.tau[:, None] ** 2 * np.maximum(values, 0)
-    weight = 1 / variance  # (H, N)
-    target = y @ rotate
-    log_noise = noise.log_prior + 0.5 * np.log(weight).sum(1) - 0.5 * weight @ target**2  # (H,)
+    frames = _frames(x, y, noise)
     box = np.log([B_RANGE, (C_RANGE[0] * last, C_RANGE[1] * last)])
     for _ in range(4):
         edges = np.linspace(box[:, 0], box[:, 1], 21)
@@ -136,12 +137,18 @@ def _grid_posterior(x, y, noise: Noise) -> Grid:
         centres = np.meshgrid(*(edges[:-1] + half).T, indexing="ij")
         log_b, log_c = (axis.ravel() for axis in centres)  # (K,)
         curves = sigmoid(x, np.exp(log_b), np.exp(log_c))
-        design = np.stack(np.broadcast_arrays(1.0, x > 0, curves)) @ rotate  # (3, K, N)
-        mean, covariance, log_fit = _linear_posterior(weight, design, target)
+        design = np.stack(np.broadcast_arrays(1.0, x > 0, curves))  # (3, K, N)
+        mean = np.zeros((len(noise.sigma), len(log_b), 3))
+        covariance = np.zeros((*mean.shape, 3))
+        log_fit = np.zeros(mean.shape[:2])
+        for at, rotate, weight, log_noise in frames:
+            found = _linear_posterior(weight, design @ rotate, y @ rotate)
+            mean[at], covariance[at], log_fit[at] = found
+            log_fit[at] += log_noise[:, None]
         # priors: log B ~ N(0.2, 0.6^2); log(C_mid / last x) ~ -1 + 0.5 t with 3 degrees of freedom
         z = (log_c - np.log(last) + 1) / 0.5
         log_prior = -0.5 * ((log_b - 0.2) / 0.6) ** 2 - 2 * np.log1p(z**2 / 3)
-        log_posterior = log_fit + log_noise[:, None] + log_prior
+        log_posterior = log_fit + log_prior
         mass = np.exp(log_posterior - log_posterior.max())  # (H, K)
         near = mass.max(0) > 1e-4
         low = np.array([log_b[near].min(), log_c[near].min()]) - half
@@ -152,9 +159,27 @@ def _grid_posterior(x, y, noise: Noise) -> Grid:
     return Grid(log_b, log_c, half, mass, mean, covariance)
 
 
-def _kernel(a, b, last) -> np.ndarray:
+def _frames(x, y, noise: Noise) -> list[tuple]:
+    """For each length of the drift, the frame in which noise and drift are independent.
+
+    [(which settings (H,) bool, rotation (N, N), weight of each rotated point (h, N), log prior and
+    evidence of the noise (h,))]"""
+    frames = []
+    scale = 1 / np.sqrt(noise.relative)
+    for length in sorted(set(noise.length)):
+        at = noise.length == length
+        values, vectors = np.linalg.eigh(scale[:, None] * _kernel(x, x, length * x.max()) * scale)
+        rotate = scale[:, None] * vectors
+        drift = noise.tau[at, None] ** 2 * np.maximum(values, 0)
+        weight = 1 / (noise.sigma[at, None] ** 2 + drift)
+        evidence = 0.5 * np.log(weight).sum(1) - 0.5 * weight @ (y @ rotate) ** 2
+        frames.append((at, rotate, weight, noise.log_prior[at] + evidence))
+    return frames
+
+
+def _kernel(a, b, length: float) -> np.ndarray:
     """Correlation of the drift at a (A,) and b (B,) -> (A, B); none at 0, which is before RL."""
-    near = np.exp(-np.abs(a[:, None] - b) / (DRIFT_LENGTH * last))
+    near = np.exp(-np.abs(a[:, None] - b) / length)
     return near * (a[:, None] > 0) * (b > 0)
 
 
@@ -170,7 +195,8 @@ def _linear_posterior(weight, design, target):
     moment = ((weight * target) @ design.transpose(0, 2, 1)).transpose(1, 2, 0)
     covariance = np.linalg.inv(precision)
     mean = np.einsum("hkij,hkj->hki", covariance, moment)
-    return mean, covariance, 0.5 * (moment * mean).sum(-1) - 0.5 * np.linalg.slogdet(precision)[1]
+    log_fit = 0.5 * (moment * mean).sum(-1) - 0.5 * np.linalg.slogdet(precision)[1]
+    return mean, covariance, log_fit
 
 
 def curve(posterior: Posterior, x) -> np.ndarray:
@@ -187,14 +213,11 @@ def predict(posterior: Posterior, x, seed: int = 0):
     value = curve(posterior, x)  # (M, X)
     variance = np.repeat(posterior.sigma[:, None] ** 2, len(x), 1)
     residual = posterior.y - curve(posterior, posterior.x)  # (M, N)
-    near = _kernel(posterior.x, posterior.x, last)
-    far = _kernel(x, posterior.x, last)
-    settings = sorted(set(zip(posterior.sigma, posterior.tau)))
-    for sigma, tau in settings:
-        if tau == 0:
-            continue
-        # the drift at the last points is carried on, and fades over DRIFT_LENGTH of the run
-        at = (posterior.sigma == sigma) & (posterior.tau == tau)
+    for sigma, tau, length in set(zip(posterior.sigma, posterior.tau, posterior.length)):
+        # the drift at the last points is carried on, and fades with its length
+        at = (posterior.sigma == sigma) & (posterior.tau == tau) & (posterior.length == length)
+        near = _kernel(posterior.x, posterior.x, length * last)
+        far = _kernel(x, posterior.x, length * last)
         covariance = sigma**2 * np.diag(posterior.relative) + tau**2 * near
         carried = np.linalg.solve(covariance, tau**2 * far.T)  # (N, X)
         value[at] += residual[at] @ carried
@@ -202,6 +225,27 @@ def predict(posterior: Posterior, x, seed: int = 0):
     draw = value + np.sqrt(variance) * np.random.default_rng(seed).normal(size=value.shape)
     low, high = np.quantile(np.clip(draw, 0, TOP), (0.05, 0.95), axis=0)
     return np.clip(value.mean(0), 0, TOP), low, high
+
+
+def entropy_law(entropy, y, seed: int = 0) -> np.ndarray | None:
+    """Draws (M,) of the performance at zero entropy, b - a, by R = b - a exp(H), 2505.22617.
+
+    entropy, y (N,): nats per token and points. The posterior of a straight line in exp(H) under a
+    flat prior; None where a is not surely above 0 or there are fewer than 5 points."""
+    known = np.isfinite(entropy) & np.isfinite(y)
+    if known.sum() < UNKNOWNS or np.ptp(entropy[known]) == 0:
+        return None
+    design = np.stack([np.ones(known.sum()), -np.exp(entropy[known])], 1)  # (N, 2) of b and a
+    found, *_ = np.linalg.lstsq(design, y[known], rcond=None)
+    df = len(design) - 2
+    variance = ((y[known] - design @ found) ** 2).sum() / df
+    covariance = variance * np.linalg.inv(design.T @ design)
+    if found[1] <= 2 * math.sqrt(covariance[1, 1]):
+        return None
+    ends = np.array([1.0, -1.0])
+    spread = math.sqrt(max(ends @ covariance @ ends, 0.0))
+    unit = np.random.default_rng(seed).standard_t(df, N_DRAWS)
+    return np.clip(ends @ found + spread * unit, 0, TOP)
 
 
 # --------------------------------------------------------------- least squares, as in Table 4

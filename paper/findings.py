@@ -185,7 +185,7 @@ class Study:
         if post is None:
             return None
         rng = np.random.default_rng(list(name.encode()))
-        return rng.choice(post.eps + post.gain + (0 if gain else post.p_sft), DRAWS)
+        return rng.choice(ceiling.ceiling_draws(post) - (post.p_sft if gain else 0), DRAWS)
 
     def plasticity(self, name: str) -> np.ndarray | None:
         return self.draws(name, gain=True)

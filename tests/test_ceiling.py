@@ -76,6 +76,69 @@ def synthetic_coverage(n_curves):
     return np.mean(hits, axis=0), float(np.median(errors)), len(errors)
 
 
+KINDS = (
+    "clean",
+    "binomial",
+    "drift 0.7",
+    "drift 1.5",
+    "random walk",
+    "plateau, then rise",
+    "late start",
+    "zero gain",
+)
+
+
+def curve_of_kind(kind, rng, n=30):
+    """A run that eq. (2) describes badly: (flops, performance, responses or None, true A_post).
+
+    The noise of an evaluation is 0.5 points, or that of 800 responses (binomial). A drift is an
+    Ornstein-Uhlenbeck process of this size and of length 0.3; a random walk has steps of 0.3. The
+    second rise starts after 30-70% of the run, a late start after 20-50%."""
+    b = rng.uniform(0.8, 3)
+    gain = rng.uniform(3, 15)
+    p_sft = rng.uniform(40, 75)
+    c = math.exp(rng.uniform(math.log(0.05), 0))  # of the run's compute
+    x = np.linspace(0, 1, n + 1)
+    top = p_sft + gain
+    if kind == "zero gain":
+        top = p_sft
+        y = np.full(n + 1, p_sft)
+    elif kind == "late start":
+        begin = rng.uniform(0.2, 0.5)
+        y = truth(np.maximum(x - begin, 0) / (1 - begin), top, p_sft, b, min(c, 0.5))
+    elif kind == "plateau, then rise":
+        first = rng.uniform(0.4, 0.7) * gain
+        begin = rng.uniform(0.3, 0.7)
+        y = truth(x, p_sft + first, p_sft, max(b, 1.5), min(c, 0.1))
+        y = y + truth(np.maximum(x - begin, 0), gain - first, 0, 2, rng.uniform(0.1, 0.3))
+    else:
+        y = truth(x, top, p_sft, b, c)
+    if kind.startswith("drift"):
+        correlation = np.exp(-np.abs(x[1:, None] - x[1:]) / 0.3)
+        y[1:] += float(kind.split()[1]) * np.linalg.cholesky(correlation) @ rng.normal(size=n)
+    if kind == "random walk":
+        y[1:] += np.cumsum(rng.normal(0, 0.3, n))
+    if kind == "binomial":
+        return x * 1e20, rng.binomial(800, y / 100) / 8, 800, top
+    return x * 1e20, y + rng.normal(0, 0.5, n + 1), None, top
+
+
+def coverage_of_kind(kind, n_curves, seed=8):
+    """(fitted, coverage of A_post, share identified, coverage among those) of n_curves."""
+    rng = np.random.default_rng([seed, KINDS.index(kind)])
+    covered = []
+    identified = []
+    for _ in range(n_curves):
+        x, y, n, top = curve_of_kind(kind, rng)
+        found = ceiling.fit(x, y, n=n)
+        if found.status == "ok":
+            covered.append(found.a_post_low <= top <= found.a_post_high)
+            identified.append(found.identified)
+    among = np.array(covered)[np.array(identified)]
+    inside = among.mean() if len(among) else math.nan
+    return len(covered), np.mean(covered), np.mean(identified), inside
+
+
 # -- the formula and the closed forms
 
 
@@ -115,12 +178,13 @@ def test_forecast_carries_the_last_deviation_on_as_a_gaussian_process_does():
     y = np.array([50, 55, 60, 66.0])
     at = np.array([3.5, 30.0])
     one = curvefit.Posterior(
-        *(np.array([v]) for v in (50.0, 0.0, 12.0, 1.5, 1.0, 0.5, 2.0)), x, y, np.ones(4)
+        *(np.array([v]) for v in (50.0, 0.0, 12.0, 1.5, 1.0, 0.5, 2.0, 0.3)), x, y, np.ones(4)
     )
-    many = curvefit.Posterior(*(np.repeat(v, 20000) for v in one[:7]), *one[7:])
+    many = curvefit.Posterior(*(np.repeat(v, 20000) for v in one[:8]), *one[8:])
     mean, low, high = ceiling.predict(many, at)
-    cov = 0.25 * np.eye(4) + 4 * curvefit._kernel(x, x, 3.0)
-    cross = 4 * curvefit._kernel(at, x, 3.0)
+    length = 0.3 * 3.0
+    cov = 0.25 * np.eye(4) + 4 * curvefit._kernel(x, x, length)
+    cross = 4 * curvefit._kernel(at, x, length)
     trend = lambda v: truth(v, 62, 50, 1.5, 1.0)
     expected = trend(at) + cross @ np.linalg.solve(cov, y - trend(x))
     spread = 1.645 * np.sqrt(0.25 + 4 - (cross * np.linalg.solve(cov, cross.T).T).sum(1))
@@ -163,9 +227,8 @@ def test_noiseless_curve_gives_its_parameters_back():
     x = np.linspace(0, 1e20, 31)
     found = ceiling.fit(x, truth(x, 80, 70, 2, 2e19))
     assert found.identified and found.status == "ok"
-    assert found.a_post == pytest.approx(80, abs=0.15) and found.plasticity == pytest.approx(
-        10, abs=0.2
-    )
+    assert found.a_post == pytest.approx(80, abs=0.4)
+    assert found.plasticity == pytest.approx(10, abs=0.4)
     assert found.c_mid == pytest.approx(2e19, rel=0.05) and found.b == pytest.approx(2, abs=0.15)
     assert found.share == pytest.approx(float(truth(5, 1, 0, 2, 1)), abs=0.02)
 
@@ -176,22 +239,42 @@ def test_intervals_hold_the_truth_about_nine_times_in_ten_on_synthetic_curves():
     assert 0.8 <= coverage[0] <= 1 and (coverage[1:] >= 0.75).all() and error < 1
 
 
+@pytest.mark.parametrize("kind", ["drift 0.7", "random walk", "zero gain"])
+def test_ceiling_is_covered_on_curves_that_the_sigmoid_does_not_describe(kind):
+    """20 curves here; 200 of every kind in docs/ceiling.md: python tests/test_ceiling.py."""
+    _, covered, *_ = coverage_of_kind(kind, 20)
+    assert covered >= 0.8
+
+
 def test_plasticity_carries_the_noise_of_p_sft():
     """On a long plateau A_post is sharp, but the gain is no better known than P_sft, one point."""
     x = np.linspace(0, 1, 61)
     y = truth(x, 80, 70, 4, 0.05) + np.random.default_rng(0).normal(0, 0.5, 61)
     found = ceiling.fit(x, y)
     width = found.plasticity_high - found.plasticity_low
-    assert width > 1.2 * (found.a_post_high - found.a_post_low) and width > 0.7 * 2 * 1.645 * 0.5
+    assert width > found.a_post_high - found.a_post_low and width > 0.7 * 2 * 1.645 * 0.5
 
 
-def test_fewer_responses_make_wider_intervals():
+def test_few_points_take_their_noise_from_the_responses_and_many_show_it_themselves():
     x = np.linspace(0, 1, 16)
     y = truth(x, 50, 30, 1.5, 0.2) + np.random.default_rng(0).normal(0, 0.3, 16)
-    widths = [
-        f.a_post_high - f.a_post_low for f in (ceiling.fit(x, y, n=n) for n in (200, 2000, 20000))
-    ]
-    assert widths[0] > 1.5 * widths[1] > 1.5 * widths[2]
+
+    def widths(at):
+        fits = [ceiling.fit(x[at], y[at], n=n) for n in (200, 20000)]
+        return [found.a_post_high - found.a_post_low for found in fits]
+
+    few = widths([0, 4, 8, 12, 15])
+    many = widths(slice(None))
+    assert few[0] > 1.3 * few[1] and many[0] == pytest.approx(many[1], rel=0.05)
+
+
+def test_noise_of_a_level_is_told_apart_and_is_in_no_interval():
+    x = np.linspace(0, 1, 16)
+    y = truth(x, 50, 30, 1.5, 0.2) + np.random.default_rng(0).normal(0, 0.3, 16)
+    found = ceiling.fit(x, y, n=200)
+    rate = y[-1] / 100
+    assert found.level_se == pytest.approx(100 * math.sqrt(rate * (1 - rate) / 200))
+    assert found.forecast[0]["high"] - found.forecast[0]["low"] < 2 * found.level_se
 
 
 def test_point_with_few_responses_counts_little():
@@ -315,6 +398,65 @@ def test_share_is_not_called_reached_before_it_is():
     assert len(stops) >= 4 and sum(share >= 0.95 for share in stops) >= len(stops) - 1
 
 
+# -- the second ceiling, and the line of a log
+
+
+def entropic_run(tmp_path, entropy, y):
+    """A run directory whose policy of step s has this entropy and performance."""
+    rows = [{"step": i + 1, "kind": "train", "entropy": float(h)} for i, h in enumerate(entropy)]
+    for i, v in enumerate(y):
+        rows.append({"step": i, "kind": "eval", "flops": i * 1e15, "pass1": float(v)})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ceiling.fit_points(ceiling.read_run(tmp_path))
+
+
+def test_entropy_law_gives_the_performance_at_zero_entropy(tmp_path):
+    entropy = np.linspace(0.8, 0.2, 13)
+    y = 60 - 10 * np.exp(entropy) + np.random.default_rng(0).normal(0, 0.2, 13)
+    found = entropic_run(tmp_path, entropy, y)
+    assert found.entropy_ceiling == pytest.approx(50, abs=1)
+    low, high = found.entropy_ceiling_low, found.entropy_ceiling_high
+    assert low < found.entropy_ceiling < high and high - low < 2
+
+
+def test_interval_of_the_entropy_law_covers_nine_times_in_ten():
+    entropy = np.linspace(0.8, 0.2, 13)
+    hits = []
+    for seed in range(100):
+        y = 60 - 10 * np.exp(entropy) + np.random.default_rng(seed).normal(0, 0.5, 13)
+        low, high = np.quantile(curvefit.entropy_law(entropy, y), (0.05, 0.95))
+        hits.append(low < 50 < high)
+    assert 0.83 <= np.mean(hits) <= 0.97
+
+
+def test_entropy_that_does_not_fall_gives_no_second_ceiling(tmp_path):
+    rng = np.random.default_rng(0)
+    y = truth(np.linspace(0, 1, 13), 50, 30, 1.5, 0.2)
+    found = entropic_run(tmp_path, 0.5 + rng.normal(0, 0.02, 13), y)
+    assert found.entropy_ceiling is None and "entropy law" not in ceiling.report(found)
+
+
+def test_two_ceilings_that_disagree_are_one_line(tmp_path):
+    """Performance levels off while entropy still falls: its law promises 45, the curve 35."""
+    x = np.linspace(0, 1, 31)
+    y = truth(x, 35, 20, 2, 0.1)
+    entropy = np.log(3 - (y - 20) / 15)
+    found = entropic_run(tmp_path, entropy, y + np.random.default_rng(0).normal(0, 0.1, 31))
+    assert found.entropy_ceiling_low > found.a_post_high
+    assert "disagrees" in ceiling.report(found).splitlines()[-1]
+
+
+def test_line_says_what_twice_the_compute_may_give_in_every_state():
+    x, y, _ = synthetic(np.random.default_rng(5))
+    found = ceiling.fit(x, y)
+    ahead = found.forecast[-2]
+    expected = f"at 2x the compute {ahead['mean']:.1f} [{ahead['low']:.1f}, {ahead['high']:.1f}]"
+    assert ahead["flops"] == 2 * x.max() and expected in ceiling.line(found)
+    assert "too few" in ceiling.line(ceiling.fit([0, 1], [2, 3]))
+    y[20:] -= 30
+    assert "collapse; the best before it" in ceiling.line(ceiling.fit(x, y))
+
+
 # -- files and the command line
 
 
@@ -380,7 +522,8 @@ def test_run_directory_is_read_from_its_eval_lines(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 9, "ki')
     assert ceiling.main([str(tmp_path), "--json"]) == 0
     row = json.loads(capsys.readouterr().out)["runs"][0]
-    assert row == {**ceiling.fit(x, y, n=2000).as_json(), "run": str(tmp_path)}
+    known = {"run": str(tmp_path), "level_se": 1.0}
+    assert row == ceiling.fit(x, y, n=2000).as_json() | known
 
 
 @pytest.mark.parametrize(
@@ -526,7 +669,7 @@ def test_forecasts_beat_the_bounded_sigmoid_on_both_halves_and_intervals_cover(f
     rows = forecast_errors(fraction)
     for half in (rows[0::2], rows[1::2]):  # the estimator was chosen on the first
         assert half[:, 0].mean() < half[:, 1].mean()
-    assert 0.8 <= rows[:, 2].mean() <= 0.97
+    assert 0.85 <= rows[:, 2].mean() <= 0.97
 
 
 @needs_paper_data
@@ -535,7 +678,7 @@ def test_all_given_runs_with_intervals_take_under_twenty_seconds():
     found = {run: ceiling.fit(x, y) for run, (x, y, *_) in paper_runs().items()}
     assert time.process_time() - start < 20 and len(found) == 21
     assert found["S1K", 62].status == "collapse" and found["Easy102K", 6120].status == "oscillation"
-    assert sum(f.identified for f in found.values()) >= 10
+    assert sum(f.identified for f in found.values()) >= 9
 
 
 def report() -> None:
@@ -587,6 +730,14 @@ def report() -> None:
         f"200 synthetic curves (30 points, noise 0.5): 90% intervals cover {covered};\n"
         f"  median error of A_post {error:.2f} points on the {n} curves that reach 70% of the gain"
     )
+    print(
+        "Every kind of curve: A_post covered by its 90% interval; called identified; covered then"
+    )
+    for kind in KINDS:
+        n, covered, identified, inside = coverage_of_kind(kind, 200)
+        print(
+            f"  {kind:20} {n:4} fitted  {covered:4.0%} {identified:4.0%} {inside:4.0%}", flush=True
+        )
 
 
 if __name__ == "__main__":
