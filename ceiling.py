@@ -1,5 +1,4 @@
-(
-    """The ceiling of an RL run and how sure it is, from the run's (compute, performance) points.
+"""The ceiling of an RL run and how sure it is, from the run's (compute, performance) points.
 
 Eq. (2)-(4) of arXiv 2512.11470, with P in points (0..100) and x in FLOPs since the start of RL:
     P(x) = base + (A_post - base) / (1 + (x / C_mid)^-B),    base = P_sft + eps
@@ -27,8 +26,6 @@ How it was chosen and what it covers: docs/ceiling.md.
 --paper fits as the paper's Table 4 does: bounded least squares, outlier rejection, trimming.
 The arithmetic of both fits is in core/curvefit.py. Intervals are 90%.
 Shapes: N points, M draws of the posterior, X values of compute."""
-    ""
-)
 
 from __future__ import annotations
 
@@ -94,15 +91,6 @@ class CeilingFit:
 
     def as_json(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "posterior"}
-
-    def describe(self) -> str:
-        """The run so far against its ceiling in a few words; brackets are 90% intervals."""
-        if self.status == "too few points":
-            return "ceiling: too few points yet"
-        if self.status != "ok":
-            return f"{self.status}: ceiling {self.a_post:.1f}, the best before it"
-        share = self.text("share", ".0%")
-        return f"reached {self.reached:.1f} / ceiling {self.text('a_post', '.1f')} / share {share}"
 
     def text(self, name: str, form: str) -> str:
         """A value and its interval for a table: "78.6 [76.3, 81.3]"."""

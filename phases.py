@@ -13,8 +13,7 @@ Eq. (5)-(9) of arXiv 2512.11470, with L_min the lowest validation loss of the ru
 Choices where the paper leaves something open:
  1) A point above the band but between two points inside it is stable: neither a spike nor a hump
     between two equal minima ends Stable. So every checkpoint has one regime, in order.
- 2) A loss that is not a number counts as infinite. A run that ends so, or at more than twice the
-    loss it had before a jump, has diverged.
+ 2) Not a number counts as infinite. A run that ends so, or jumps to twice its loss, has diverged.
  3) sigma, the noise of one validation, is estimated from the curve. Where 2 sigma exceeds the 2%
     band, both edges are raised by 2 sigma, and the reason says so.
  4) RL starts from the saved checkpoint of lowest validation loss, as in the paper's Table 1; where
@@ -121,7 +120,8 @@ def diagnose(steps, losses, flops=None, saved=None, delta=DELTA, delta2=DELTA2) 
     order = sorted(rows)
     loss = _infinite_if_bad([rows[step][0] for step in order])  # (N,)
     finite = np.isfinite(loss)
-    x, y = np.array(order, float)[finite], loss[finite]
+    x = np.array(order, float)[finite]
+    y = loss[finite]
     sigma = noise_of(x, y)
     margin = 2 * sigma if 2 * sigma > delta * y.min(initial=np.inf) else 0.0
     names = regimes(order, loss, delta, delta2, margin)
@@ -138,8 +138,7 @@ def diagnose(steps, losses, flops=None, saved=None, delta=DELTA, delta2=DELTA2) 
     if sigma:
         reason += "; losses are means of three validations"
     if margin:
-        raised = f"the edges of Stable and Mild are raised by {margin:.2g}"
-        reason += f"; a validation is noisy by {sigma:.2g}, so {raised}"
+        reason += f"; noisy by {sigma:.2g}: the edges of Stable and Mild are raised by {margin:.2g}"
     return Diagnosis(
         steps=order,
         losses=[rows[step][0] for step in order],
@@ -183,7 +182,8 @@ def noise_of(x, loss) -> float:
     curve turns 3 times or more and these distances change sign 4 times and at every other point: a
     valley turns once, a spike or a second minimum bends few points; of noise three in four do."""
     start = int(np.argmax(loss <= 1.5 * loss.min(initial=np.inf))) if len(loss) else 0
-    x, loss = x[start:], loss[start:]
+    x = x[start:]
+    loss = loss[start:]
     if len(loss) < 7:  # 4 changes of sign need 5 distances
         return 0.0
     w = (x[1:-1] - x[:-2]) / (x[2:] - x[:-2])  # where a point lies between its neighbours
