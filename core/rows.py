@@ -177,6 +177,8 @@ def understand(row: dict, answer_is_gold: bool = False) -> Reading | None:
     answer = None
     if turns and turns[-1]["role"] == "assistant":
         answer = turns.pop()
+        if not turns:
+            return None
     else:
         more = _response(row, answer_is_gold, columns)
         if more:

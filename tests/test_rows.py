@@ -170,6 +170,8 @@ def test_of_several_assistant_turns_the_last_is_trained_behind_the_others(read, 
         {"prompt": "Q", "completion": [user("U")]},
         {"prompt": [user("Q1"), assistant("A1")], "completion": "more"},
         {"messages": [user("Q1"), assistant("A1"), user("U2")]},
+        {"messages": [assistant("A1")]},
+        {"messages": [assistant(None)]},
     ],
 )
 def test_a_conversation_without_an_answer_at_its_end_is_refused(read, row):
