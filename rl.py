@@ -320,7 +320,7 @@ def evaluate_now(cfg: Config, run: Run, step: int, policy, problems: list) -> No
     fit = fit_so_far(run)
     print(
         f"step {step:4d}  pass@1 {summary['pass1']:.1f} (se {summary['pass1_se']:.1f})  "
-        f"length {summary['length']:.0f}  cut {summary['truncated']:.1f}%  {fit.describe()}",
+        f"length {summary['length']:.0f}  cut {summary['truncated']:.1f}%  {ceiling.line(fit)}",
         flush=True,
     )
     run.prune({evaluate.best_step(run.of_kind("eval"), run.saved())[0]})

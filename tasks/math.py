@@ -9,7 +9,6 @@ def reward(response: str, row: dict) -> verify.Verdict:
 
     Raises UserError for a gold answer that is not text, and for a row without one.
     """
-    verdicts = []
-    for gold in data.golds_of(row):
-        verdicts.append(verify.verify(response, gold))  # prompt=data.prompt_text(row)
+    prompt = data.prompt_text(row)  # an answer that only repeats it earns nothing
+    verdicts = [verify.verify(response, gold, prompt) for gold in data.golds_of(row)]
     return max(verdicts, key=lambda verdict: (verdict.correct, verdict.lenient))
