@@ -210,6 +210,8 @@ def size(node: tuple) -> int:
 
 def suspects(a: tuple, b: tuple, survey: Survey, natural: bool) -> tuple[list[dict], int]:
     """(points at which floats tell a from b, worst first; the number of values computed)."""
+    if "at" in survey.heads:  # a subtree with values of its own
+        raise Unread("not tried in floats")
     n_nodes = size(a) + size(b)
     n_points = max(MIN_POINTS, min(POINTS, MAX_VALUES // n_nodes))
     at = coordinates(survey, n_points)
