@@ -170,6 +170,11 @@ class Comparison:
         else:
             self.work += 15 + getcontext().prec // 8
             self.peak = max(self.peak, abs(value.re), abs(value.im))
+            for part in value:
+                if (
+                    part and part.adjusted() < -getcontext().prec - 5
+                ):  # e^{-1000}: no rounding error
+                    self.extent = max(self.extent, -part.adjusted())
             if value.im and from_real:
                 self.left_reals = True
         if self.work > MAX_WORK:
@@ -180,6 +185,10 @@ class Comparison:
         """Do two answers say the same?"""
         if a == b:
             return True
+        x = fraction(a)
+        y = fraction(b)
+        if x is not None and y is not None:
+            return self.near(x, y)
         heads = {a[0], b[0]}
         if heads & {"both", "minus"}:
             a, b = self.as_regions(a), self.as_regions(b)
