@@ -42,6 +42,7 @@ from core.equality import Comparison
 from core.errors import UserError
 from core.files import read_jsonl
 from core.mathunits import MONTHS
+from core.mathvalue import fraction
 from core.reading import Reading, read, spread, unbraced
 from core.sampling import names_of
 
@@ -228,8 +229,14 @@ def same_trees(a: Reading, b: Reading, comparison: Comparison) -> bool:
         return False
 
 
+def is_number(reading: Reading) -> bool:
+    return reading.tree is not None and fraction(reading.tree) is not None
+
+
 def same_as_text(gold: str, answer: str, a: Reading, b: Reading) -> tuple[bool, bool]:
     """What may be the same in answers whose trees are not: text, the letter of a choice, a date."""
+    if is_number(a) and is_number(b):
+        return False, False
     readable = bool(a.tokens and b.tokens)  # else only the same text is the same
     same = readable and unbraced(a.plain) == unbraced(b.plain)
     if CHOICE_LETTER.search(gold):
