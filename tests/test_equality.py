@@ -175,6 +175,7 @@ KINKED_DIFFERENT = r"""
 |x-5| = 5-x; \lfloor n/2 \rfloor = \lfloor n/3 \rfloor; \sqrt{a^2 b^2} = ab; (-1)^{mn} = 1
 \binom{a}{c} = 0; |x-1000| = 1000-x; |x+4|+|x-4| = 8; \lfloor x \rfloor = x - 1; y! = q!
 \sqrt{(x-3)^2} = x-3; \max(a, b) = a; n \bmod 7 = n; \lceil \frac{n}{100} \rceil = 1
+\max(|a|, \sqrt{a+b}) = \max(a, \sqrt{a+b})
 \lfloor \frac{n+10}{9} \rfloor = \lfloor \frac{n+11}{9} \rfloor; |r_1 - r_2| = r_1 - r_2
 """.replace("\n", ";")
 
@@ -198,6 +199,7 @@ def test_a_difference_of_a_hundred_digits_is_a_difference():
         (r"\sqrt2", r"\sqrt2+2^{-300}"),
         (r"\sqrt2", r"\sqrt2+10^{-70}"),
         (r"\frac{\pi}{2}", r"\arctan(10^{100})"),
+        ("0", "e^{-1000}"),
         ("1", r"\frac{\infty}{\infty}"),
         ("0", r"\infty-\infty"),
     ):

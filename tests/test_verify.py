@@ -623,6 +623,20 @@ def test_what_has_no_value_is_refused_and_compared_as_text():
         assert read(text).tree is None and is_equivalent(text, text + " "), text
 
 
+def test_a_hedge_is_not_an_answer():
+    for gold, response in (
+        ("5", "The answer is $5$ or $6$"),
+        ("5", "The answer is $5$, or maybe $6$"),
+        ("5", "The answer is $$5$$ or $$6$$"),
+        ("5", r"The answer is \(5\) / \(6\)"),
+        ("A", r"The answer is \(A\), \(B\)"),
+        ("A", r"\boxed{A: 5, B: 6}"),
+        ("A", r"\boxed{A) five; D. seven}"),
+    ):
+        assert not verify(response, gold).correct, response
+    assert verify("The answer is $5$, which is prime.", "5").correct
+
+
 # ---------------------------------------------------------------------- command line, pool
 def test_one_answer_on_the_command_line(capsys):
     assert main([r"\frac{1}{2}", r"so \boxed{0.5}"]) == 0
