@@ -42,7 +42,7 @@ BASE = Path("runs/base")  # the tiny base model
 @dataclass
 class Config:
     init: str = ""  # model folder, checkpoint, run directory or hub name; empty = built-in base
-    data: str = ""  # trajectories: .jsonl, .parquet or a task's folder; empty = built-in
+    data: str = ""  # trajectories: file, task's folder or hub name (docs/data.md); empty = built-in
     val: str = ""  # validation trajectories; empty = 199 rows (at most 10%) held out of --data
     problems: str = ""  # problems to sample answers for at each validation; empty = none
     reward: str = "math"  # judges those answers: math, text, a task, or FILE.py:FUNCTION
