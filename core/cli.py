@@ -48,6 +48,7 @@ def parse(Config, argv: list[str] | None = None, preset=None, options=None):
     options: (flag, load): load(value of that flag) is a second dataclass whose fields are flags
         too; those that were typed go into Config.options. Its `settings` are defaults of Config's
         own flags.
+    Config.positional: the field that is given without a flag, where there is one.
     Config.refused: {"--flag": why it does not exist}, for flags of other trainers.
     With --resume the defaults are the settings that the run was begun with.
     """
@@ -67,7 +68,10 @@ def parse(Config, argv: list[str] | None = None, preset=None, options=None):
     add_flags(flags, Config, getattr(Options, "settings", {}))
     if Options:
         add_flags(parser.add_argument_group("options of this --algo"), Options)
-    known, unknown = parser.parse_known_args(argv)
+    read = parser.parse_known_args
+    if hasattr(Config, "positional"):  # words before and behind the flags
+        read = parser.parse_known_intermixed_args
+    known, unknown = read(argv)
     if unknown:
         refuse(unknown[0].split("=")[0], parser, getattr(Config, "refused", {}))
     given = vars(known)
@@ -145,6 +149,8 @@ def add_flags(parser, Config, defaults: dict | None = None) -> None:
             kind = or_none(next(k for k in kind.__args__ if k is not type(None)))
         if kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is tuple:
+            settings |= {"type": str, "metavar": "WORD", "nargs": "+"}
         elif typing.get_origin(kind) is typing.Literal:
             settings["choices"] = typing.get_args(kind)
             settings["metavar"] = "WORD"
@@ -154,8 +160,13 @@ def add_flags(parser, Config, defaults: dict | None = None) -> None:
         text = comments.get(field.name, "")
         if "choices" in settings:
             text += f": {', '.join(choice or 'none' for choice in settings['choices'])}"
+        if isinstance(default, tuple):
+            default = " ".join(default) or None
         text += f" ({'none' if default is None else default!r})"
         flag = "--" + field.name.replace("_", "-")
+        if field.name == getattr(Config, "positional", ""):
+            flag = field.name
+            settings |= {"nargs": "*", "metavar": flag.upper()}
         text = text.replace("%", "%%")
         parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **settings)
 
