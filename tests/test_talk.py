@@ -6,13 +6,15 @@ import subprocess
 import sys
 
 import pytest
-from small_runs import ENV, ROOT, policy_of, write_jsonl
+from small_runs import ENV, ROOT, write_jsonl
 
 import data
+import evaluate
 import model as model_file
 import rollout
 from core.errors import UserError
 from paper import talk
+from tasks import countdown
 
 PROMPTS = ("Make 9 from 7 2 5 ->", "Make 48 from 4 7 1 10 ->")
 
@@ -52,15 +54,17 @@ def test_prompts_of_a_file_of_rows_and_of_a_file_of_text(small_task, tmp_path):
 
 
 def test_log_prob_and_entropy_are_those_of_the_model(small_task, capsys):
-    policy = policy_of(small_task)
-    problem = data.problem({"prompt": PROMPTS[0]}, policy.tokenizer)
-    sampling = rollout.Sampling(max_new=16, eos_ids=(0,))
+    net = model_file.load_model(small_task)
+    tokenizer = evaluate.open_tokenizer(small_task)
+    policy = evaluate.Policy(net, tokenizer, countdown.reward, 16)
+    problem = data.problem({"prompt": PROMPTS[0]}, tokenizer)
+    sampling = policy.sampling(1.0, seed=0)
     printer = talk.Printer(policy, [problem])
     hooks = rollout.Hooks(on_response=printer)
-    ((response,),) = rollout.generate(policy.net, [problem.prompt], 1, sampling, hooks)
+    ((response,),) = rollout.generate(net, [problem.prompt], 1, sampling, hooks)
     printed = capsys.readouterr().out
     ids, mask = data.collate([data.Example(problem.prompt, response.ids)])
-    logp, entropy, _ = model_file.response_logp(policy.net, ids, mask, entropy=True)
+    logp, entropy, _ = model_file.response_logp(net, ids, mask, entropy=True)
     n = len(response.ids)
     found = re.search(r"log-prob (\S+) \((\S+) .* entropy (\S+)", printed).groups()
     expected = [logp.sum().item(), logp.sum().item() / n, entropy.sum().item() / n]
