@@ -1,6 +1,7 @@
-"""What a run prints: a line per step in fixed columns, and once per run what is odd about it."""
+"""What is printed: a line per step, once per run what is odd, a table of models, progress."""
 
 import math
+import sys
 
 
 def number(value, form: str) -> str:
@@ -72,3 +73,35 @@ def print_hints(cfg, run, row: dict) -> None:
             f"entropy rose from {first['entropy']:.2f} to {last['entropy']:.2f} nats and the "
             "reward did not: lower --lr or --entropy-coef",
         )
+
+
+def print_comparison(names: list[str], summaries: list[dict], differences: list[dict]) -> None:
+    """A row per model, then the differences."""
+    width = max(len(name) for name in names)
+    print(f"\n{'model':{width}}  pass@1   se  length  cut %")
+    for name, row in zip(names, summaries):
+        print(
+            f"{name:{width}}  {row['pass1']:6.1f}  {row['pass1_se']:3.1f}  {row['length']:6.0f}  "
+            f"{row['truncated']:5.1f}"
+        )
+    print("differences in pass@1, paired by problem, with 90% intervals:")
+    for row in differences:
+        interval = f"[{number(row['low'], '+.1f')}, {number(row['high'], '+.1f')}]"
+        print(f"  {row['from']} -> {row['to']}  {row['difference']:+.1f} {interval}")
+
+
+def show_progress(what: str):
+    """A progress line on a terminal; nothing in a pipe."""
+    if not sys.stderr.isatty():
+        return None
+    from tqdm import tqdm
+
+    bar = tqdm(desc=what, unit="response", leave=False)
+
+    def advance(done, total):
+        bar.total = total
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    return advance

@@ -2,17 +2,22 @@
 
 import itertools
 import json
+import math
 import re
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 from small_runs import ENV, ROOT, policy_of, write_jsonl
 
 import data
 import evaluate
+import model as model_file
 import rollout
 from core.errors import UserError
 
@@ -139,6 +144,60 @@ def test_the_command_prints_a_summary_as_json_and_writes_a_line_per_sample(small
     assert {"init", "data", "pass1", "pass1_se", "n", "problems", "pass_at_2"} <= set(summary)
     assert summary["n"] == 6
     assert len(out.read_text().splitlines()) == 6
+
+
+def test_models_are_compared_on_the_same_problems_and_the_same_random_numbers(small_task, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(small_task, other)
+    net = model_file.load_model(small_task)
+    with torch.no_grad():
+        net.head.mul_(0.5)
+    model_file.save_model(net, other)
+    same = tmp_path / "same"
+    shutil.copytree(small_task, same)
+    out = tmp_path / "eval.jsonl"
+    words = ["--init", small_task, other, same, "--data", small_task, "--limit", "5", "--n", "2"]
+    words += ["--max-new", "8", "--reward", coin_reward(tmp_path), "--out", out]
+    done = subprocess.run(command(*words), env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    names = [str(small_task), str(other), str(same)]
+    assert [row["init"] for row in found["models"]] == names
+    samples = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["init"] for row in samples] == [name for name in names for _ in range(10)]
+    one = [row["response"] for row in samples if row["init"] == names[0]]
+    assert one == [row["response"] for row in samples if row["init"] == names[2]]
+    assert one != [row["response"] for row in samples if row["init"] == names[1]]
+
+    there, zero, back = found["differences"]
+    assert (there["from"], there["to"]) == (names[0], names[1])
+    assert (zero["difference"], zero["low"], zero["high"]) == (0, 0, 0)
+    assert back["difference"] == -there["difference"]
+    shares = []
+    for name in names[:2]:
+        right = [row["correct"] for row in samples if row["init"] == name]
+        shares.append([(right[i] + right[i + 1]) / 2 for i in range(0, 10, 2)])
+    gains = [100 * (b - a) for a, b in zip(*shares)]
+    half = 1.6449 * statistics.stdev(gains) / math.sqrt(5)
+    assert half > 0
+    assert there["difference"] == pytest.approx(statistics.mean(gains))
+    assert there["low"] == pytest.approx(statistics.mean(gains) - half)
+    assert there["high"] == pytest.approx(statistics.mean(gains) + half)
+    shown = f"{there['difference']:+.1f} [{there['low']:+.1f}, {there['high']:+.1f}]"
+    assert f"{small_task} -> {other}  {shown}" in done.stdout
+
+
+def coin_reward(folder) -> str:
+    """A reward that calls about half of all random responses right."""
+    code = "def reward(response, row):\n    return sum(map(ord, response)) % 2\n"
+    (folder / "coin.py").write_text(code)
+    return f"{folder}/coin.py:reward"
+
+
+def test_models_that_were_given_other_problems_are_not_compared():
+    records = [{"problem": text, "correct": True} for text in "abac"]
+    with pytest.raises(UserError, match="not given the same problems"):
+        evaluate.compare(["x", "y"], records, 1)
 
 
 def test_ctrl_c_writes_the_finished_responses_and_counts_them(small_task, tmp_path):
