@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +77,7 @@ class Config:
     eval_temperature: float = 0.7  # of evaluation
     max_flops: float = 0.0  # stop after so much compute (the paper's count); 0 = never
     until_share: float = 0.0  # stop when 90% sure that this share of the gain is reached; 0 = never
+    log_to: Literal["", "tensorboard", "wandb"] = ""  # send metrics there too
     keep: int = 0  # checkpoints to keep; 0 = all; the newest and the best always stay
     bf16: bool = False  # sample and compute in bfloat16; weights and optimizer stay fp32
     recompute: bool = True  # keep no activations inside a block: less memory, 4/3 of the work

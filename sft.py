@@ -73,6 +73,7 @@ class Config:
     save_every: int = 0  # steps between checkpoints besides the validated ones; 0 = none
     log_every: int = 1  # steps between printed lines; metrics.jsonl has every step
     eval_every: int = 0  # steps between validations; each is saved; 0 = ten in the run
+    log_to: Literal["", "tensorboard", "wandb"] = ""  # send metrics there too
     keep: int = 0  # checkpoints to keep; 0 = all; the newest and the best always stay
     until: Literal["", "stable", "mild", "severe"] = ""  # stop once this regime is reached
     max_new: int = 1024  # tokens per response when sampling --problems

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from core import checkpoint, ranks
+from core import checkpoint, ranks, trackers
 from core.errors import UserError
 from core.files import read_jsonl, write_aside, write_json
 
@@ -60,6 +60,8 @@ class Run:
         self.step = 0  # steps done
         self.position = 0  # rows (SFT) or prompts (RL) taken from the data so far
         self.facts = facts
+        self._log_to = getattr(cfg, "log_to", "")
+        trackers.check(self._log_to)
         self.resumed = ranks.from_first(self._examine)
         self.first = self.resumed["step"] if self.resumed else 0
         if self.first > last:
@@ -177,6 +179,10 @@ class Run:
             self.totals = {name: self.resumed[name] for name in self.totals}
             self.position = self.resumed["position"]
         self.metrics = ranks.from_first(self._begin)
+        tracker = "" if ranks.rank() else self._log_to
+        after = self.first if self.resumed else -1
+        settings = dataclasses.asdict(self.cfg)
+        self._tracker = trackers.Tracker(tracker, self.dir, after, settings)
         if self.resumed:
             print(f"resuming {self.dir} after step {self.first}", flush=True)
         self._opened = time.monotonic()
@@ -291,6 +297,8 @@ class Run:
             rows.append({**row, "seconds": round(self.seconds, 4)})
         self._append("metrics.jsonl", rows)
         self.metrics += rows
+        for row in rows:
+            self._tracker.log(row)
 
     def log_samples(self, step: int, rows: list[dict]) -> None:
         self._append("samples.jsonl", [{"step": step, **row} for row in rows])

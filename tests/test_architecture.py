@@ -29,6 +29,7 @@ AGREED = {
     "tqdm",
     "matplotlib",
     "pyarrow",
+    "wandb",
 }
 
 
