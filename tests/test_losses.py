@@ -407,16 +407,17 @@ def test_adding_a_constant_to_the_rewards_of_a_group_changes_nothing(algo, norma
 
 
 @pytest.mark.parametrize("algo", METHODS)
-def test_idle_rows_have_no_gradient_and_an_entropy_bonus_leaves_none_idle(algo):
+def test_rows_that_do_not_teach_have_no_gradient_and_a_bonus_or_penalty_makes_none_teach(algo):
     case = make_case(algo, 17)
     method, batch, kept = objective.prepare(case)
     gradient = objective.run(case).grad_logp[kept]
-    idle = method.idle(batch)
-    assert gradient[idle].abs().sum() == 0
+    teaching = method.teaches(batch)
+    assert gradient[~teaching].abs().sum() == 0
+    assert gradient[teaching].abs().sum() > 0
     # The row of group 3 is alone: it has no advantage
-    assert algo == "srft" or method.dynamic_sampling or idle[kept.index(12)]
-    method, batch, _ = objective.prepare(make_case(algo, 17, entropy_coef=0.01))
-    assert not method.idle(batch).any()
+    assert algo == "srft" or method.dynamic_sampling or not teaching[kept.index(12)]
+    method, batch, _ = objective.prepare(make_case(algo, 17, entropy_coef=0.01, kl_coef=0.1))
+    assert method.teaches(batch).equal(teaching)
 
 
 def gradient(algo: str, case: dict, **changes) -> torch.Tensor:
@@ -520,10 +521,10 @@ def test_one_row_of_a_group_is_informative_only_if_rewards_differ():
 
 def test_a_group_carries_a_signal_where_its_rewards_differ_partial_credit_included():
     method = GRPO()
-    assert method.carries_signal([0.0, 1.0])
-    assert method.carries_signal([0.2, 0.3, 0.2])
-    assert not method.carries_signal([0.0, 0.0])
-    assert not method.carries_signal([1.0])
+    assert method.carries_signal([0.0, 1.0], None)
+    assert method.carries_signal([0.2, 0.3, 0.2], None)
+    assert not method.carries_signal([0.0, 0.0], [5, 0])  # GRPO has no use for a demonstration
+    assert not method.carries_signal([1.0], None)
 
 
 def test_the_overlong_penalty_falls_linearly_between_the_two_lengths():
