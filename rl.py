@@ -248,7 +248,7 @@ def make_batches(cfg: Config, method, net, reference, groups: list) -> list[Upda
             batch = losses.take(batch, index)
             rows = [rows[i] for i in index.tolist()]
 
-        if first == 0:
+        if not updates:
             batch = batch._replace(old_logp=None)  # the first update uses its own forward: r = 1
         elif batch.old_logp is None:
             batch = batch._replace(old_logp=logp_now(cfg, net, rows, R)[0])

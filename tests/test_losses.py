@@ -580,6 +580,45 @@ def test_an_unknown_choice_is_refused_by_name_with_the_ones_there_are(field, val
         GRPO(**{field: value})
 
 
+# ---- numbers for the log -------------------------------------------------------------------------
+def test_numbers_that_were_not_measured_are_null():
+    none_sampled = dict.fromkeys(losses.SUMS, 0.0)
+    row = losses.describe_updates([none_sampled], [0.5])
+    assert row["entropy"] is row["kl"] is row["clipped"] is row["gap"] is None
+    assert row["grad_norm"] == 0.5
+    assert losses.describe_updates([], []) == {"updates": 0}
+
+
+def test_clipped_ratios_and_the_distance_to_the_old_policy_are_counted():
+    rows = [Row([1], [2, 3, 4], [0.0] * 3, 1.0, 1.0, 0)]
+    batch = losses.make_batch(rows, "cpu")
+    logp = torch.log(torch.tensor([[0.5, 0.5, 0.5]]))
+    batch = batch._replace(old_logp=torch.log(torch.tensor([[0.5, 0.4, 1.0]])))
+    entropy = torch.tensor([[0.1, 0.2, 0.3]])
+    sums = losses.token_sums(GRPO(), logp, entropy, batch)
+    tokens, total_entropy, clipped, kl, gap = [float(x) for x in sums]
+    assert tokens == 3
+    assert total_entropy == pytest.approx(0.6)
+    assert clipped == 2  # ratios 1, 1.25, 0.5
+    expected = (1.25 - 1 - math.log(1.25)) + (0.5 - 1 - math.log(0.5))
+    assert kl == pytest.approx(expected)
+    assert gap == pytest.approx(3 * math.log(2))
+
+
+def test_a_copied_prefix_counts_in_no_number_of_the_policy():
+    plain = [Row([1], [2, 0], [-0.5, -0.5], right, right, 0) for right in (1.0, 0.0, 0.0)]
+    hybrid = Row([1], [2] * 9, [0.0] * 9, 1.0, 1.0, 0, n_prefix=8, finished=False)
+    agree = [row._replace(correct=0.0) for row in plain]
+    numbers = losses.describe_groups([[*plain, hybrid], [*agree, hybrid]])
+    without = losses.describe_groups([plain, agree])
+    assert numbers.pop("hybrid_reward") == 100
+    assert numbers == without
+    assert without["reward"] == pytest.approx(100 / 6)
+    assert without["signal"] == 50
+    assert without["length"] == 2
+    assert without["truncated"] == 0
+
+
 def test_losses_can_be_lifted_out_with_the_one_exception_class():
     source = Path(losses.__file__).read_text()
     imported = re.findall(r"^(?:from|import) ([\w.]+)", source, re.M)

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import policy_of, rl_config, write_jsonl
+from small_runs import boxed, policy_of, rl_config, write_jsonl
 
 import data
 import evaluate
 import losses
 import methods
 import rl
+import rollout
 from core.run import Run
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "objective_cases.json"
@@ -35,10 +36,12 @@ class Scripted:
 
 
 def pool_of(groups: list, folder: Path, tokenizer) -> list:
-    """Problems in the order in which collect() draws them; groups: [(name, rewards)]."""
+    """Problems in the order in which collect() draws them; groups: [(name, rewards)]. All have a
+    demonstration."""
     rows = [{}] * len(groups)
     for (name, rewards), place in zip(groups, data.plan(len(groups), 0, 0, len(groups))):
-        rows[place] = {"prompt": "Make 1 ->", "answer": "1", "name": name, "rewards": rewards}
+        rows[place] = {"prompt": "Make 1 ->", "answer": "1", "response": boxed(1, 1)}
+        rows[place] |= {"name": name, "rewards": rewards}
     problems, _ = data.problems(write_jsonl(folder / "pool.jsonl", rows), tokenizer, 64)
     return problems
 
@@ -53,8 +56,7 @@ def collect(small_task, tmp_path):
         policy.reward = Scripted()
         cfg = rl_config(small_task, tmp_path / "r", group=len(groups[0][1]), overwrite=True)
         cfg = replace(cfg, update_prompts=1, **settings)
-        run = Run(cfg, cfg.steps)
-        run.step = 0
+        run = Run(cfg, cfg.steps, small_task)
         pool = pool_of(groups, tmp_path, policy.tokenizer)
         found = rl.collect(cfg, methods.load(algo)(), policy, pool, run)
         return found, set(policy.reward.n_judged), run, pool
@@ -110,7 +112,7 @@ def test_no_round_is_drawn_that_is_not_needed_and_the_surplus_is_discarded(colle
     assert found.stats["rounds"] == 2
     assert found.stats["discarded"] == 3
     assert run.position == 6  # the next step goes on behind the surplus
-    assert len(found.generated) == 18
+    assert sum(len(group) for group in found.sampled) == 18
     assert len(found.records) == 18
 
 
@@ -157,52 +159,52 @@ def test_the_log_has_the_mean_reward_and_the_share_of_right_responses(collect):
     assert found.stats["length"] == 1
 
 
-def group_of(small_task, tmp_path, reward, n_tokens: int, finished: bool, **settings) -> rl.Group:
-    """Two responses of so many tokens, judged by `reward`."""
-    policy = policy_of(small_task)
-    policy.reward = reward
-    problem = data.problems(f"{small_task}/mixed.jsonl", policy.tokenizer, 64)[0][0]
-    ids = [5] * n_tokens
-    response = evaluate.rollout.Response(ids, [-0.5] * n_tokens, [0.0] * n_tokens, finished)
-    cfg = rl_config(small_task, tmp_path, **settings)
-    return rl.score(cfg, policy, problem, 7, [(response, 0), (response, 2)])
+def row_of(folder, reward: float, n_tokens=4, finished=True, prefix=(), **settings) -> losses.Row:
+    """A response of so many tokens that a reward gives this number."""
+    policy = policy_of(folder)
+    policy.reward = lambda text, row: reward
+    problem = data.problems(f"{folder}/mixed.jsonl", policy.tokenizer, 64)[0][0]
+    response = rollout.Response([5] * n_tokens, [-0.5] * n_tokens, [0.0] * n_tokens, finished)
+    request = evaluate.Request(problem, list(prefix), 2, number=7)
+    cfg = rl_config(folder, "never written", **settings)
+    return rl.score(cfg, request, response, policy.judge(problem, response))
 
 
-def test_a_cut_response_earns_nothing_and_keeps_a_negative_reward(small_task, tmp_path):
-    generous = group_of(small_task, tmp_path, lambda text, row: 0.8, 4, finished=False)
-    strict = group_of(small_task, tmp_path, lambda text, row: -1.0, 4, finished=False)
-    whole = group_of(small_task, tmp_path, lambda text, row: 0.8, 4, finished=True)
-    assert [row.reward for row in generous.rows] == [0, 0]
-    assert [row.reward for row in strict.rows] == [-1, -1]
-    assert [row.reward for row in whole.rows] == [0.8, 0.8]
+def test_a_cut_response_earns_nothing_and_keeps_a_negative_reward(small_task):
+    assert row_of(small_task, 0.8, finished=False).reward == 0
+    assert row_of(small_task, -1.0, finished=False).reward == -1
+    assert row_of(small_task, 0.8).reward == 0.8
 
 
-def test_a_long_right_response_is_punished_and_stays_right_for_the_filter(small_task, tmp_path):
-    settings = dict(max_new=20, overlong=10)
-    group = group_of(small_task, tmp_path, lambda text, row: 1.0, 15, finished=True, **settings)
-    assert [row.correct for row in group.rows] == [1, 1]
-    assert [row.reward for row in group.rows] == [0.5, 0.5]
-    assert [record["reward"] for record in group.records] == [0.5, 0.5]
-    batch = losses.make_batch(group.rows, "cpu")
-    assert batch.is_success.all()
+def test_a_long_right_response_is_punished_and_stays_right_for_the_filter(small_task):
+    row = row_of(small_task, 1.0, n_tokens=15, max_new=20, overlong=10)
+    assert row.correct == 1
+    assert row.reward == 0.5
+    assert losses.make_batch([row], "cpu").is_success.all()
 
 
-def test_a_row_of_a_group_knows_its_prompt_its_number_and_its_prefix(small_task, tmp_path):
-    group = group_of(small_task, tmp_path, lambda text, row: 1.0, 4, finished=True)
-    plain, hybrid = group.rows
+def test_a_sample_is_recorded_with_the_reward_that_is_trained_on(collect):
+    found, _, _, _ = collect([("a", [1, 0])], algo="grpo", prompts=1, max_new=1, overlong=1)
+    assert [row.correct for row in found.groups[0]] == [1, 0]
+    assert [record["reward"] for record in found.records] == [0, -1]
+
+
+def test_a_row_knows_its_prompt_the_number_of_its_group_and_its_prefix(small_task):
+    plain = row_of(small_task, 1.0)
+    hybrid = row_of(small_task, 1.0, prefix=[5, 5])
     assert (plain.group, hybrid.group) == (7, 7)
     assert (plain.n_prefix, hybrid.n_prefix) == (0, 2)
-    assert plain.prompt == group.problem.prompt
+    tokenizer = evaluate.open_tokenizer(small_task)
+    assert plain.prompt == data.problems(f"{small_task}/mixed.jsonl", tokenizer, 64)[0][0].prompt
 
 
 def test_a_demonstration_that_the_reward_calls_wrong_earns_nothing(small_task):
     policy = policy_of(small_task)
     problem = data.problems(f"{small_task}/mixed.jsonl", policy.tokenizer, 64)[0][0]
-    group = rl.Group(3, problem, [], [])
     values = []
     for value in (1.0, 0.0):
         policy.reward = lambda text, row, value=value: value
-        row = rl.expert_row(policy, group)
+        row = rl.expert_row(rl_config(small_task, "never written"), policy, problem, 3)
         assert row.is_expert
         assert row.response == problem.expert
         assert row.logp == [0.0] * len(problem.expert)
@@ -210,11 +212,20 @@ def test_a_demonstration_that_the_reward_calls_wrong_earns_nothing(small_task):
     assert values == [(1, 1), (0, 0)]
 
 
+def test_a_demonstration_is_not_punished_for_its_length(small_task):
+    policy = policy_of(small_task)
+    problem = data.problems(f"{small_task}/mixed.jsonl", policy.tokenizer, 64)[0][0]
+    policy.reward = lambda text, row: 1.0
+    n = len(problem.expert)
+    cfg = rl_config(small_task, "never written", max_new=n, overlong=n)
+    assert rl.expert_row(cfg, policy, problem, 3).reward == 1
+
+
 # ---- what is sampled -----------------------------------------------------------------------------
 def collected_from(folder, tmp_path, algo: str, **settings) -> rl.Round:
     policy = policy_of(folder, "math")
     cfg = replace(rl_config(folder, tmp_path / "r", overwrite=True), **settings)
-    run = Run(cfg, cfg.steps)
+    run = Run(cfg, cfg.steps, Path(folder))
     run.step = 2
     pool, _ = data.problems(cfg.data, policy.tokenizer, 64)
     return rl.collect(cfg, methods.load(algo)(), policy, pool, run)
@@ -240,7 +251,8 @@ def test_a_group_of_luffy_has_the_demonstration_in_place_of_one_rollout(coin, tm
     found = collected_from(coin, tmp_path, "luffy")
     for group in found.groups:
         assert [row.is_expert for row in group] == [False, False, False, True]
-    assert len(found.generated) == 3 * len(found.groups)  # the demonstration was not sampled
+    for group in found.sampled:
+        assert [row.is_expert for row in group] == [False] * 3
 
 
 def test_what_is_sampled_depends_on_the_seed_alone(coin, tmp_path):
@@ -251,15 +263,7 @@ def test_what_is_sampled_depends_on_the_seed_alone(coin, tmp_path):
     assert first.groups != other.groups
 
 
-# ---- numbers for the log -------------------------------------------------------------------------
-def test_numbers_that_were_not_measured_are_null():
-    none_sampled = dict.fromkeys(rl.SUMS, 0.0)
-    row = rl.describe_updates([none_sampled], [0.5])
-    assert row["entropy"] is row["kl"] is row["clipped"] is row["gap"] is None
-    assert row["grad_norm"] == 0.5
-    assert rl.describe_updates([], []) == {"updates": 0}
-
-
+# ---- what an update measures ---------------------------------------------------------------------
 def test_the_distance_to_the_sampler_is_small_and_is_measured_in_the_first_update(coin, tmp_path):
     found = collected_from(coin, tmp_path, "grpo")
     policy = policy_of(coin, "math")
@@ -267,24 +271,8 @@ def test_the_distance_to_the_sampler_is_small_and_is_measured_in_the_first_updat
     method = methods.load("grpo")()
     first, second = rl.make_batches(cfg, method, policy.net, None, found.groups)
     sums = rl.train_on(cfg, method, policy.net, first)
-    numbers = rl.describe_updates([sums, {**sums, "gap": 1e9}], [1.0, 1.0])
+    numbers = losses.describe_updates([sums, {**sums, "gap": 1e9}], [1.0, 1.0])
     assert 0 <= numbers["gap"] < 1e-3
     assert numbers["clipped"] == 0
     assert numbers["kl"] == pytest.approx(0, abs=1e-9)
     assert 0 < numbers["entropy"] < math.log(policy.tokenizer.vocab_size)
-
-
-def test_clipped_ratios_and_the_distance_to_the_old_policy_are_counted():
-    rows = [losses.Row([1], [2, 3, 4], [0.0] * 3, 1.0, 1.0, 0)]
-    batch = losses.make_batch(rows, "cpu")
-    logp = torch.log(torch.tensor([[0.5, 0.5, 0.5]]))
-    batch = batch._replace(old_logp=torch.log(torch.tensor([[0.5, 0.4, 1.0]])))
-    entropy = torch.tensor([[0.1, 0.2, 0.3]])
-    sums = rl.token_sums(methods.load("grpo")(), logp, entropy, batch)
-    tokens, total_entropy, clipped, kl, gap = [float(x) for x in sums]
-    assert tokens == 3
-    assert total_entropy == pytest.approx(0.6)
-    assert clipped == 2  # ratios 1, 1.25, 0.5
-    expected = (1.25 - 1 - math.log(1.25)) + (0.5 - 1 - math.log(0.5))
-    assert kl == pytest.approx(expected)
-    assert gap == pytest.approx(3 * math.log(2))
