@@ -359,10 +359,10 @@ def load_problems(cfg: Config, method, tokenizer) -> tuple[list, list]:
         flush=True,
     )
     if method.demonstrations and not experts:
-        raise UserError(
-            f"{cfg.data}: --algo {cfg.algo} needs demonstrations, and no row has a response; "
-            "add a column response, or use --algo dapo"
-        )
+        why = "no row has a response; add a column response, or use --algo dapo"
+        if n_cut:
+            why = f"all {n_cut} are over --max-new {cfg.max_new} tokens; raise it"
+        raise UserError(f"{cfg.data}: --algo {cfg.algo} needs demonstrations, and {why}")
     return pool, val
 
 
@@ -460,11 +460,14 @@ def compute_of(cfg: Config, method, config, collected: Round, updates: list) -> 
     paper = work.paper + 3 * model_file.flops(config, trained).paper
     paper += model_file.flops(config, experts).paper
     machine = work.blocks + work.head
+    if method.needs_entropy:  # the forward that gives old_logp too
+        n_trained = sum(len(row.response) for row in rows)
+        machine += model_file.hardware_flops(config, trained, n_trained)
     for n, update in enumerate(updates):
         lengths = [row.length for row in update.rows]
         work = model_file.flops(config, lengths, sum(len(row.response) for row in update.rows))
         passes = 3  # a backward is two forwards
-        if method.needs_entropy or n > 0:
+        if n > 0 and not method.needs_entropy:
             passes += 1  # old_logp
         if method.kl_coef:
             passes += 1  # ref_logp

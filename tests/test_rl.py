@@ -7,15 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from small_runs import boxed, policy_of, rl_config, write_jsonl
 
 import data
 import evaluate
 import losses
 import methods
+import model as model_file
 import rl
 import rollout
+from core.errors import UserError
 from core.run import Run
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "objective_cases.json"
@@ -58,7 +59,7 @@ def collect(small_task, tmp_path):
         cfg = replace(cfg, update_prompts=1, **settings)
         run = Run(cfg, cfg.steps, small_task)
         pool = pool_of(groups, tmp_path, policy.tokenizer)
-        found = rl.collect(cfg, methods.load(algo)(), policy, pool, run)
+        found = rl.collect(cfg, methods.load(algo)(**cfg.options), policy, pool, run)
         return found, set(policy.reward.n_judged), run, pool
 
     return run_it
@@ -147,6 +148,40 @@ def test_partial_credit_is_a_signal(collect):
     found, _, _, pool = collect([("near", [0.2, 0.3]), ("flat", [0.4, 0.4])], prompts=1)
     assert names_of(found, pool) == ["near"]
     assert [row.reward for row in found.groups[0]] == [0.2, 0.3]
+
+
+@pytest.mark.parametrize(
+    "algo, n_unsolved",
+    [("upt", 1), ("luffy", 3)],  # the demonstration alone; with two rollouts
+)
+def test_an_unsolved_prompt_with_a_demonstration_is_not_replaced(collect, algo, n_unsolved):
+    groups = [("unsolved", [0, 0, 1]), ("solved", [1, 1, 1]), ("mixed", [1, 0, 1])]
+    if algo == "upt":
+        groups[0] = ("unsolved", [0, 0, 0])
+    options = {"dynamic_sampling": True}
+    found, _, _, pool = collect(groups, algo, prompts=2, gen_prompts=3, options=options)
+    assert names_of(found, pool) == ["unsolved", "mixed"]
+    assert len(found.groups[0]) == n_unsolved
+    assert found.groups[0][-1].is_expert
+    assert found.stats["rounds"] == 1
+
+
+def test_demonstrations_that_are_longer_than_a_response_may_be_are_dropped_and_counted(
+    small_task, capsys
+):
+    tokenizer = evaluate.open_tokenizer(small_task)
+    problems, _ = data.problems(f"{small_task}/mixed.jsonl", tokenizer, 64)
+    lengths = sorted(len(problem.expert) for problem in problems)
+    cfg = rl_config(small_task, "never written", max_new=lengths[20])
+    method = methods.load("upt")()
+    pool, _ = rl.load_problems(cfg, method, tokenizer)
+    kept = [problem for problem in pool if problem.expert]
+    assert len(pool) == 40
+    assert max(len(problem.expert) for problem in kept) == lengths[20]
+    n_dropped = 40 - len(kept)
+    assert f"{n_dropped} demonstrations over --max-new {cfg.max_new}" in capsys.readouterr().out
+    with pytest.raises(UserError, match="all 40 are over --max-new 16 tokens; raise it"):
+        rl.load_problems(replace(cfg, max_new=16), method, tokenizer)
 
 
 # ---- rewards -------------------------------------------------------------------------------------
@@ -261,6 +296,72 @@ def test_what_is_sampled_depends_on_the_seed_alone(coin, tmp_path):
     other = collected_from(coin, tmp_path, "grpo", seed=1)
     assert first.groups == again.groups
     assert first.groups != other.groups
+
+
+# ---- updates -------------------------------------------------------------------------------------
+def pair(group: int, rewards: tuple) -> list[losses.Row]:
+    """Two responses, of 3 and of 2 tokens, to a prompt of 4."""
+    rows = []
+    for n, reward in zip((3, 2), rewards):
+        rows.append(losses.Row([3, 31, 4, 5], [6] * n, [-1.0] * n, reward, reward, group))
+    return rows
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"entropy_coef": 0.01}, {"kl_coef": 0.1}, {"entropy_coef": 0.01, "kl_coef": 0.1}],
+)
+def test_rows_without_a_signal_make_no_update_whatever_else_the_loss_holds(
+    small_task, tmp_path, options
+):
+    net = policy_of(small_task).net
+    cfg = rl_config(small_task, tmp_path, update_prompts=1)
+    method = losses.GRPO(**options)
+    reference = net if method.kl_coef else None
+    groups = [pair(0, (0.0, 0.0)), pair(1, (1.0, 1.0))]
+    assert rl.make_batches(cfg, method, net, reference, groups) == []
+    (update,) = rl.make_batches(cfg, method, net, reference, [*groups, pair(2, (1.0, 0.0))])
+    assert [row.group for row in update.rows] == [2, 2]
+    assert update.batch.old_logp is None  # no other update has changed the weights
+
+
+@pytest.mark.parametrize("kl_coef, n_forwards", [(0.0, 7), (0.1, 9)])
+def test_the_machines_flops_of_a_round_are_those_counted_by_hand(
+    small_task, tmp_path, kl_coef, n_forwards
+):
+    net = policy_of(small_task).net
+    cfg = rl_config(small_task, tmp_path, update_prompts=1)
+    method = losses.GRPO(kl_coef=kl_coef)
+    groups = [pair(0, (1.0, 0.0)), pair(1, (0.0, 1.0))]
+    updates = rl.make_batches(cfg, method, net, net if kl_coef else None, groups)
+    collected = rl.Round(groups, groups, [], {})
+    tokens, _, machine = rl.compute_of(cfg, method, net.config, collected, updates)
+    assert tokens == 2 * (7 + 6)
+    # 2 layers of 3 x 32 x 64 + 2 x 32 x (32 + 16) weights; 4 x 32 FLOPs per query and key
+    per_token = 2 * 2 * 9216
+    per_pair = 2 * 4 * 32
+    head = 2 * net.config.vocab_size * 32
+    # A group reads its prompt once, with its first response; half of the queries see a key
+    sampled = 9 * per_token + (7**2 + 6**2 - 4**2) / 2 * per_pair + 5 * head
+    blocks = 13 * per_token + (7**2 + 6**2) / 2 * per_pair
+    # Per update: forward, backward (two), and with a KL the reference; before the second: old_logp
+    expected = 2 * sampled + n_forwards * (blocks + 5 * head) + 2 * blocks  # recomputed blocks
+    assert machine == expected
+
+
+def test_the_forward_that_ranks_prefixes_reads_all_rows_and_the_update_those_that_teach(
+    small_task, tmp_path
+):
+    net = policy_of(small_task).net
+    cfg = rl_config(small_task, tmp_path, update_prompts=1, recompute=False)
+    method = methods.load("prefix_rft")()
+    groups = [pair(0, (0.0, 0.0)), pair(1, (0.0, 1.0)), pair(2, (0.0, 1.0))]
+    updates = rl.make_batches(cfg, method, net, None, groups)
+    assert len(updates) == 2
+    collected = rl.Round(groups, [], [], {})
+    _, _, machine = rl.compute_of(cfg, method, net.config, collected, updates)
+    forward = model_file.hardware_flops(net.config, [7, 6], n_head=5)
+    assert machine == pytest.approx(3 * forward + 2 * 3 * forward)
 
 
 # ---- what an update measures ---------------------------------------------------------------------
