@@ -62,7 +62,7 @@ def print_hints(cfg, run, row: dict) -> None:
             f"finds; read {run.dir / 'samples.jsonl'}, then teach the format with sft.py or give "
             "another reward",
         )
-    elif row["signal"] == 0:
+    elif row["signal"] == 0 and not row["updates"]:  # a demonstration may teach
         same = "wrong" if row["right"] < 50 else "right"
         other = "easier" if same == "wrong" else "harder"
         run.hint(

@@ -28,7 +28,7 @@ import methods
 import model as model_file
 import rl
 import sft
-from core import run
+from core import console, run
 from core.errors import UserError
 from methods import prefix_rft
 
@@ -257,7 +257,9 @@ def test_rounds_without_a_signal_leave_the_weights_alone(
     before = weights_of(tmp_path / "r", 0)
     after = weights_of(tmp_path / "r", 2)
     assert all(torch.equal(before[k], after[k]) for k in before)
-    assert "no update" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.count("no update") == 2
+    assert printed.count("hint:") == 1
     rows = lines_of(tmp_path / "r", "train")
     assert [row["rounds"] for row in rows] == [rounds, rounds]
     assert [row["signal"] for row in rows] == [0, 0]
@@ -275,7 +277,21 @@ def test_a_step_that_only_imitates_has_numbers_of_the_update_and_none_of_the_pol
     assert row["updates"] == 2
     assert row["grad_norm"] > 0
     assert row["entropy"] is row["gap"] is row["kl"] is row["clipped"] is None
-    assert "entropy -" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "entropy -" in printed
+    assert "nothing to learn from" not in printed
+
+
+def test_entropy_that_rises_without_the_reward_is_said_once(coin, tmp_path, capsys):
+    cfg = rl_config(coin, tmp_path / "r")
+    run_now = run.Run(cfg, cfg.steps, coin)
+    row = {"kind": "train", "truncated": 0.0, "unparsed": 0.0, "signal": 50.0, "reward": 40.0}
+    for step in range(30):
+        run_now.metrics.append({**row, "entropy": 1 + step / 20})
+        console.print_hints(cfg, run_now, row)
+        if step == 10:
+            assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out.count("entropy rose from 1.00") == 1
 
 
 def sampled_lengths(folder, out) -> list[int]:
