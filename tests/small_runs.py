@@ -161,7 +161,8 @@ def lose_checkpoint(out, step: int) -> None:
 def policy_of(folder: Path, reward: str = "countdown") -> evaluate.Policy:
     """The folder's model in fp32, its tokenizer, and a reward by name."""
     tokenizer = evaluate.open_tokenizer(folder)
-    return evaluate.Policy(model_file.load_model(folder), tokenizer, tasks.load_reward(reward))
+    net = model_file.load_model(folder)
+    return evaluate.Policy(net, tokenizer, tasks.load_reward(reward), max_new=24)
 
 
 def flat_gradient(model) -> torch.Tensor:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 from test_checkpoint import small_model, state_file
@@ -33,9 +34,9 @@ def cfg(tmp_path):
     return Config(out=str(tmp_path / "r"))
 
 
-def opened(cfg: Config, last: int = 10, **facts) -> Run:
+def opened(cfg: Config, last: int = 10, start: Path = Path("model"), **facts) -> Run:
     """A run that saves a small model."""
-    found = Run(cfg, last, **facts)
+    found = Run(cfg, last, start, **facts)
     found.attach(small_model(), [], lambda folder: None)
     return found
 
