@@ -62,7 +62,9 @@ def test_a_preset_can_take_a_flag_that_it_understood():
 
 
 def test_options_that_were_typed_are_kept_apart():
-    cfg = cli.parse(WithOptions, ["--clip", "none", "--lr", "2"], options=("shape", lambda name: Method))
+    cfg = cli.parse(
+        WithOptions, ["--clip", "none", "--lr", "2"], options=("shape", lambda name: Method)
+    )
     assert cfg.options == {"clip": None}
     assert cfg.lr == 2.0
     assert cli.parse(WithOptions, [], options=("shape", lambda name: Method)).options == {}

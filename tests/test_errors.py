@@ -17,7 +17,6 @@ import sft
 from core import cli
 from core.errors import UserError
 
-
 SCRIPTS = {
     "sft": (sft.main, sft.Config, sft.preset),
     "evaluate": (evaluate.main, evaluate.Config, evaluate.preset),

@@ -106,7 +106,7 @@ def test_a_number_is_kept_and_is_right_above_one_half(small_task, value, reward,
     record = judged(small_task, lambda text, row: value)
     assert record["reward"] == reward
     assert record["correct"] is record["lenient"] is correct
-    assert record["answer"] is None
+    assert record["answer"] == ""  # None would count the response as unparsed
     assert record["reason"] == "scored"
 
 
