@@ -14,6 +14,7 @@ ended are judged and written to --out. They are no fair sample: short ones end f
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -355,8 +356,11 @@ def show_progress(what: str):
 def write_samples(path: str, records: list[dict]) -> None:
     """One JSON line per response, where a path was given; on rank 0 only."""
     if path and ranks.rank() == 0:
-        lines = [json.dumps(record) + "\n" for record in records]
-        Path(path).write_text("".join(lines))  # in place: it may be /dev/stdout
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        if os.path.samestat(os.stat(path), os.fstat(1)):  # /dev/stdout: behind what is printed
+            print(text, end="", flush=True)
+        else:
+            Path(path).write_text(text)
 
 
 def main(cfg: Config) -> None:

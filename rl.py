@@ -329,8 +329,7 @@ def evaluate_now(cfg: Config, run: Run, step: int, policy, problems: list) -> No
 def end_if_reached(cfg: Config, run: Run, step: int) -> None:
     """--until-share: end the run where its evaluations say so, also those made before a resume."""
     if cfg.until_share and ranks.any_of((fit_so_far(run).share_low or 0.0) >= cfg.until_share):
-        print(f"--until-share {cfg.until_share}: surely reached at step {step}")
-        run.end()
+        run.end(f"--until-share {cfg.until_share} is surely reached")
 
 
 def fit_so_far(run: Run) -> ceiling.CeilingFit:
@@ -406,10 +405,12 @@ def main(cfg: Config) -> None:
     reference = evaluate.open_frozen(cfg, folder, device) if method.kl_coef else None
     reward = tasks.load_reward(cfg.reward)
     policy = evaluate.Policy(net, tokenizer, reward, cfg.max_new, cfg.rows)
+    # --resume with less --keep than before: room for the next save
+    run.prune({evaluate.best_step(run.of_kind("eval"), run.saved())[0]})
 
     for step in run.steps():
         if 0 < cfg.max_flops <= run.totals["flops"]:
-            run.end()
+            run.end(f"--max-flops {cfg.max_flops:g} are spent")
         run.checkpoint(step)
         if run.due(step, "eval"):
             evaluate_now(cfg, run, step, policy, val)
@@ -493,8 +494,9 @@ def finish(cfg: Config, run: Run) -> None:
         return
     points = run.of_kind("eval")
     best, why = evaluate.best_step(points, run.saved())
+    reason = f" ({run.ended})" if run.ended else ""
     print(
-        f"done: pass@1 {points[0]['pass1']:.1f} -> {points[-1]['pass1']:.1f}; "
+        f"done{reason}: pass@1 {points[0]['pass1']:.1f} -> {points[-1]['pass1']:.1f}; "
         f"best checkpoint {run.folder(best)}, {why}\n"
         f"next: python evaluate.py --init {cfg.out}@{best}{tasks.flags_for(cfg, val='--data')}"
     )

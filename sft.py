@@ -118,6 +118,9 @@ def make_built_in(cfg: Config) -> Config:
         print(f"writing the built-in problems and expert trajectories to {task.FOLDER}", flush=True)
         ranks.from_first(lambda: write_built_in(task))
     base = base_config()
+    if cfg.dry_run and not BASE.exists():
+        print(f"no base model in {BASE}: a run would make it first, from plain text (a minute)")
+        return replace(cfg, init=str(task.FOLDER))  # its shape and its tokenizer
     if not (BASE / "checkpoints" / f"step_{base.steps:06d}").exists():
         print(f"no base model in {BASE}: making it once, from plain text (about a minute)")
         if not main(base):
@@ -276,6 +279,8 @@ def main(cfg: Config) -> bool:
     model, net, optimizers = evaluate.open_training(cfg, folder, tokenizer, device, run)
     reward = tasks.load_reward(cfg.reward)
     policy = evaluate.Policy(net, tokenizer, reward, cfg.max_new)
+    if run.of_kind("val"):  # --resume with less --keep than before: room for the next save
+        run.prune({diagnose(run).recommended_step})
 
     def prepare(position: int) -> Step:
         rows = [train[i] for i in data.plan(len(train), cfg.seed, position, cfg.batch)]
@@ -289,8 +294,7 @@ def main(cfg: Config) -> bool:
         if run.due(step, "val"):
             validate(cfg, run, step, policy, val, problems)
         if cfg.until and ranks.any_of(phases.reached(diagnose(run), cfg.until)):
-            print(f"--until {cfg.until}: reached at step {step}")
-            run.end()
+            run.end(f"--until {cfg.until} is reached")
         if run.over(step):
             break
 
