@@ -312,18 +312,21 @@ def problems(
     max_prompt: int,
     needs_gold: bool = True,
     reads: Collection[str] = (),
+    check: Callable | None = None,
 ) -> tuple[list[Problem], int]:
     """(problems, number dropped as longer than max_prompt tokens) of an RL or evaluation file.
 
     needs_gold: rows need a gold answer that is text, as verify.py does; other rewards may not, and
     get rows with any gold or none. reads: columns that the reward reads, which are not named as
-    not used.
+    not used. check: raises UserError for a row that the reward cannot read.
     """
     notes = rows.Notes(path, reads)
     found = []
     n_long = 0
 
     def texts_of(row):
+        if check:
+            check(row)
         return _problem_texts(row, tokenizer, notes, needs_gold)
 
     for facts, ((text, _), *_), (ids, *expert) in _tokenized(path, tokenizer, texts_of):

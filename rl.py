@@ -350,7 +350,7 @@ def load_problems(cfg: Config, method, tokenizer) -> tuple[list, list]:
         pool, val = data.hold_out(pool, 200)
         print(f"no --val: {len(val)} problems of {cfg.data} held out for evaluation")
     pool, n_cut = data.drop_long_experts(pool, cfg.max_new)
-    if n_cut and method.demonstrations:
+    if n_cut:
         print(f"{n_cut} demonstrations over --max-new {cfg.max_new} tokens dropped")
     experts = sum(problem.expert is not None for problem in pool)
     print(

@@ -41,17 +41,19 @@ def show_rollout(row, tokenizer) -> None:
     )
 
 
-def all_wrong(cfg, records: list[dict]) -> str:
+def nearly_all_wrong(cfg, records: list[dict]) -> str:
     """The reasons, the first answer beside its gold, and what each of the causes asks for."""
     reasons = Counter(record["reason"] for record in records).most_common(2)
     told = ", ".join(f"{n} {reason}" for reason, n in reasons)
-    first = records[0]
+    told = told.replace("scored", "scored one half or less")  # by a function that gives numbers
+    n_right = sum(record["correct"] for record in records)
+    first = next(record for record in records if not record["correct"])
     answer = first["response"][-60:] if first["answer"] in (None, "") else first["answer"][:60]
     return (
-        f"none of {len(records)} responses is right by --reward {cfg.reward} ({told}), so there is "
-        f"nothing to learn from. The first: answer {answer!r}, gold {first['gold'][:60]!r}. Is the "
-        "gold wrong? Then it is read from a wrong column of --data (docs/data.md). Is the answer "
-        "right? Give another --reward. Neither? Take easier problems, or teach with sft.py first"
+        f"{n_right} of {len(records)} responses are right by --reward {cfg.reward} ({told}): there "
+        f"is little to learn from. A wrong one: answer {answer!r}, gold {first['gold'][:60]!r}. Is "
+        "the gold wrong? Then it is read from a wrong column of --data (docs/data.md). Is the "
+        "answer right? Give another --reward. Neither? Take easier problems, or sft.py first"
     )
 
 
@@ -71,8 +73,8 @@ def print_hints(cfg, run, row: dict, records: list[dict]) -> None:
             f"finds (the first ends {first['response'][-60:]!r}: {first['reason']}); say in the "
             "prompt how to answer, teach it with sft.py, or give another --reward",
         )
-    elif row["signal"] == 0 and row["right"] == 0:
-        run.hint("signal", all_wrong(cfg, records))
+    elif row["right"] < 3:
+        run.hint("wrong", nearly_all_wrong(cfg, records))
     elif row["signal"] == 0:
         run.hint(
             "signal",
