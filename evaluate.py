@@ -309,7 +309,10 @@ def check_demonstrations(problems: list, tokenizer, reward, limit: int = 1000) -
     wrong = None
     for problem in [problem for problem in problems if problem.expert][:limit]:
         response = rollout.Response(problem.expert, [0.0] * len(problem.expert), [], True)
-        record = policy.judge(problem, response)
+        try:
+            record = policy.judge(problem, response)
+        except UserError:  # a row without a gold answer
+            continue
         verdicts.append(record["correct"])
         if not record["correct"] and wrong is None:
             wrong = record
@@ -322,6 +325,8 @@ def check_demonstrations(problems: list, tokenizer, reward, limit: int = 1000) -
             f"; the first that is not: answer {wrong['answer']!r}, gold {wrong['gold']!r} "
             f"({wrong['reason']})"
         )
+    if share < 50:
+        text += ". Is the gold answer in another column, or another --reward meant?"
     return text
 
 

@@ -349,7 +349,7 @@ def load_problems(cfg: Config, method, tokenizer) -> tuple[list, list]:
         pool, val = data.hold_out(pool, 200)
         print(f"no --val: {len(val)} problems of {cfg.data} held out for evaluation")
     pool, n_cut = data.drop_long_experts(pool, cfg.max_new)
-    if n_cut and method.demonstrations:
+    if n_cut:
         print(f"{n_cut} demonstrations over --max-new {cfg.max_new} tokens dropped")
     experts = sum(problem.expert is not None for problem in pool)
     print(
@@ -388,7 +388,10 @@ def show_plan(cfg: Config, method, pool: list, tokenizer, folder: Path, device) 
     launch.show_disk(cfg, config, cfg.steps, "adamw")
     if cfg.dry_run:
         print(f"first prompt: {tokenizer.decode(pool[0].prompt)}\nits answer: {pool[0].gold}")
-        print(evaluate.check_demonstrations(pool, tokenizer, tasks.load_reward(cfg.reward)))
+    if cfg.dry_run or any(problem.expert for problem in pool):
+        limit = 1000 if cfg.dry_run else 32
+        reward = tasks.load_reward(cfg.reward)
+        print(evaluate.check_demonstrations(pool, tokenizer, reward, limit), flush=True)
 
 
 def main(cfg: Config) -> None:
@@ -484,7 +487,7 @@ def log_step(cfg: Config, method, run: Run, collected: Round, updates: list, num
     run.log_samples(step, [{**record, "kind": "train"} for record in collected.records[:8]])
     run.log(step, "train", **numbers)
     console.print_rl_step(cfg, run, step, numbers)
-    console.print_hints(cfg, run, numbers)
+    console.print_hints(cfg, run, numbers, collected.records)
 
 
 def finish(cfg: Config, run: Run) -> None:

@@ -203,7 +203,10 @@ def show_plan(cfg: Config, train: list, tokenizer, folder: Path, device, steps: 
             f"{data.joint_mismatch(cfg.data, tokenizer):.1f}% of the rows would get other ids"
         )
         columns = tasks.columns(cfg.reward) | {"needs_gold": False}
-        problems, _ = data.problems(cfg.data, tokenizer, cfg.max_len, **columns)
+        try:
+            problems, _ = data.problems(cfg.data, tokenizer, cfg.max_len, **columns)
+        except UserError:  # plain text, or conversations that ask nothing
+            problems = []
         print(evaluate.check_demonstrations(problems, tokenizer, tasks.load_reward(cfg.reward)))
 
 
