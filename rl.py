@@ -37,7 +37,7 @@ import methods
 import model as model_file
 import rollout
 import tasks
-from core import cli, console, launch, optim, ranks
+from core import cli, console, launch, optim, page, ranks
 from core.errors import UserError
 from core.run import Run, whole_groups
 from losses import Batch, Row
@@ -316,8 +316,7 @@ def evaluate_now(cfg: Config, run: Run, step: int, policy, problems: list) -> No
     sampling = policy.sampling(cfg.eval_temperature, ranks.seed_of(cfg.seed, "eval"))
     summary, records = evaluate.evaluate(policy, problems, cfg.eval_n, sampling)
     run.log(step, "eval", **summary)
-    few = records[: 4 * cfg.eval_n]  # the same problems at each evaluation
-    run.log_samples(step, [{**record, "kind": "eval"} for record in few])
+    run.log_samples(step, [{**record, "kind": "eval"} for record in records[: 4 * cfg.eval_n]])
     fit = fit_so_far(run)
     print(
         f"step {step:4d}  pass@1 {summary['pass1']:.1f} (se {summary['pass1_se']:.1f})  "
@@ -494,7 +493,8 @@ def finish(cfg: Config, run: Run) -> None:
     print(
         f"done: pass@1 {points[0]['pass1']:.1f} -> {points[-1]['pass1']:.1f}; "
         f"best checkpoint {run.folder(best)}, {why}\n"
-        f"next: python evaluate.py --init {cfg.out}@{best}{tasks.flags_for(cfg, val='--data')}"
+        f"next: python evaluate.py --init {cfg.out}@{best}{tasks.flags_for(cfg, val='--data')}\n"
+        f"the run as a page: {ranks.from_first(lambda: page.write(cfg.out))}"
     )
 
 
