@@ -34,6 +34,7 @@ from core.files import read_jsonl, write_aside
 
 BUDGET = 1_200_000  # bytes of samples in a page; the steps are thinned to it
 LONGEST = 6000  # characters of a response in a page
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; "
 TEMPLATE = Path(__file__).with_name("page.html")
 
 # (key in the train lines of rl.py, title, what it says)
@@ -297,17 +298,21 @@ def settings(run: Facts) -> str:
     return "\n".join(rows)
 
 
+def digest_of(script: str) -> str:
+    """The hash by which a page's policy allows a script."""
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
 def render(run: Facts) -> str:
     fit = None
     if run.is_rl and run.of_kind("eval"):
         fit = ceiling.fit_points(ceiling.read_run(run.folder))
     template = TEMPLATE.read_text(encoding="utf-8")
     script = template.split("<script>")[1].split("</script>")[0]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     items = [f"<li>{escape(text)}</li>" for text in warnings(run)]
     return Template(template).substitute(
         name=escape(str(run.folder)),
-        policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
+        policy=POLICY + f"script-src 'sha256-{digest_of(script)}'",
         written=time.strftime("%Y-%m-%d %H:%M:%S"),
         summary="\n".join(f"<p>{escape(text)}</p>" for text in summary(run, fit)),
         warnings="\n".join(items) or "<li>none</li>",
@@ -320,7 +325,8 @@ def render(run: Facts) -> str:
 def write(run_dir) -> str:
     """Write RUN/page.html and return its path."""
     path = Path(run_dir) / "page.html"
-    write_aside(path, render(read(run_dir)))
+    text = render(read(run_dir))
+    write_aside(path, text.encode("utf-8", "replace").decode())  # argv may hold other bytes
     return str(path)
 
 
