@@ -13,6 +13,7 @@ core knows nothing of the science. This file alone asks phases.py and ceiling.py
 without their answers does not say where a run stands, and because both scripts above write it.
 """
 
+import argparse
 import base64
 import hashlib
 import json
@@ -330,12 +331,12 @@ def write(run_dir) -> str:
     return str(path)
 
 
-def main(argv: list[str]) -> int:
-    if not argv or argv[0].startswith("-"):
-        print(__doc__)
-        return 0
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m core.page", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("run", nargs="+", help="run directories of sft.py or rl.py")
     try:
-        for run_dir in argv:
+        for run_dir in parser.parse_args(argv).run:
             print(f"wrote {write(run_dir)}")
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -344,4 +345,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
