@@ -6,8 +6,8 @@ The file needs no server and no network: curves are inline SVG, and one short sc
 rollouts of a step. sft.py and rl.py write it at their end.
 
 What a model wrote is shown as text, whatever it holds: it is in the page as JSON without a "<", the
-script (core/page.js) puts it there as text nodes, no other script may run (the page's policy names
-the hash of ours), and every piece of it is isolated for right-to-left marks.
+script puts it there as text nodes, and no other script may run: the page's policy names the hash of
+ours. Marks that turn the direction of writing are spelled out.
 
 core knows nothing of the science. This file alone asks phases.py and ceiling.py, because a page
 without their answers does not say where a run stands, and because both scripts above write it.
@@ -36,6 +36,7 @@ from core.files import read_jsonl, write_aside
 BUDGET = 1_200_000  # bytes of samples in a page; the steps are thinned to it
 LONGEST = 6000  # characters of a response in a page
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; "
+DIRECTIONS = {code: f"[U+{code:X}]" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 TEMPLATE = Path(__file__).with_name("page.html")
 
 # (key in the train lines of rl.py, title, what it says)
@@ -91,10 +92,9 @@ def summary(run: Facts, fit) -> list[str]:
     last = run.metrics[-1]
     planned = f" of {run.config['steps']}" if run.config["steps"] else ""
     what = f"RL ({run.config['algo']})" if run.is_rl else "SFT"
-    unit = "rounds" if run.is_rl else "steps"
     said = [
         f"{what} from {run.about.get('start', run.config['init'])} on {run.config['data']}: "
-        f"{last['step']}{planned} {unit}, {last['seconds'] / 60:.1f} minutes."
+        f"{last['step']}{planned} steps, {last['seconds'] / 60:.1f} minutes."
     ]
     points = run.of_kind("eval")
     if points:
@@ -130,11 +130,10 @@ def outlook(fit) -> str:
     if fit.status != "ok":
         return f"No: {fit.status}; its best before that was {fit.a_post:.1f}."
     ahead = fit.forecast[-2]
-    gain = ahead["mean"] - fit.reached
     word = "Probably, within the noise"
     if ahead["low"] > fit.reached:
         word = "Yes"
-    elif gain < 1:
+    elif ahead["mean"] - fit.reached < 1:
         word = "Hardly"
     return (
         f"{word}: the curve has reached {fit.reached:.1f}; at twice the compute an evaluation is "
@@ -247,13 +246,16 @@ def curves(run: Facts, fit) -> str:
 
 
 # ---- rollouts ------------------------------------------------------------------------------------
-def clipped(text, longest: int):
-    """A text without its middle, if it is longer; anything else as it is."""
-    if not isinstance(text, str) or len(text) <= longest:
+def clipped(text, longest: int = 1000):
+    """A text without its middle, if it is longer, and with the marks that would turn the direction
+    of what follows spelled out; anything else as it is."""
+    if not isinstance(text, str):
         return text
-    head = longest * 3 // 4
-    left_out = len(text) - longest
-    return f"{text[:head]} [... {left_out:,} characters left out ...] {text[head - longest :]}"
+    if len(text) > longest:
+        head = longest * 3 // 4
+        left_out = f" [... {len(text) - longest:,} characters left out ...] "
+        text = text[:head] + left_out + text[head - longest :]
+    return text.translate(DIRECTIONS)
 
 
 def grouped(rows: list[dict], longest: int) -> list[dict]:
@@ -264,7 +266,7 @@ def grouped(rows: list[dict], longest: int) -> list[dict]:
         if key not in groups:
             about = {name: clipped(row.get(name), longest) for name in ("problem", "gold")}
             groups[key] = about | {"trained": row.get("trained", False), "rows": []}
-        shown = {name: clipped(row.get(name), 500) for name in ("answer", "reason")}
+        shown = {name: clipped(row.get(name), 200) for name in ("answer", "reason")}
         shown["response"] = clipped(row["response"], longest)
         for name in ("reward", "correct", "length", "truncated"):
             shown[name] = row.get(name)
@@ -295,7 +297,7 @@ def settings(run: Facts) -> str:
     rows = []
     for name, value in (run.config | facts).items():
         shown = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-        rows.append(f"<tr><th>{escape(name)}</th><td>{escape(clipped(shown, 500))}</td></tr>")
+        rows.append(f"<tr><th>{escape(name)}</th><td>{escape(clipped(shown))}</td></tr>")
     return "\n".join(rows)
 
 
@@ -315,7 +317,7 @@ def render(run: Facts) -> str:
         name=escape(str(run.folder)),
         policy=POLICY + f"script-src 'sha256-{digest_of(script)}'",
         written=time.strftime("%Y-%m-%d %H:%M:%S"),
-        summary="\n".join(f"<p>{escape(text)}</p>" for text in summary(run, fit)),
+        summary="\n".join(f"<p>{escape(clipped(text))}</p>" for text in summary(run, fit)),
         warnings="\n".join(items) or "<li>none</li>",
         charts=curves(run, fit),
         settings=settings(run),
@@ -325,7 +327,7 @@ def render(run: Facts) -> str:
 
 def write(run_dir) -> str:
     """Write RUN/page.html and return its path."""
-    path = Path(run_dir) / "page.html"
+    path = Path(run_dir, "page.html")
     text = render(read(run_dir))
     write_aside(path, text.encode("utf-8", "replace").decode())  # argv may hold other bytes
     return str(path)

@@ -106,7 +106,7 @@ def samples_in(text: str) -> list[dict]:
 # ---- what it says --------------------------------------------------------------------------------
 def test_the_page_of_rl_says_what_it_did_and_whether_it_still_improves(tmp_path):
     text = rendered(rl_run(tmp_path / "r"))
-    assert "RL (dapo) from runs/base on d.jsonl: 20 of 9 rounds, 20.0 minutes." in text
+    assert "RL (dapo) from runs/base on d.jsonl: 20 of 9 steps, 20.0 minutes." in text
     assert "0.0 at the start, 33.3 at step 20" in text
     assert re.search(r"Does it still improve\? (Yes|Probably|Hardly)", text)
     assert "forecast to twice the compute" in text
@@ -170,7 +170,9 @@ def test_no_text_of_a_rollout_becomes_part_of_the_page(text, tmp_path):
     (step,) = samples_in(made)
     shown = step["groups"][0]["rows"][0]["response"]
     if len(text) <= page.LONGEST:
-        assert shown == text
+        assert shown == text.translate(page.DIRECTIONS)
+        assert "\u202e" not in made
+        assert "\\u202e" not in made
     else:
         assert "14,000 characters left out" in shown
         assert shown.startswith("xxx") and shown.endswith("xxx")
