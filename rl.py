@@ -430,7 +430,8 @@ def main(cfg: Config) -> None:
         for update in updates:
             done.append(train_on(cfg, method, net, update))
             norms.append(optim.update(model, optimizers, lr, cfg.clip))
-            ranks.refresh(net, model)
+            if net is not model:
+                ranks.refresh(net, model)
             run.watch(norms[-1], step + 1)
 
         numbers = {**collected.stats, **losses.describe_updates(done, norms), "lr": lr}

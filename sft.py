@@ -30,7 +30,7 @@ import evaluate
 import model as model_file
 import phases
 import tasks
-from core import cli, console, launch, optim, page, ranks
+from core import cli, launch, optim, page, ranks
 from core.errors import UserError
 from core.files import write_json
 from core.run import Run
@@ -308,7 +308,8 @@ def main(cfg: Config) -> bool:
 
         lr = optim.lr_at(step, steps, cfg.lr, cfg.schedule, cfg.warmup)
         norm = optim.update(model, optimizers, lr, cfg.clip)
-        ranks.refresh(net, model)
+        if net is not model:
+            ranks.refresh(net, model)
         run.watch(norm, step + 1)
         clock.append(time.monotonic())
 
@@ -335,7 +336,13 @@ def log_step(cfg: Config, run: Run, step: int, numbers: dict, batch: Step, clock
         spent[name] = round(ended - began, 4)
     run.log(step, "train", **numbers, **spent)
     if step % cfg.log_every == 0:
-        console.print_sft_step(run, step, numbers)
+        rate = run.totals["tokens"] / max(1e-9, run.seconds)
+        print(
+            f"step {step:5d}/{run.last}  loss {numbers['loss']:.4f}  "
+            f"grad {numbers['grad_norm']:.2f}  lr {numbers['lr']:.1e}  "
+            f"epoch {numbers['epoch']:.2f}  {rate:,.0f} tok/s  {run.eta(step)}",
+            flush=True,
+        )
 
 
 def finish(cfg: Config, run: Run) -> None:

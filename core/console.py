@@ -8,15 +8,6 @@ def number(value, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def print_sft_step(run, step: int, row: dict) -> None:
-    rate = run.totals["tokens"] / max(1e-9, run.seconds)
-    print(
-        f"step {step:5d}/{run.last}  loss {row['loss']:.4f}  grad {row['grad_norm']:.2f}  "
-        f"lr {row['lr']:.1e}  epoch {row['epoch']:.2f}  {rate:,.0f} tok/s  {run.eta(step)}",
-        flush=True,
-    )
-
-
 def print_rl_step(cfg, run, step: int, row: dict) -> None:
     last = cfg.steps
     if cfg.max_flops:  # the steps that the run is likely to have
