@@ -37,9 +37,9 @@ import methods
 import model as model_file
 import rollout
 import tasks
-from core import cli, console, launch, optim, ranks
+from core import cli, console, launch, optim, page, ranks
 from core.errors import UserError
-from core.run import Run
+from core.run import Run, whole_groups
 from losses import Batch, Row
 
 
@@ -156,7 +156,7 @@ def collect(cfg: Config, method, policy, pool: list, run: Run) -> Round:
         for request, response, record in sample(cfg, method, policy, problems, run):
             row = score(cfg, request, response, record)
             groups.setdefault(row.group, []).append(row)
-            records.append({**record, "reward": row.reward})
+            records.append({**record, "reward": row.reward, "group": row.group})
         for problem, rows in zip(problems, groups.values()):
             sampled.append(rows)
             # Before penalties: a right answer that is too long still counts as right
@@ -316,7 +316,7 @@ def evaluate_now(cfg: Config, run: Run, step: int, policy, problems: list) -> No
     sampling = policy.sampling(cfg.eval_temperature, ranks.seed_of(cfg.seed, "eval"))
     summary, records = evaluate.evaluate(policy, problems, cfg.eval_n, sampling)
     run.log(step, "eval", **summary)
-    run.log_samples(step, [{**record, "kind": "eval"} for record in records[:8]])
+    run.log_samples(step, [{**record, "kind": "eval"} for record in records[: 4 * cfg.eval_n]])
     fit = fit_so_far(run)
     print(
         f"step {step:4d}  pass@1 {summary['pass1']:.1f} (se {summary['pass1_se']:.1f})  "
@@ -484,7 +484,8 @@ def log_step(cfg: Config, method, run: Run, collected: Round, updates: list, num
     """Compute spent, samples, the step's line in metrics.jsonl, and the printed line."""
     run.count(*compute_of(cfg, method, run.model.config, collected, updates))
     step = run.step + 1
-    run.log_samples(step, [{**record, "kind": "train"} for record in collected.records[:8]])
+    trained = {row.group for update in updates for row in update.rows}
+    run.log_samples(step, whole_groups(collected.records, trained))
     run.log(step, "train", **numbers)
     console.print_rl_step(cfg, run, step, numbers)
     console.print_hints(cfg, run, numbers, collected.records)
@@ -501,7 +502,8 @@ def finish(cfg: Config, run: Run) -> None:
     print(
         f"done{reason}: pass@1 {points[0]['pass1']:.1f} -> {points[-1]['pass1']:.1f}; "
         f"best checkpoint {run.folder(best)}, {why}\n"
-        f"next: python evaluate.py --init {cfg.out}@{best}{tasks.flags_for(cfg, val='--data')}"
+        f"next: python evaluate.py --init {cfg.out}@{best}{tasks.flags_for(cfg, val='--data')}\n"
+        f"the run as a page: {ranks.from_first(lambda: page.write(cfg.out))}"
     )
 
 

@@ -30,7 +30,7 @@ import evaluate
 import model as model_file
 import phases
 import tasks
-from core import cli, launch, optim, ranks
+from core import cli, launch, optim, page, ranks
 from core.errors import UserError
 from core.files import write_json
 from core.run import Run
@@ -367,6 +367,7 @@ def finish(cfg: Config, run: Run) -> None:
             f"start RL from {run.folder(end.recommended_step)}: {end.reason}\n"
             f"next: torchrun rl.py --init {cfg.out}{tasks.flags_for(cfg, data='--data')}"
         )
+    print(f"the run as a page: {ranks.from_first(lambda: page.write(cfg.out))}")
 
 
 if __name__ == "__main__":
