@@ -30,7 +30,7 @@ import model as model_file
 import phases
 import rollout
 import tasks
-from core import checkpoint, cli, launch, optim, ranks
+from core import checkpoint, cli, hub, launch, optim, ranks
 from core.errors import UserError
 from core.files import read_jsonl
 from core.run import Run, recorded
@@ -87,7 +87,7 @@ def find(init: str, weights: bool = True) -> Path:
                 f"{init}: there is no such run; `python sft.py` makes runs/sft, "
                 "`python rl.py --init runs/sft` makes runs/rl"
             )
-        folder = launch.download(init, weights)
+        folder = hub.model_folder(init, weights)
     return folder
 
 
