@@ -16,6 +16,7 @@ ended are judged and written to --out. They are no fair sample: short ones end f
 import itertools
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -315,7 +316,10 @@ def check_demonstrations(problems: list, tokenizer, reward, limit: int = 1000) -
     wrong = None
     for problem in [problem for problem in problems if problem.expert][:limit]:
         response = rollout.Response(problem.expert, [0.0] * len(problem.expert), [], True)
-        record = policy.judge(problem, response)
+        try:
+            record = policy.judge(problem, response)
+        except UserError:  # a row without a gold answer
+            continue
         verdicts.append(record["correct"])
         if not record["correct"] and wrong is None:
             wrong = record
@@ -328,6 +332,8 @@ def check_demonstrations(problems: list, tokenizer, reward, limit: int = 1000) -
             f"; the first that is not: answer {wrong['answer']!r}, gold {wrong['gold']!r} "
             f"({wrong['reason']})"
         )
+    if share < 50:
+        text += ". Is the gold answer in another column, or another --reward meant?"
     return text
 
 
@@ -345,8 +351,11 @@ def evaluate(policy, problems: list, n: int, sampling, hooks=None) -> tuple[dict
 def write_samples(path: str, records: list[dict]) -> None:
     """One JSON line per response, where a path was given; on rank 0 only."""
     if path and ranks.rank() == 0:
-        lines = [json.dumps(record) + "\n" for record in records]
-        Path(path).write_text("".join(lines))  # in place: it may be /dev/stdout
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        if os.path.samestat(os.stat(path), os.fstat(1)):  # /dev/stdout: behind what is printed
+            print(text, end="", flush=True)
+        else:
+            Path(path).write_text(text)
 
 
 def main(cfg: Config) -> None:
@@ -406,7 +415,7 @@ def measure(cfg: Config, init: str, device, before: list[dict]) -> tuple[dict, l
         wanted = len(problems) * cfg.n
         print(f"\nstopped with {len(records)} of {wanted} responses; {kept}", file=sys.stderr)
         sys.exit(130)
-    print_summary(summary, time.monotonic() - started)
+    console.print_summary(summary, time.monotonic() - started)
     return {"init": str(folder), "data": cfg.data, **summary}, records
 
 
@@ -427,17 +436,6 @@ def compare(names: list[str], records: list[dict], n: int) -> list[dict]:
         numbers = estimates.paired_difference(shares[i], shares[j])
         found.append({"from": names[i], "to": names[j], **numbers})
     return found
-
-
-def print_summary(summary: dict, seconds: float) -> None:
-    rest = []
-    for name, value in summary.items():
-        if name not in ("pass1", "pass1_se", "n", "problems", "reward"):
-            rest.append(f"{name.replace('pass_at_', 'pass@')} {value:.1f}")
-    print(
-        f"pass@1 {summary['pass1']:.1f} (standard error {summary['pass1_se']:.1f})  "
-        f"{'  '.join(rest)}  in {seconds:.0f} s"
-    )
 
 
 if __name__ == "__main__":

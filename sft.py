@@ -31,7 +31,7 @@ import losses
 import model as model_file
 import phases
 import tasks
-from core import cli, launch, optim, ranks
+from core import cli, launch, optim, page, ranks
 from core.errors import UserError
 from core.files import write_json
 from core.run import Run
@@ -127,6 +127,9 @@ def make_built_in(cfg: Config) -> Config:
         print(f"writing the built-in problems and expert trajectories to {task.FOLDER}", flush=True)
         ranks.from_first(lambda: write_built_in(task))
     base = base_config()
+    if cfg.dry_run and not BASE.exists():
+        print(f"no base model in {BASE}: a run would make it first, from plain text (a minute)")
+        return replace(cfg, init=str(task.FOLDER))  # its shape and its tokenizer
     if not (BASE / "checkpoints" / f"step_{base.steps:06d}").exists():
         print(f"no base model in {BASE}: making it once, from plain text (about a minute)")
         if not main(base):
@@ -209,7 +212,10 @@ def show_plan(cfg: Config, train: list, tokenizer, folder: Path, device, steps: 
             f"{data.joint_mismatch(cfg.data, tokenizer):.1f}% of the rows would get other ids"
         )
         columns = tasks.columns(cfg.reward) | {"needs_gold": False}
-        problems, _ = data.problems(cfg.data, tokenizer, cfg.max_len, **columns)
+        try:
+            problems, _ = data.problems(cfg.data, tokenizer, cfg.max_len, **columns)
+        except UserError:  # plain text, or conversations that ask nothing
+            problems = []
         print(evaluate.check_demonstrations(problems, tokenizer, tasks.load_reward(cfg.reward)))
 
 
@@ -288,6 +294,8 @@ def main(cfg: Config) -> bool:
     model, net, optimizers = evaluate.open_training(cfg, folder, tokenizer, device, run)
     reward = tasks.load_reward(cfg.reward)
     policy = evaluate.Policy(net, tokenizer, reward, cfg.max_new)
+    if run.of_kind("val"):  # --resume with less --keep than before: room for the next save
+        run.prune({diagnose(run).recommended_step})
 
     def prepare(position: int) -> Step:
         rows = [train[i] for i in data.plan(len(train), cfg.seed, position, cfg.batch)]
@@ -301,8 +309,7 @@ def main(cfg: Config) -> bool:
         if run.due(step, "val"):
             validate(cfg, run, step, policy, val, problems)
         if cfg.until and ranks.any_of(phases.reached(diagnose(run), cfg.until)):
-            print(f"--until {cfg.until}: reached at step {step}")
-            run.end()
+            run.end(f"--until {cfg.until} is reached")
         if run.over(step):
             break
 
@@ -372,6 +379,7 @@ def finish(cfg: Config, run: Run) -> None:
             f"start RL from {run.folder(end.recommended_step)}: {end.reason}\n"
             f"next: torchrun rl.py --init {cfg.out}{tasks.flags_for(cfg, data='--data')}"
         )
+    print(f"the run as a page: {ranks.from_first(lambda: page.write(cfg.out))}")
 
 
 if __name__ == "__main__":

@@ -113,13 +113,17 @@ def active_rows(case: dict) -> list[int]:
         members = [b for b, g in enumerate(x["group_ids"]) if g == group]
         rollouts = [b for b in members if not x["is_expert"][b]]
         rewards = [x["rewards"][b] for b in rollouts]
-        if case["options"]["dynamic_sampling"] and len(set(rewards)) == 1:
-            continue
+        experts = [b for b in members if x["is_expert"][b]]
+        agree = len(set(rewards)) == 1
         if case["algo"] == "upt":
-            experts = [b for b in members if x["is_expert"][b]]
             solved = sum(rewards) / len(rewards)
             imitate = experts and solved <= case["options"]["gate_gamma"] + 1e-9
             members = experts if imitate else rollouts
+            agree = agree and not imitate
+        elif experts and max(rewards) <= 0:
+            agree = False  # the demonstration is the only signal
+        if case["options"]["dynamic_sampling"] and agree:
+            continue
         active += members
     return sorted(active)
 

@@ -62,10 +62,12 @@ def test_a_preset_can_take_a_flag_that_it_understood():
 
 
 def test_options_that_were_typed_are_kept_apart():
-    cfg = cli.parse(WithOptions, ["--clip", "none", "--lr", "2"], options=lambda argv: Method)
+    cfg = cli.parse(
+        WithOptions, ["--clip", "none", "--lr", "2"], options=("shape", lambda name: Method)
+    )
     assert cfg.options == {"clip": None}
     assert cfg.lr == 2.0
-    assert cli.parse(WithOptions, [], options=lambda argv: Method).options == {}
+    assert cli.parse(WithOptions, [], options=("shape", lambda name: Method)).options == {}
 
 
 def test_one_flag_can_be_read_before_the_others_are_known():
@@ -76,7 +78,7 @@ def test_one_flag_can_be_read_before_the_others_are_known():
 
 def test_help_shows_each_comment_and_default(capsys):
     with pytest.raises(SystemExit):
-        cli.parse(WithOptions, ["--help"], options=lambda argv: Method)
+        cli.parse(WithOptions, ["--help"], options=("shape", lambda name: Method))
     text = " ".join(capsys.readouterr().out.split())
     assert "learning rate, a share of 100% (7.0)" in text  # the method's setting
     assert "where it goes ('runs/x')" in text
