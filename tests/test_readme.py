@@ -25,7 +25,15 @@ PAGES = [page for page in PAGES if str(page.relative_to(ROOT)) not in HISTORY]
 PROGRAMS = ("sft.py", "rl.py", "evaluate.py", "phases.py", "ceiling.py", "verify.py", "rollout.py")
 PROGRAMS += ("bench rollout", "bench sft", "bench rl", "bench gpu")
 PROGRAMS += ("tasks.countdown", "paper.study", "paper.curate", "paper.figures", "paper.report")
-OTHERS = {"--check", "--help", "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}
+OTHERS = {
+    "--check",
+    "--help",
+    "--logdir",
+    "--nproc_per_node",
+    "--nnodes",
+    "--rdzv_backend",
+    "--rdzv_endpoint",
+}
 # Files that a reader makes, and names of other projects
 THEIRS = re.compile(r"my/|my\.py|idea\.py|[Ff]ile\.py|FILE\.py")
 
