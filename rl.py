@@ -37,9 +37,9 @@ import methods
 import model as model_file
 import rollout
 import tasks
-from core import cli, console, launch, optim, ranks
+from core import cli, console, launch, optim, page, ranks
 from core.errors import UserError
-from core.run import Run
+from core.run import Run, whole_groups
 from losses import Batch, Row
 
 
@@ -156,7 +156,7 @@ def collect(cfg: Config, method, policy, pool: list, run: Run) -> Round:
         for request, response, record in sample(cfg, method, policy, problems, run):
             row = score(cfg, request, response, record)
             groups.setdefault(row.group, []).append(row)
-            records.append({**record, "reward": row.reward})
+            records.append({**record, "reward": row.reward, "group": row.group})
         for problem, rows in zip(problems, groups.values()):
             sampled.append(rows)
             # Before penalties: a right answer that is too long still counts as right
@@ -316,7 +316,7 @@ def evaluate_now(cfg: Config, run: Run, step: int, policy, problems: list) -> No
     sampling = policy.sampling(cfg.eval_temperature, ranks.seed_of(cfg.seed, "eval"))
     summary, records = evaluate.evaluate(policy, problems, cfg.eval_n, sampling)
     run.log(step, "eval", **summary)
-    run.log_samples(step, [{**record, "kind": "eval"} for record in records[:8]])
+    run.log_samples(step, [{**record, "kind": "eval"} for record in records[: 4 * cfg.eval_n]])
     fit = fit_so_far(run)
     print(
         f"step {step:4d}  pass@1 {summary['pass1']:.1f} (se {summary['pass1_se']:.1f})  "
@@ -329,8 +329,7 @@ def evaluate_now(cfg: Config, run: Run, step: int, policy, problems: list) -> No
 def end_if_reached(cfg: Config, run: Run, step: int) -> None:
     """--until-share: end the run where its evaluations say so, also those made before a resume."""
     if cfg.until_share and ranks.any_of((fit_so_far(run).share_low or 0.0) >= cfg.until_share):
-        print(f"--until-share {cfg.until_share}: surely reached at step {step}")
-        run.end()
+        run.end(f"--until-share {cfg.until_share} is surely reached")
 
 
 def fit_so_far(run: Run) -> ceiling.CeilingFit:
@@ -350,7 +349,7 @@ def load_problems(cfg: Config, method, tokenizer) -> tuple[list, list]:
         pool, val = data.hold_out(pool, 200)
         print(f"no --val: {len(val)} problems of {cfg.data} held out for evaluation")
     pool, n_cut = data.drop_long_experts(pool, cfg.max_new)
-    if n_cut and method.demonstrations:
+    if n_cut:
         print(f"{n_cut} demonstrations over --max-new {cfg.max_new} tokens dropped")
     experts = sum(problem.expert is not None for problem in pool)
     print(
@@ -389,7 +388,10 @@ def show_plan(cfg: Config, method, pool: list, tokenizer, folder: Path, device) 
     launch.show_disk(cfg, config, cfg.steps, "adamw")
     if cfg.dry_run:
         print(f"first prompt: {tokenizer.decode(pool[0].prompt)}\nits answer: {pool[0].gold}")
-        print(evaluate.check_demonstrations(pool, tokenizer, tasks.load_reward(cfg.reward)))
+    if cfg.dry_run or any(problem.expert for problem in pool):
+        limit = 1000 if cfg.dry_run else 32
+        reward = tasks.load_reward(cfg.reward)
+        print(evaluate.check_demonstrations(pool, tokenizer, reward, limit), flush=True)
 
 
 def main(cfg: Config) -> None:
@@ -406,10 +408,12 @@ def main(cfg: Config) -> None:
     reference = evaluate.open_frozen(cfg, folder, device) if method.kl_coef else None
     reward = tasks.load_reward(cfg.reward)
     policy = evaluate.Policy(net, tokenizer, reward, cfg.max_new, cfg.rows)
+    # --resume with less --keep than before: room for the next save
+    run.prune({evaluate.best_step(run.of_kind("eval"), run.saved())[0]})
 
     for step in run.steps():
         if 0 < cfg.max_flops <= run.totals["flops"]:
-            run.end()
+            run.end(f"--max-flops {cfg.max_flops:g} are spent")
         run.checkpoint(step)
         if run.due(step, "eval"):
             evaluate_now(cfg, run, step, policy, val)
@@ -480,10 +484,11 @@ def log_step(cfg: Config, method, run: Run, collected: Round, updates: list, num
     """Compute spent, samples, the step's line in metrics.jsonl, and the printed line."""
     run.count(*compute_of(cfg, method, run.model.config, collected, updates))
     step = run.step + 1
-    run.log_samples(step, [{**record, "kind": "train"} for record in collected.records[:8]])
+    trained = {row.group for update in updates for row in update.rows}
+    run.log_samples(step, whole_groups(collected.records, trained))
     run.log(step, "train", **numbers)
     console.print_rl_step(cfg, run, step, numbers)
-    console.print_hints(cfg, run, numbers)
+    console.print_hints(cfg, run, numbers, collected.records)
 
 
 def finish(cfg: Config, run: Run) -> None:
@@ -493,10 +498,12 @@ def finish(cfg: Config, run: Run) -> None:
         return
     points = run.of_kind("eval")
     best, why = evaluate.best_step(points, run.saved())
+    reason = f" ({run.ended})" if run.ended else ""
     print(
-        f"done: pass@1 {points[0]['pass1']:.1f} -> {points[-1]['pass1']:.1f}; "
+        f"done{reason}: pass@1 {points[0]['pass1']:.1f} -> {points[-1]['pass1']:.1f}; "
         f"best checkpoint {run.folder(best)}, {why}\n"
-        f"next: python evaluate.py --init {cfg.out}@{best}{tasks.flags_for(cfg, val='--data')}"
+        f"next: python evaluate.py --init {cfg.out}@{best}{tasks.flags_for(cfg, val='--data')}\n"
+        f"the run as a page: {ranks.from_first(lambda: page.write(cfg.out))}"
     )
 
 

@@ -222,13 +222,15 @@ def rollout_token(case: dict, logp: list, b: int, t: int, row: list[int], A: flo
 def expert_token(case: dict, logp: list, b: int, t: int, row: list[int], A: float) -> float:
     """The loss of one token of a demonstration."""
     h = case["options"]
+    p = math.exp(case["inputs"]["logp"][b][t])  # held constant in the weight of imitation
+    weight = p / max(p, h.get("trust_alpha", 0.0))
     if case["algo"] == "upt":
-        return -h["sft_coef"] * logp[b][t]
+        return -h["sft_coef"] * weight * logp[b][t]
     p = math.exp(logp[b][t])
     ell = -A * p / (p + h["shaping_gamma"])
     if case["algo"] == "srft":
         H = sum(case["inputs"]["entropy"][b][s] for s in row) / len(row)
-        ell -= h["imitation"] * math.exp(-H) * logp[b][t]
+        ell -= h["imitation"] * math.exp(-H) * weight * logp[b][t]
     return ell
 
 

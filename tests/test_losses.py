@@ -201,8 +201,10 @@ OPTIONS += [
 ]
 SPECIAL = {
     "luffy": [CLIP],
-    "srft": [dict(imitation=1.0, success_coef=0.7)],
+    "srft": [dict(imitation=1.0, success_coef=0.7), dict(trust_alpha=0.3)],
     "upt": [
+        dict(trust_alpha=0.3),
+        dict(trust_alpha=1.0),
         dict(gate_gamma=0.0),
         dict(gate_gamma=0.5),
         dict(clip_low=None, clip_high=None),

@@ -90,6 +90,56 @@ def test_sft_gradients_do_not_depend_on_how_the_step_is_cut(small):
         assert (gradient - gradients[0]).abs().max() < 1e-6 * max(1, largest)
 
 
+@pytest.mark.parametrize(
+    "given, weight",
+    [
+        (dict(), lambda p: 1.0),
+        (dict(loss="dft"), lambda p: p),
+        (dict(loss="trsft", trust_alpha=0.02), lambda p: p / max(p, 0.02)),
+        (dict(loss="trsft", trust_alpha=0.0), lambda p: 1.0),
+        (dict(loss="trsft", trust_alpha=1.0), lambda p: p),
+    ],
+)
+def test_an_sft_objective_has_the_gradient_of_a_loop_over_weighted_tokens(small, given, weight):
+    model, tokenizer, folder = small
+    rows, _ = data.sft_examples(f"{folder}/train.jsonl", tokenizer, 256)
+    rows = rows[:3]
+    cfg = sft.Config(**given)
+    batch = sft.make_step(rows, 100_000)
+    ((ids, mask),) = batch.parts
+    loss = sft.batch_loss(model, ids, mask, batch.n_trained, cfg.alpha)
+    loss.backward()
+    gradient = flat_gradient(model)
+
+    weights = set()
+    expected = torch.zeros(())
+    for row in rows:
+        whole = torch.tensor(row.prompt + row.response)
+        logits = model(whole[None])[0] @ model.head.T
+        for t in range(len(row.prompt), len(whole)):
+            logp = torch.log_softmax(logits[t - 1], -1)[whole[t]]
+            weights.add(weight(logp.exp().item()))
+            expected = expected - weight(logp.exp().item()) * logp / batch.n_trained
+    expected.backward()
+    reference = flat_gradient(model)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert (gradient - reference).abs().max() < 1e-5 * reference.abs().max()
+    if given.get("trust_alpha") == 0.02:
+        assert min(weights) < 1 and max(weights) == 1  # both sides of the trust region are there
+
+
+def test_nll_computes_the_logits_once_as_it_always_did(small):
+    model, tokenizer, folder = small
+    rows, _ = data.sft_examples(f"{folder}/train.jsonl", tokenizer, 256)
+    batch = sft.make_step(rows[:4], 100_000)
+    ((ids, mask),) = batch.parts
+    loss = sft.batch_loss(model, ids, mask, batch.n_trained, sft.Config().alpha)
+    assert loss.equal(-model_file.response_logp_sum(model, ids, mask) / batch.n_trained)
+    assert type(loss.grad_fn.next_functions[0][0].next_functions[0][0]).__name__.startswith(
+        "SumLogp"
+    )
+
+
 def test_the_validation_loss_does_not_depend_on_how_the_rows_are_cut(small):
     model, tokenizer, folder = small
     rows, _ = data.sft_examples(f"{folder}/val.jsonl", tokenizer, 256)
