@@ -148,12 +148,15 @@ def test_upt_keeps_every_prompt_that_its_gate_imitates():
     assert not methods.load("upt")().carries_signal([0.2, 0.2], [5, 6, 0])
 
 
-def test_every_row_of_srft_teaches_whatever_its_reward():
+def test_every_row_of_srft_that_has_a_token_teaches_whatever_its_reward():
     rows = [rollout(0.0), rollout(0.0)]
     for name, teaching in (("srft", [True, True]), ("grpo", [False, False])):
         method = methods.load(name)()
         batch = losses.weigh(method, losses.make_batch(rows, "cpu"))
         assert method.teaches(batch).tolist() == teaching
+    cut = [row._replace(finished=False) for row in rows]
+    batch = losses.make_batch(cut, "cpu", mask_truncated=True)
+    assert not methods.load("srft")().teaches(batch).any()
 
 
 def test_prefix_rft_continues_one_demonstration_per_group():

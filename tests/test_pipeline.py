@@ -165,7 +165,7 @@ def test_until_stops_sft_once_it_overfits_four_trajectories(small_task, tmp_path
     assert len(values) < 31
     assert values[-1] > 1.02 * min(values)
     assert values[0] > 1.1 * min(values)
-    assert "--until mild: reached" in capsys.readouterr().out
+    assert "--until mild is reached" in capsys.readouterr().out
 
 
 # ---- RL ------------------------------------------------------------------------------------------
@@ -335,10 +335,12 @@ def test_a_step_that_only_imitates_has_numbers_of_the_update_and_none_of_the_pol
 def test_entropy_that_rises_without_the_reward_is_said_once(coin, tmp_path, capsys):
     cfg = rl_config(coin, tmp_path / "r")
     run_now = run.Run(cfg, cfg.steps, coin)
-    row = {"kind": "train", "truncated": 0.0, "unparsed": 0.0, "signal": 50.0, "reward": 40.0}
+    run_now.attach(policy_of(coin, "math").net, [], None)
+    row = dict.fromkeys(("truncated", "unparsed"), 0.0)
+    row |= {"kind": "train", "signal": 50.0, "right": 40.0, "reward": 40.0, "updates": 1}
     for step in range(30):
         run_now.metrics.append({**row, "entropy": 1 + step / 20})
-        console.print_hints(cfg, run_now, row)
+        console.print_hints(cfg, run_now, row, [])
         if step == 10:
             assert capsys.readouterr().out == ""
     assert capsys.readouterr().out.count("entropy rose from 1.00") == 1
