@@ -8,6 +8,7 @@ my/file.py:name` is anybody's.
 
 import importlib
 import importlib.util
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -79,8 +80,10 @@ def flags_for(cfg, **flags: str) -> str:
     settings are the defaults. flags: {field of cfg: flag of the next command}."""
     if Path(cfg.data).parent == load(BUILT_IN).FOLDER:
         return ""
-    words = [f" {flag} {getattr(cfg, name) or cfg.data}" for name, flag in flags.items()]
-    return "".join([*words, f" --reward {cfg.reward}"])
+    words = []
+    for name, flag in flags.items():
+        words += [flag, getattr(cfg, name) or cfg.data]
+    return " " + shlex.join([*words, "--reward", cfg.reward])
 
 
 # ---- rewards -------------------------------------------------------------------------------------
