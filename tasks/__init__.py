@@ -67,8 +67,10 @@ def has_tokenizer_of(init: str, task) -> bool:
     """Whether --init is empty, missing, or a model with the tokenizer of the built-in task."""
     folder = Path(init.partition("@")[0])
     ours = task.FOLDER / "tokenizer.json"
-    if not init or not ours.exists() or (folder.parts[:1] == ("runs",) and not folder.exists()):
+    if not init or (folder.parts[:1] == ("runs",) and not folder.exists()):
         return True
+    if not ours.exists():  # nothing can descend from it yet
+        return False
     for place in (folder, *sorted(folder.glob("checkpoints/step_*"))):
         if (place / "tokenizer.json").exists():
             return (place / "tokenizer.json").read_bytes() == ours.read_bytes()

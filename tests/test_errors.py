@@ -186,8 +186,9 @@ def test_own_data_need_a_model_of_their_own(tmp_path):
 def test_a_model_of_ones_own_needs_data_of_its_own(small_task, tmp_path, script, init, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(small_task, tmp_path / "M")
-    (tmp_path / "data/countdown").mkdir(parents=True)
-    (tmp_path / "data/countdown/tokenizer.json").write_text("{}")  # the built-in one is another
+    if init == "M":
+        (tmp_path / "runs/countdown").mkdir(parents=True)
+        (tmp_path / "runs/countdown/tokenizer.json").write_text("{}")  # the built-in one is another
     with pytest.raises(UserError, match=f"--init {init} is a model of your own: give --data"):
         cli.parse(script.Config, ["--init", init], script.preset)
 

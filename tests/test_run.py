@@ -17,7 +17,7 @@ from test_checkpoint import small_model, state_file
 
 import rl
 import sft
-from core import checkpoint, run
+from core import checkpoint, cli, run
 from core.errors import UserError
 from core.run import Run
 
@@ -587,3 +587,29 @@ def test_the_advice_on_a_full_disk_works(small_task, coin, tmp_path, monkeypatch
     script.main(replace(cfg, resume=True, keep=1))
     assert 1 <= len(checkpoint.steps_in(tmp_path / "r" / "checkpoints")) <= 2
     assert lines_of(tmp_path / "r", "train")[-1]["step"] == 8
+
+
+@pytest.mark.parametrize("half_made", [False, True])
+def test_a_dry_run_without_a_base_model_makes_none(
+    small_task, tmp_path, monkeypatch, capsys, half_made
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(small_task, "runs/countdown")
+    if half_made:
+        Path("runs/base/checkpoints").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    assert sft.main(cli.parse(sft.Config, ["--dry-run"], sft.preset)) is False
+    assert "a run would make it first" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        ({"max_flops": 1.0}, "done (--max-flops 1 are spent): pass@1"),
+        ({"steps": 1}, "done: pass@1"),
+    ],
+)
+def test_a_run_says_why_it_ended(coin, tmp_path, capsys, flags, reason):
+    rl.main(rl_config(coin, tmp_path / "r", **flags))
+    assert reason in capsys.readouterr().out
