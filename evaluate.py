@@ -30,7 +30,7 @@ import model as model_file
 import phases
 import rollout
 import tasks
-from core import checkpoint, cli, launch, optim, ranks
+from core import checkpoint, cli, hub, launch, optim, ranks
 from core.errors import UserError
 from core.files import read_jsonl
 from core.run import Run, recorded
@@ -87,7 +87,7 @@ def find(init: str, weights: bool = True) -> Path:
                 f"{init}: there is no such run; `python sft.py` makes runs/sft, "
                 "`python rl.py --init runs/sft` makes runs/rl"
             )
-        folder = launch.download(init, weights)
+        folder = hub.model_folder(init, weights)
     return folder
 
 
@@ -311,7 +311,10 @@ def check_demonstrations(problems: list, tokenizer, reward, limit: int = 1000) -
     wrong = None
     for problem in [problem for problem in problems if problem.expert][:limit]:
         response = rollout.Response(problem.expert, [0.0] * len(problem.expert), [], True)
-        record = policy.judge(problem, response)
+        try:
+            record = policy.judge(problem, response)
+        except UserError:  # a row without a gold answer
+            continue
         verdicts.append(record["correct"])
         if not record["correct"] and wrong is None:
             wrong = record
@@ -324,6 +327,8 @@ def check_demonstrations(problems: list, tokenizer, reward, limit: int = 1000) -
             f"; the first that is not: answer {wrong['answer']!r}, gold {wrong['gold']!r} "
             f"({wrong['reason']})"
         )
+    if share < 50:
+        text += ". Is the gold answer in another column, or another --reward meant?"
     return text
 
 

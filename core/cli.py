@@ -48,6 +48,7 @@ def parse(Config, argv: list[str] | None = None, preset=None, options=None):
     options: (flag, load): load(value of that flag) is a second dataclass whose fields are flags
         too; those that were typed go into Config.options. Its `settings` are defaults of Config's
         own flags.
+    Config.positional: the field that is given without a flag, where there is one.
     Config.refused: {"--flag": why it does not exist}, for flags of other trainers.
     With --resume the defaults are the settings that the run was begun with.
     """
@@ -67,7 +68,10 @@ def parse(Config, argv: list[str] | None = None, preset=None, options=None):
     add_flags(flags, Config, getattr(Options, "settings", {}))
     if Options:
         add_flags(parser.add_argument_group("options of this --algo"), Options)
-    known, unknown = parser.parse_known_args(argv)
+    read = parser.parse_known_args
+    if hasattr(Config, "positional"):  # words before and behind the flags
+        read = parser.parse_known_intermixed_args
+    known, unknown = read(argv)
     if unknown:
         refuse(unknown[0].split("=")[0], parser, getattr(Config, "refused", {}))
     given = vars(known)
@@ -93,7 +97,7 @@ def saved_settings(argv: list[str], Config) -> dict:
     """The settings in run.json of the run that --resume goes on with; {} where there is none."""
     if "--resume" not in argv or "--no-resume" in argv:
         return {}
-    config = recorded(peek(argv, "out", Config.out)).get("config", {})
+    config = recorded(peek(argv, "out", getattr(Config, "out", ""))).get("config", {})
     fields = {field.name for field in dataclasses.fields(Config)}
     dropped = ("resume", "overwrite", "dry_run", "out")
     return {name: v for name, v in config.items() if name in fields and name not in dropped}
@@ -145,14 +149,21 @@ def add_flags(parser, Config, defaults: dict | None = None) -> None:
         elif typing.get_origin(kind) is typing.Literal:
             settings["choices"] = typing.get_args(kind)
             settings["metavar"] = "WORD"
+        elif typing.get_origin(kind) is tuple:
+            settings |= {"type": str, "metavar": "WORD", "nargs": "+"}
         else:
             settings |= {"type": kind, "metavar": kind.__name__.upper()}
         default = (defaults or {}).get(field.name, field.default)
         text = comments.get(field.name, "")
         if "choices" in settings:
             text += f": {', '.join(choice or 'none' for choice in settings['choices'])}"
+        if isinstance(default, tuple):
+            default = " ".join(default) or None
         text += " (none)" if default is None else f" ({default!r})"
         flag = "--" + field.name.replace("_", "-")
+        if field.name == getattr(Config, "positional", ""):
+            flag = field.name
+            settings |= {"nargs": "*", "metavar": flag.upper()}
         text = text.replace("%", "%%")
         parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **settings)
 

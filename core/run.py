@@ -38,6 +38,8 @@ from core.files import write_aside, write_json
 LOCK = ".lock"  # held by the process that writes in the directory
 FIXED = ("init", "data", "val", "reward", "algo")  # settings that a resumed run cannot change
 PER_CALL = ("resume", "overwrite", "dry_run", "out")  # settings that belong to one call
+KEPT_GROUPS = 4  # groups per step in samples.jsonl
+KEPT_TEXT = 50_000  # characters of their responses, unless one group alone has more
 ALLOWED_SKIPS = 4  # updates in a row with a NaN or infinite gradient; one more ends the run
 
 
@@ -72,7 +74,6 @@ class Run:
         self.ended = ""  # why it ends before its last step
         self._protected = set()
         self._skipped = 0
-        self._hinted = set()
         self._signals = catch_signals()
 
     # ---- the directory ---------------------------------------------------------------------------
@@ -319,10 +320,11 @@ class Run:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
 
     def hint(self, key: str, text: str) -> None:
-        """Say once in a run what is odd but not wrong, with the flag that helps."""
-        if key not in self._hinted:
-            self._hinted.add(key)
+        """Say once in a run what is odd but not wrong, with the flag that helps; also in a line of
+        kind "hint", with the step whose numbers show it."""
+        if all(row["key"] != key for row in self.of_kind("hint")):
             print(f"hint: {text}", flush=True)
+            self.log(self.step + 1, "hint", key=key, text=text)
 
     # ---- checkpoints -----------------------------------------------------------------------------
     def folder(self, step: int) -> Path:
@@ -355,6 +357,24 @@ class Run:
                 spare.append(step)
         for step in spare[: max(0, len(whole) - self.cfg.keep)]:
             shutil.rmtree(folders[step])
+
+
+def whole_groups(records: list[dict], trained: set[int]) -> list[dict]:
+    """The samples of a step of RL that are kept: whole groups, the trained ones first, at most
+    KEPT_GROUPS of them and, beyond the first, about KEPT_TEXT characters of responses.
+
+    records: of all samples, each with the number of its group. trained: numbers of the groups that
+    an update trained on."""
+    groups = {}
+    for record in records:
+        kept = {**record, "kind": "train", "trained": record["group"] in trained}
+        groups.setdefault(record["group"], []).append(kept)
+    rows = []
+    for group in sorted(groups.values(), key=lambda group: not group[0]["trained"])[:KEPT_GROUPS]:
+        if rows and sum(len(row["response"]) for row in rows + group) > KEPT_TEXT:
+            break
+        rows += group
+    return rows
 
 
 def recorded(out: str | Path) -> dict:

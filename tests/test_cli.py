@@ -264,3 +264,23 @@ def test_a_planted_bug_keeps_its_traceback_in_the_real_command(small_task, tmp_p
     assert "Traceback" in done.stderr
     assert re.search(r'reward.py", line 2, in reward', done.stderr)
     assert done.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
+
+
+# ---- lists of words ------------------------------------------------------------------------------
+@dataclass
+class Talk:
+    words: tuple[str, ...] = ()  # what to say
+    init: tuple[str, ...] = ("runs/rl", "runs/sft")  # models
+    n: int = 1  # how often
+
+    positional: ClassVar[str] = "words"
+
+
+def test_words_without_a_flag_stand_anywhere_and_a_flag_may_take_several():
+    found = cli.parse(Talk, ["a b", "--n", "2", "c", "--init", "x", "y"])
+    assert list(found.words) == ["a b", "c"]
+    assert list(found.init) == ["x", "y"]
+    assert found.n == 2
+    assert cli.parse(Talk, []) == Talk()
+    with pytest.raises(UserError, match="--nn: no such flag; did you mean --n"):
+        cli.parse(Talk, ["a", "--nn", "2"])
