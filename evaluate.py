@@ -102,6 +102,8 @@ def find_start(cfg) -> Path:
     """The model folder that a training run begins from: what --init means or, when it goes on with
     --resume, what it meant when the run began."""
     before = recorded(cfg.out).get("start") if cfg.resume else None
+    if before and not Path(before).exists():
+        raise UserError(f"{cfg.out} was begun from {before}, which is gone; put it back")
     return Path(before) if before else find(cfg.init, weights=not cfg.dry_run)
 
 

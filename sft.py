@@ -127,10 +127,10 @@ def make_built_in(cfg: Config) -> Config:
         print(f"writing the built-in problems and expert trajectories to {task.FOLDER}", flush=True)
         ranks.from_first(lambda: write_built_in(task))
     base = base_config()
-    if cfg.dry_run and not BASE.exists():
-        print(f"no base model in {BASE}: a run would make it first, from plain text (a minute)")
-        return replace(cfg, init=str(task.FOLDER))  # its shape and its tokenizer
     if not (BASE / "checkpoints" / f"step_{base.steps:06d}").exists():
+        if cfg.dry_run:
+            print(f"no base model in {BASE}: a run would make it first, from plain text (a minute)")
+            return replace(cfg, init=str(task.FOLDER))  # its shape and its tokenizer
         print(f"no base model in {BASE}: making it once, from plain text (about a minute)")
         if not main(base):
             raise SystemExit(0)  # Ctrl-C: the base is saved and will be resumed

@@ -8,6 +8,7 @@ my/file.py:name` is anybody's.
 
 import importlib
 import importlib.util
+import shlex
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -67,8 +68,10 @@ def has_tokenizer_of(init: str, task) -> bool:
     """Whether --init is empty, missing, or a model with the tokenizer of the built-in task."""
     folder = Path(init.partition("@")[0])
     ours = task.FOLDER / "tokenizer.json"
-    if not init or not ours.exists() or (folder.parts[:1] == ("runs",) and not folder.exists()):
+    if not init or (folder.parts[:1] == ("runs",) and not folder.exists()):
         return True
+    if not ours.exists():  # nothing can descend from it yet
+        return False
     for place in (folder, *sorted(folder.glob("checkpoints/step_*"))):
         if (place / "tokenizer.json").exists():
             return (place / "tokenizer.json").read_bytes() == ours.read_bytes()
@@ -80,8 +83,10 @@ def flags_for(cfg, **flags: str) -> str:
     settings are the defaults. flags: {field of cfg: flag of the next command}."""
     if Path(cfg.data).parent == load(BUILT_IN).FOLDER:
         return ""
-    words = [f" {flag} {getattr(cfg, name) or cfg.data}" for name, flag in flags.items()]
-    return "".join([*words, f" --reward {cfg.reward}"])
+    words = []
+    for name, flag in flags.items():
+        words += [flag, getattr(cfg, name) or cfg.data]
+    return " " + shlex.join([*words, "--reward", cfg.reward])
 
 
 # ---- rewards -------------------------------------------------------------------------------------

@@ -2,22 +2,18 @@
 
 import itertools
 import json
-import math
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
 
 import pytest
-import torch
-from small_runs import ENV, ROOT, policy_of, write_jsonl
+from small_runs import ENV, ROOT, policy_of, rl_config, write_jsonl
 
 import data
 import evaluate
-import model as model_file
 import rollout
 from core.errors import UserError
 
@@ -115,6 +111,58 @@ def test_another_run_means_its_newest_whole_checkpoint(tmp_path, capsys):
     assert "taking step_000010, its newest checkpoint" in capsys.readouterr().out
 
 
+def evaluated_run(folder, *shares):
+    """A run with an evaluation of 1,000 responses at each tenth step."""
+    steps = [10 * i for i in range(len(shares))]
+    run_of(folder, *steps)
+    rows = []
+    for step, share in zip(steps, shares):
+        rows.append({"step": step, "kind": "eval", "pass1": share, "n": 1000, "flops": step * 1e9})
+    write_jsonl(folder / "metrics.jsonl", rows)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "which, name, why",
+    [
+        ("", "step_000090", "the best point of its curve"),
+        ("@best", "step_000090", "the best point of its curve"),
+        ("@last", "step_000090", "its newest checkpoint"),
+        ("@40", "step_000040", "as asked"),
+    ],
+)
+def test_a_checkpoint_of_an_rl_run_is_named_by_its_place(tmp_path, capsys, which, name, why):
+    # Step 30 was lucky: the curve that is fitted to all points rises to its end
+    shares = (10, 18, 25, 47, 36, 40, 43, 45, 46, 46.5)
+    folder = evaluated_run(tmp_path / "r", *shares)
+    assert evaluate.find(f"{folder}{which}").name == name
+    assert why in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "which, message", [("7", "no checkpoint of that step; there are 0, 10"), ("x", "write @best")]
+)
+def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(tmp_path, which, message):
+    folder = evaluated_run(tmp_path / "r", 10, 20)
+    with pytest.raises(UserError, match=message):
+        evaluate.find(f"{folder}@{which}")
+
+
+def test_a_resumed_run_has_the_start_that_it_was_begun_from(tmp_path):
+    """The run that --init names has trained on since: another checkpoint is its best now."""
+    start = run_of(tmp_path / "sft", 0, 10, kinds=("train", "val"))
+    cfg = rl_config(start, tmp_path / "rl", resume=True)
+    first = evaluate.find_start(cfg)
+    (tmp_path / "rl").mkdir()
+    (tmp_path / "rl" / "run.json").write_text(json.dumps({"start": str(first)}))
+    shutil.rmtree(start)
+    run_of(start, 0, 10, 20, 30)
+    assert evaluate.find_start(cfg) == first != evaluate.find(str(start))
+    shutil.rmtree(start)
+    with pytest.raises(UserError, match="was begun from .*step_000010, which is gone"):
+        evaluate.find_start(cfg)
+
+
 def test_a_run_that_has_no_checkpoint_yet_says_so(tmp_path):
     with pytest.raises(UserError, match="no whole checkpoint in it yet"):
         evaluate.find(str(run_of(tmp_path / "r")))
@@ -146,58 +194,11 @@ def test_the_command_prints_a_summary_as_json_and_writes_a_line_per_sample(small
     assert len(out.read_text().splitlines()) == 6
 
 
-def test_models_are_compared_on_the_same_problems_and_the_same_random_numbers(small_task, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(small_task, other)
-    net = model_file.load_model(small_task)
-    with torch.no_grad():
-        net.head.mul_(0.5)
-    model_file.save_model(net, other)
-    same = tmp_path / "same"
-    shutil.copytree(small_task, same)
-    out = tmp_path / "eval.jsonl"
-    words = ["--init", small_task, other, same, "--data", small_task, "--limit", "5", "--n", "2"]
-    words += ["--max-new", "8", "--reward", coin_reward(tmp_path), "--out", out]
-    done = subprocess.run(command(*words), env=ENV, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    names = [str(small_task), str(other), str(same)]
-    assert [row["init"] for row in found["models"]] == names
-    samples = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["init"] for row in samples] == [name for name in names for _ in range(10)]
-    one = [row["response"] for row in samples if row["init"] == names[0]]
-    assert one == [row["response"] for row in samples if row["init"] == names[2]]
-    assert one != [row["response"] for row in samples if row["init"] == names[1]]
-
-    there, zero, back = found["differences"]
-    assert (there["from"], there["to"]) == (names[0], names[1])
-    assert (zero["difference"], zero["low"], zero["high"]) == (0, 0, 0)
-    assert back["difference"] == -there["difference"]
-    shares = []
-    for name in names[:2]:
-        right = [row["correct"] for row in samples if row["init"] == name]
-        shares.append([(right[i] + right[i + 1]) / 2 for i in range(0, 10, 2)])
-    gains = [100 * (b - a) for a, b in zip(*shares)]
-    half = 1.6449 * statistics.stdev(gains) / math.sqrt(5)
-    assert half > 0
-    assert there["difference"] == pytest.approx(statistics.mean(gains))
-    assert there["low"] == pytest.approx(statistics.mean(gains) - half)
-    assert there["high"] == pytest.approx(statistics.mean(gains) + half)
-    shown = f"{there['difference']:+.1f} [{there['low']:+.1f}, {there['high']:+.1f}]"
-    assert f"{small_task} -> {other}  {shown}" in done.stdout
-
-
-def coin_reward(folder) -> str:
-    """A reward that calls about half of all random responses right."""
-    code = "def reward(response, row):\n    return sum(map(ord, response)) % 2\n"
-    (folder / "coin.py").write_text(code)
-    return f"{folder}/coin.py:reward"
-
-
-def test_models_that_were_given_other_problems_are_not_compared():
-    records = [{"problem": text, "correct": True} for text in "abac"]
-    with pytest.raises(UserError, match="not given the same problems"):
-        evaluate.compare(["x", "y"], records, 1)
+def test_samples_go_behind_what_is_printed_where_out_is_a_standard_output_that_is_a_file(capfd):
+    print("before")
+    evaluate.write_samples("/dev/stdout", [{"a": 1}])
+    print("behind")
+    assert capfd.readouterr().out == 'before\n{"a": 1}\nbehind\n'
 
 
 def test_ctrl_c_writes_the_finished_responses_and_counts_them(small_task, tmp_path):
