@@ -127,8 +127,8 @@ class Tokenizer:
         if eos is None:
             found = f" (eos_token_id {ids} is no token of tokenizer.json)" if ids else ""
             raise UserError(
-                f"{self.folder}: no end-of-text token{found}; set eos_token in tokenizer_config.json "
-                "or eos_token_id in generation_config.json"
+                f"{self.folder}: no end-of-text token{found}; set eos_token in "
+                "tokenizer_config.json or eos_token_id in generation_config.json"
             )
         return eos, sorted({eos, *known})
 
