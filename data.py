@@ -306,6 +306,15 @@ def _problem_texts(row, tokenizer, notes: rows.Notes, needs_gold: bool) -> tuple
     return (row, reading.question, " | ".join(golds)), texts
 
 
+def problem(row: dict, tokenizer: Tokenizer) -> Problem:
+    """The problem of one row in hand; a gold answer may be missing, a demonstration is not read."""
+    (_, question, gold), texts = _problem_texts(row, tokenizer, rows.Notes("a row"), False)
+    if not texts:
+        raise UserError("the prompt is empty; write a question")
+    (ids,) = tokenizer.encode(texts[:1])
+    return Problem(question, ids, gold, row, None, _opened(texts[0][0]))
+
+
 def problems(
     path: str,
     tokenizer: Tokenizer,

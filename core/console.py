@@ -73,9 +73,9 @@ def print_hints(cfg, run, row: dict, records: list[dict]) -> None:
             f"finds (the first ends {first['response'][-60:]!r}: {first['reason']}); say in the "
             "prompt how to answer, teach it with sft.py, or give another --reward",
         )
-    elif row["right"] < 3:
+    elif row["right"] < 3 and not row["updates"]:  # else a demonstration or a few right ones teach
         run.hint("wrong", nearly_all_wrong(cfg, records))
-    elif row["signal"] == 0:
+    elif row["signal"] == 0 and not row["updates"]:
         run.hint(
             "signal",
             "the responses to each prompt are all right or all wrong: there is nothing to learn "

@@ -18,7 +18,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
-from core import chat, files
+from core import chat, files, hub
 from core.errors import UserError
 
 # Columns by what they mean, the first that a row has counts; a dot goes into a nested object
@@ -95,10 +95,23 @@ def read_rows(path: str | Path) -> list[dict]:
 
 
 def each_row(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """("file:line", row) of each row; blank lines count as lines, not as rows."""
-    path = Path(path)
+    """("file:line", row) of each row; blank lines count as lines, not as rows.
+
+    path: a .jsonl or .parquet file or, where there is no such path, data of the hub by its name.
+    """
+    if hub.DATA_NAME.fullmatch(str(path)) and not Path(path).exists():
+        for file in hub.data_files(path):
+            yield from _rows_of_file(file)
+    else:
+        yield from _rows_of_file(Path(path))
+
+
+def _rows_of_file(path: Path) -> Iterator[tuple[str, dict]]:
     if not path.is_file():
-        raise UserError(f"{path}: no such file; give a .jsonl or .parquet file")
+        raise UserError(
+            f"{path}: no such file; give a .jsonl or .parquet file, or OWNER/NAME:CONFIG/SPLIT "
+            "of the hub"
+        )
     if path.suffix == ".parquet":
         rows = enumerate(_parquet_rows(path), 1)
     else:
