@@ -15,17 +15,21 @@ class Said(list):
     def hint(self, key, text):
         self.append((key, text))
 
+    steps = ()
+
     def of_kind(self, kind):
-        return []
+        return list(self.steps)
 
 
 def record(answer="3", gold="4", reason="wrong answer", correct=False, response="so \\boxed{3}"):
     return dict(answer=answer, gold=gold, reason=reason, correct=correct, response=response)
 
 
-def hints(numbers, records):
+def hints(numbers, records, steps=()):
     said = Said()
-    row = {"truncated": 0.0, "unparsed": 0.0, "signal": 50.0, "right": 50.0, **numbers}
+    said.steps = steps
+    row = {"truncated": 0.0, "unparsed": 0.0, "signal": 50.0, "right": 50.0, "updates": 0}
+    row |= numbers
     console.print_hints(SimpleNamespace(max_new=16, reward="math"), said, row, records)
     return said
 
@@ -59,6 +63,13 @@ def hints(numbers, records):
 def test_the_cause_and_the_flag_are_named(numbers, records, key, told):
     ((found, text),) = hints(numbers, records)
     assert found == key and told in text
+
+
+@pytest.mark.parametrize("n_steps, told", [(0, 0), (9, 0), (10, 1), (30, 1)])
+def test_updates_that_do_not_help_for_ten_steps_are_commented(n_steps, told):
+    lucky = {"right": 1.6, "updates": 1}
+    said = hints(lucky, [record()], [{"right": 2.0, "entropy": None}] * n_steps)
+    assert [key for key, _ in said] == ["wrong"] * told
 
 
 def test_a_healthy_step_is_not_commented():
