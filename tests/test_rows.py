@@ -552,6 +552,20 @@ def test_parquet_that_is_none_or_has_a_column_twice_is_refused(tmp_path, models)
         data.sft_examples(str(path), models["none"], 99)
 
 
+def test_a_byte_order_mark_is_passed_over_and_a_bottomless_row_refused(read, tmp_path):
+    row = '{"prompt": "Q", "response": "A"}'
+    assert read("none").trained("\ufeff" + row) == [("Q", "A<|endoftext|>")]
+    deep = '{"prompt": "Q", "response": "A", "x": ' + 9000 * "[" + 9000 * "]" + "}"
+    with pytest.raises(UserError, match="rows.jsonl:2: "):
+        read("none").trained(row, deep)
+
+
+def test_of_two_calls_both_must_be_written(read):
+    calls = [{"function": {"name": name, "arguments": {}}} for name in ("f", "g")]
+    with pytest.raises(UserError, match="does not write the call of 'g'"):
+        read("headers").trained({"messages": [user("Q"), assistant("", tool_calls=calls)]})
+
+
 @pytest.mark.parametrize("name", ["prompt", "response"])
 def test_half_a_character_is_refused(read, name):
     row = {"prompt": "Q", "response": "A", "answer": "3"} | {name: "x \ud83d"}
@@ -729,6 +743,8 @@ def test_a_proof_without_a_box_gives_no_gold_and_is_dropped(read, capsys):
         ("1e-07", "0.0000001"),
         ("2.5", "2.5"),
         ("[2.0, 3]", "2 | 3"),
+        ("1e30", "1" + 30 * "0"),
+        ("\"('3', '4')\"", "3 | 4"),
         ('"[\\"\\\\frac{1}{2}\\"]"', "\\frac{1}{2}"),
         ('"[\\"\\\\\\\\frac{1}{2}\\"]"', "\\frac{1}{2}"),
         ("\"['\\\\theta']\"", "\\theta"),
@@ -785,6 +801,8 @@ def test_a_tasks_reward_checks_its_columns_at_load(read):
         {"answer": '{"target": 98, "numbers": [44, 19, 35]}'},
         {"ground_truth": "{'target': 98, 'numbers': [44, 19, 35]}"},
         {"answer": True},
+        {"answer": '[{"value": 3}]'},
+        {"answer": "[['3', '4']]"},
         {"final_answer": [{"value": 98}]},
     ],
 )
