@@ -68,10 +68,8 @@ def prompt_text(row: dict) -> str | None:
 
 
 def golds_of(row: dict) -> list[str]:
-    """The right answers of a row, of which any counts. Raises UserError where there is none.
-
-    Of a worked solution: its last box, or what follows ####.
-    """
+    """The right answers of a row, of which any counts; of a worked solution its last box, or what
+    follows ####. Raises UserError where there is none."""
     found = _golds(row)
     if not found:
         raise UserError(f"no gold answer (found: {sorted(row)}); add a column answer")
@@ -435,14 +433,11 @@ def micro_batches(rows: list[Example], budget: int, rank: int, world: int) -> It
 
 def drop_long_experts(problems: list[Problem], most: int) -> tuple[list[Problem], int]:
     """The problems, without demonstrations of more than `most` tokens; and how many those were."""
-    kept = []
-    n_dropped = 0
-    for problem in problems:
-        if problem.expert and len(problem.expert) > most:
-            problem = problem._replace(expert=None)
-            n_dropped += 1
-        kept.append(problem)
-    return kept, n_dropped
+    long = [bool(problem.expert) and len(problem.expert) > most for problem in problems]
+    kept = [
+        problem._replace(expert=None) if cut else problem for problem, cut in zip(problems, long)
+    ]
+    return kept, sum(long)
 
 
 def digest(rows: list) -> str:

@@ -219,7 +219,9 @@ class Template:
                 message.pop("tool_calls", None)
             bare_text = self._write(name, bare, tools, opened)
         for function, n_calls in names.items():
-            if text.count(function) - bare_text.count(function) < n_calls:
+            name_of_call = re.compile(rf"(?<!\w){re.escape(function)}(?!\w)")
+            n_written = len(name_of_call.findall(text)) - len(name_of_call.findall(bare_text))
+            if n_written < n_calls:
                 raise UserError(
                     f"the chat template does not write the call of {function!r}; take a model "
                     "whose template knows tools, or rows without them"

@@ -58,6 +58,12 @@ def nearly_all_wrong(cfg, records: list[dict]) -> str:
     )
 
 
+def is_stuck(run, steps: int = 10) -> bool:
+    """Did updates, on demonstrations or on a few lucky answers, not help for so many steps?"""
+    last = run.of_kind("train")[-steps:]
+    return len(last) == steps and all(step["right"] < 3 for step in last)
+
+
 def print_hints(cfg, run, row: dict, records: list[dict]) -> None:
     """What is odd in a step of RL, once per run, with the flag that helps. records: its samples."""
     if row["truncated"] > 25:
@@ -74,7 +80,7 @@ def print_hints(cfg, run, row: dict, records: list[dict]) -> None:
             f"finds (the first ends {first['response'][-60:]!r}: {first['reason']}); say in the "
             "prompt how to answer, teach it with sft.py, or give another --reward",
         )
-    elif row["right"] < 3 and not row["updates"]:  # else a demonstration or a few right ones teach
+    elif row["right"] < 3 and (not row["updates"] or is_stuck(run)):
         run.hint("wrong", nearly_all_wrong(cfg, records))
     elif row["signal"] == 0 and not row["updates"]:
         run.hint(

@@ -29,7 +29,9 @@ def read_jsonl(path: Path, broken_tail: bool = False, make_object=None) -> Itera
             if not line.strip():
                 continue
             try:
-                yield json.loads(line.decode(), object_pairs_hook=make_object)
+                yield json.loads(
+                    line.decode("utf-8-sig" if n == 1 else "utf-8"), object_pairs_hook=make_object
+                )
             except UnicodeDecodeError as error:
                 raise UserError(
                     f"{path}:{n}: not UTF-8 text (byte {error.start} of the line); "
@@ -42,5 +44,8 @@ def read_jsonl(path: Path, broken_tail: bool = False, make_object=None) -> Itera
                     f"{path}:{n}: not JSON ({error.msg} at column {error.colno}); "
                     "each line must be one JSON object"
                 ) from None
-            except ValueError as error:  # make_object's, or a number of thousands of digits
+            except (
+                ValueError,
+                RecursionError,
+            ) as error:  # make_object's, or a number of thousands of digits
                 raise UserError(f"{path}:{n}: {error}") from None

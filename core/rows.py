@@ -402,8 +402,8 @@ class Notes:
 
 
 # ------------------------------------------------------------------------------------------- gold
-LISTED = re.compile(r"\s*\[\s*['\"]")  # Skywork: a list as text, ["2"]
-OBJECT = re.compile(r"\s*\{\s*['\"]\w+['\"]\s*:")  # an object as text, {"target": 98}
+LISTED = re.compile(r"\s*[\[(]\s*\[?\s*['\"]")  # Skywork: a list as text, ["2"]
+OBJECT = re.compile(r"\s*\[?\s*\{\s*['\"]\w+['\"]\s*:")  # an object as text, {"target": 98}
 CONTROL = re.compile(r"[\x00-\x1f]")
 
 
@@ -417,7 +417,7 @@ def _listed(value: str):
             except (ValueError, SyntaxError):
                 continue
             if not any(CONTROL.search(str(item)) for item in items):
-                return items  # else "\frac" was read as a form feed and "rac"
+                return list(items)  # else "\frac" was read as a form feed and "rac"
     return value
 
 
@@ -428,10 +428,8 @@ def is_long(gold: str) -> bool:
 
 def plain_text(value) -> str:
     """A number as it is written: 5.0 (an integer column with nulls, in pandas) is 5."""
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
     if isinstance(value, float):
-        return format(Decimal(repr(value)), "f")
+        return format(Decimal(repr(value)), "f").removesuffix(".0")
     return str(value)
 
 

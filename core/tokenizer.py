@@ -119,20 +119,18 @@ class Tokenizer:
                 found = place.get("eos_token_id")
                 if found is not None:
                     ids += found if isinstance(found, list) else [found]
+        tokens = set(self.backend.get_vocab().values())
+        known = [id for id in ids if type(id) is int and id in tokens]
         eos = self.backend.token_to_id(self.specials.get("eos_token", ""))
-        if eos is None and ids:
-            eos = ids[0]
+        if eos is None and known:
+            eos = known[0]
         if eos is None:
+            found = f" (eos_token_id {ids} is no token of tokenizer.json)" if ids else ""
             raise UserError(
-                f"{self.folder}: no end-of-text token; set eos_token in tokenizer_config.json "
-                "or eos_token_id in generation_config.json"
+                f"{self.folder}: no end-of-text token{found}; set eos_token in "
+                "tokenizer_config.json or eos_token_id in generation_config.json"
             )
-        if not isinstance(eos, int) or self.backend.id_to_token(eos) is None:
-            raise UserError(
-                f"{self.folder}: eos_token_id is {eos!r}, which is no token of tokenizer.json; "
-                "set eos_token in tokenizer_config.json"
-            )
-        return eos, sorted({eos, *ids})
+        return eos, sorted({eos, *known})
 
     def _opening_ids(self) -> list[int]:
         """What the tokenizer's post-processor writes before a text: its BOS, or nothing."""
