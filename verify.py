@@ -42,6 +42,7 @@ from core.equality import Comparison
 from core.errors import UserError
 from core.files import read_jsonl
 from core.mathunits import MONTHS
+from core.mathvalue import fraction
 from core.reading import Reading, read, spread, unbraced
 from core.sampling import names_of
 
@@ -72,6 +73,7 @@ def is_answer(gold: str) -> bool:
 # ------------------------------------------------------------------------------ extraction
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 BOX = re.compile(r"\s*(?=\{)")
+PLAIN_BOX = re.compile(r"\{[^{}\\]*\}")
 # \boxed 5, \boxed 3.5, \boxed x, \boxed\frac12; not "\boxed as asked"
 TEX_BOX = re.compile(
     r"\s*(-?\d+(?:[.,]\d+)*(?:/\d+)?|[A-Za-z](?=\s*(?:$|[.$,;)]))|\\[a-z]+[^$\n.]*)"
@@ -85,11 +87,18 @@ MATHS = re.compile(
 )
 DISPLAY = re.compile(r"\$\$((?:\\.|[^$\\])+)\$\$")
 SENTENCE_END = re.compile(r"\.(?:\s|$)|\n|</answer>|\*\*|`")
+# what makes a formula one of several: "$5$ or $6$" is not the answer $5$
+HEDGE = re.compile(
+    r"[ \t]*[,;]?[ \t]*(?:(?:or(?! equivalently)|maybe|perhaps|possibly|vs)(?![a-z])"
+    r"|[-+*/|<>=^]|(?:and )?(?:\$|\\[(\[]))"
+)
 LAST = re.compile(r"(?<!\\)\$(?:\\.|[^$\\])+\$|-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
 def closing_brace(text: str, first: int) -> int | None:
     """Where the brace that opens at `first` is closed."""
+    if plain := PLAIN_BOX.match(text, first):
+        return plain.end() - 1
     depth = 0
     for seen, brace in enumerate(BRACE.finditer(text, first)):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
@@ -129,10 +138,9 @@ def phrased(text: str) -> str | None:
     if not ends:
         return None
     tail = tail[ends[-1] :]
-    if maths := DISPLAY.match(tail):
-        return maths[1].strip()
-    if maths := MATHS.match(tail):
-        return (maths[1] or maths[2] or maths[0]).strip()
+    maths = DISPLAY.match(tail) or MATHS.match(tail)
+    if maths and not HEDGE.match(tail, maths.end()):
+        return maths[maths.lastindex or 0].strip()
     return SENTENCE_END.split(tail, maxsplit=1)[0].strip() or None
 
 
@@ -162,7 +170,9 @@ ONE_CHOICE = re.compile(r"\(?([A-J])\)?\.?")
 LONG_CHOICE = re.compile(
     r"(?:option|choice)?\s*(?:\(([A-J])\)|([A-J])[).:]|(?<=[a-z] )([A-J])$)", re.I
 )
-OTHER_CHOICE = re.compile(r"\([A-J]\)|\b[A-J]\)|\b(?:or|and)\s+[A-J]\b|\\ldots|\.\.\.")
+OTHER_CHOICE = re.compile(
+    r"\([A-J]\)|\b[A-J]\)|\b(?:or|and)\s+[A-J]\b|[,;/|.]\s*[A-J]\s*[.:]|\\ldots|\.\.\."
+)
 WRAPPER = re.compile(r"\\(?:text\w*|math\w+)\s*\{|[{}$]|\\[,;:! ]|\*\*")
 
 
@@ -219,8 +229,14 @@ def same_trees(a: Reading, b: Reading, comparison: Comparison) -> bool:
         return False
 
 
+def is_number(reading: Reading) -> bool:
+    return reading.tree is not None and fraction(reading.tree) is not None
+
+
 def same_as_text(gold: str, answer: str, a: Reading, b: Reading) -> tuple[bool, bool]:
     """What may be the same in answers whose trees are not: text, the letter of a choice, a date."""
+    if is_number(a) and is_number(b):
+        return False, False
     readable = bool(a.tokens and b.tokens)  # else only the same text is the same
     same = readable and unbraced(a.plain) == unbraced(b.plain)
     if CHOICE_LETTER.search(gold):
@@ -289,8 +305,10 @@ def numbers_in(tree: tuple) -> int:
 
 def evaluated(answer: str, gold: str) -> bool:
     """Where the gold answer is a number: is the answer a closed form that is not much longer?"""
+    if answer == gold:
+        return True
     b = read(answer).tree
-    if answer == gold or b is None or b[0] in ("num", "list", "tuple", "matrix"):
+    if b is None or b[0] in ("num", "list", "tuple", "matrix"):
         return True
     n_numbers = numbers_in(b)
     if n_numbers <= CLOSED_FORM:

@@ -12,10 +12,10 @@ r"""Do two trees say the same? Structures item by item, values exactly or at poi
    what P digits drifted by, or 10^3 units in the last place of the largest value on the way.
    P >= 60 grows with the digits of the numbers written and with the size, large or small, of the
    values on the way; above MAX_PRECISION nothing is decided and the answer is no.
-4) With variables, values must agree at 3 seeded points (core/sampling.py); kinked functions (|.|,
-   floors, even roots, (-1)^n ...) at 160, or at what ENOUGH_WORK allows and at least 12. Two
-   expressions that differ on a share s of such points are taken for equal with a chance of
-   (1 - s)^(number of points).
+4) With variables, values must agree at 3 seeded points (core/sampling.py). Kinked functions (|.|,
+   floors, even roots, (-1)^n ...) are then searched in floats for a difference at up to 640 points
+   (core/screening.py); what floats find is checked exactly, and 32 exact points follow as far as
+   ENOUGH_WORK allows. What floats cannot be tried on needs 160 exact points, or at least 12.
 5) Points where a root or a logarithm leaves the real numbers say nothing, unless i is written.
 All work is counted, series before they are computed: what needs more than MAX_WORK is not equal.
 """
@@ -39,7 +39,7 @@ from core.mathexpr import EMPTY
 from core.mathtext import Unread
 from core.mathunits import measure
 from core.mathvalue import MAX_BITS, Approx, evaluate, fraction, lift
-from core.sampling import Survey, names_of, values_at
+from core.sampling import Survey, values_at
 from core.screening import suspects
 
 MAX_ITEMS = 24  # of a list that is matched in any order, which is quadratic; longer ones are sorted
@@ -122,14 +122,6 @@ def assignments(node: tuple) -> tuple | None:
     return ("tuple", "()", *(found[name] for name in sorted(found)))
 
 
-def solved(sides: tuple) -> bool:
-    """x = 5: a variable alone on one side, none on the other?"""
-    for one, other in (sides, sides[::-1]):
-        if one[0] == "sym" and not names_of(other):
-            return True
-    return False
-
-
 def without_degrees(node: tuple) -> tuple:
     """90° - x -> 90 - x: the sign taken off the terms of a sum."""
     if node[0] in ("+", "neg"):
@@ -170,6 +162,11 @@ class Comparison:
         else:
             self.work += 15 + getcontext().prec // 8
             self.peak = max(self.peak, abs(value.re), abs(value.im))
+            for part in value:
+                if (
+                    part and part.adjusted() < -getcontext().prec - 5
+                ):  # e^{-1000}: no rounding error
+                    self.extent = max(self.extent, -part.adjusted())
             if value.im and from_real:
                 self.left_reals = True
         if self.work > MAX_WORK:
@@ -180,6 +177,10 @@ class Comparison:
         """Do two answers say the same?"""
         if a == b:
             return True
+        x = fraction(a)
+        y = fraction(b)
+        if x is not None and y is not None:
+            return self.near(x, y)
         heads = {a[0], b[0]}
         if heads & {"both", "minus"}:
             a, b = self.as_regions(a), self.as_regions(b)
@@ -263,7 +264,7 @@ class Comparison:
             return True
         if ops == ("=",) and self.same(left[0], right[1]) and self.same(left[1], right[0]):
             return True
-        if len(ops) > 1 or ops[0] in ("in", "≈") or solved(left) or solved(right):
+        if len(ops) > 1 or ops[0] in ("in", "≈") or regions.solved(left) or regions.solved(right):
             return False
         return self.proportional(ops[0], left, right)
 
@@ -328,7 +329,7 @@ class Comparison:
             return self.near(x, y)
         survey = Survey(a, b)
         if "\\infty" in survey.names:  # only the sign of an infinity counts; oo - oo is nothing
-            return infinite(a) == infinite(b) != 0
+            return regions.infinite(a) == regions.infinite(b) != 0
         for self.natural in (False, True)[: 1 + ("log" in survey.heads)]:
             if self.agree_at_points(a, b, survey):
                 return True
@@ -358,6 +359,7 @@ class Comparison:
                     return False
                 if screened:
                     enough = SCREENED_POINTS
+                    at_least = THOROUGH
             if len(seen) == enough or (len(seen) >= FEW and self.work > ENOUGH_WORK):
                 return True
         return len(seen) >= at_least
@@ -445,10 +447,3 @@ class Comparison:
         near = self.parts > 0 and gap * self.parts <= size
         self.tolerated |= near
         return near
-
-
-def infinite(tree: tuple) -> int:
-    """1 for oo, -1 for -oo, 0 for anything else."""
-    if tree == regions.INFINITY:
-        return 1
-    return -infinite(tree[1]) if tree[0] == "neg" else 0

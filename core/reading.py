@@ -22,6 +22,8 @@ CASES_COMMA = re.compile(r", (?=&|\\\\)")
 
 def unbraced(plain: str) -> str:
     r"""\pmod{7} -> \pmod 7, and the rows of cases without their commas."""
+    if "{" not in plain and "&" not in plain:
+        return plain
     return CASES_COMMA.sub("", SINGLE_BRACES.sub(r"\1", plain))
 
 

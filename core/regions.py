@@ -11,6 +11,7 @@ from decimal import Context, Decimal, localcontext
 from core.mathexpr import EMPTY
 from core.mathtext import Unread
 from core.mathvalue import evaluate, lift
+from core.sampling import names_of
 
 INFINITY = ("sym", "\\infty")
 MINUS_INFINITY = ("neg", INFINITY)
@@ -25,6 +26,21 @@ def upward(ops: tuple, sides: tuple) -> tuple[tuple, tuple]:
     if set(ops) <= set(TURNED):
         return tuple(TURNED[op] for op in ops[::-1]), sides[::-1]
     return ops, sides
+
+
+def solved(sides: tuple) -> bool:
+    """x = 5: a variable alone on one side, none on the other?"""
+    for one, other in (sides, sides[::-1]):
+        if one[0] == "sym" and not names_of(other):
+            return True
+    return False
+
+
+def infinite(tree: tuple) -> int:
+    """1 for oo, -1 for -oo, 0 for anything else."""
+    if tree == INFINITY:
+        return 1
+    return -infinite(tree[1]) if tree[0] == "neg" else 0
 
 
 def place(tree: tuple, meter) -> Decimal:
