@@ -14,6 +14,7 @@ ended are judged and written to --out. They are no fair sample: short ones end f
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -29,7 +30,7 @@ import model as model_file
 import phases
 import rollout
 import tasks
-from core import checkpoint, cli, launch, optim, ranks
+from core import checkpoint, cli, hub, launch, optim, ranks
 from core.errors import UserError
 from core.files import read_jsonl
 from core.run import Run, recorded
@@ -86,7 +87,7 @@ def find(init: str, weights: bool = True) -> Path:
                 f"{init}: there is no such run; `python sft.py` makes runs/sft, "
                 "`python rl.py --init runs/sft` makes runs/rl"
             )
-        folder = launch.download(init, weights)
+        folder = hub.model_folder(init, weights)
     return folder
 
 
@@ -308,7 +309,10 @@ def check_demonstrations(problems: list, tokenizer, reward, limit: int = 1000) -
     wrong = None
     for problem in [problem for problem in problems if problem.expert][:limit]:
         response = rollout.Response(problem.expert, [0.0] * len(problem.expert), [], True)
-        record = policy.judge(problem, response)
+        try:
+            record = policy.judge(problem, response)
+        except UserError:  # a row without a gold answer
+            continue
         verdicts.append(record["correct"])
         if not record["correct"] and wrong is None:
             wrong = record
@@ -321,6 +325,8 @@ def check_demonstrations(problems: list, tokenizer, reward, limit: int = 1000) -
             f"; the first that is not: answer {wrong['answer']!r}, gold {wrong['gold']!r} "
             f"({wrong['reason']})"
         )
+    if share < 50:
+        text += ". Is the gold answer in another column, or another --reward meant?"
     return text
 
 
@@ -355,8 +361,11 @@ def show_progress(what: str):
 def write_samples(path: str, records: list[dict]) -> None:
     """One JSON line per response, where a path was given; on rank 0 only."""
     if path and ranks.rank() == 0:
-        lines = [json.dumps(record) + "\n" for record in records]
-        Path(path).write_text("".join(lines))  # in place: it may be /dev/stdout
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        if os.path.samestat(os.stat(path), os.fstat(1)):  # /dev/stdout: behind what is printed
+            print(text, end="", flush=True)
+        else:
+            Path(path).write_text(text)
 
 
 def main(cfg: Config) -> None:

@@ -85,7 +85,7 @@ MATHS = re.compile(
 )
 DISPLAY = re.compile(r"\$\$((?:\\.|[^$\\])+)\$\$")
 SENTENCE_END = re.compile(r"\.(?:\s|$)|\n|</answer>|\*\*|`")
-LAST = re.compile(r"\$(?:\\.|[^$\\])+\$|-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+LAST = re.compile(r"(?<!\\)\$(?:\\.|[^$\\])+\$|-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
 def closing_brace(text: str, first: int) -> int | None:
@@ -236,7 +236,7 @@ def is_equivalent(gold: str, answer: str) -> bool:
 
 
 # ----------------------------------------------------------------- is it an answer at all?
-FORMULA = re.compile(r"\$\$?((?:\\.|[^$\\])+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+FORMULA = re.compile(r"(?<!\\)\$\$?((?:\\.|[^$\\])+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 SIDES = re.compile(r"=|<|>|\\[lg]eq?\b|[,;]|\\text\s*\{[^{}]*\}")
 DECORATION = re.compile(
     r"\\text\s*\{[^{}]*\}|\\(?:left|right|displaystyle)(?![a-z])"

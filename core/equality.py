@@ -40,6 +40,7 @@ from core.mathtext import Unread
 from core.mathunits import measure
 from core.mathvalue import MAX_BITS, Approx, evaluate, fraction, lift
 from core.sampling import Survey, names_of, values_at
+from core.screening import suspects
 
 MAX_ITEMS = 24  # of a list that is matched in any order, which is quadratic; longer ones are sorted
 MAX_PRECISION = 240  # digits of an approximate value
@@ -48,6 +49,8 @@ MAX_WORK = 20_000  # units that one comparison may spend, each 0.2 to 0.4 us
 # points tried, points that are enough, points that are at least needed
 SMOOTH_POINTS = (12, 3, 2)
 KINKED_POINTS = (240, 160, 6)
+SCREENED_POINTS = 32  # that are enough behind the float points of core/screening.py
+FLOATS = 6  # values computed as floats for one unit of work
 THOROUGH = 3  # points at which two evaluations are compared; one is enough for the others
 FEW = 12  # agreeing points that are enough when ENOUGH_WORK is spent
 ENOUGH_WORK = 14_000
@@ -349,9 +352,27 @@ class Comparison:
                 seen.add(tuple(values.values()))
             if self.work > MAX_WORK or (point > HOPELESS and not seen):
                 break
+            if verdict and survey.kinked and len(seen) == THOROUGH:
+                screened = self.agree_in_floats(a, b, survey, digits)
+                if screened is False:
+                    return False
+                if screened:
+                    enough = SCREENED_POINTS
             if len(seen) == enough or (len(seen) >= FEW and self.work > ENOUGH_WORK):
                 return True
         return len(seen) >= at_least
+
+    def agree_in_floats(self, a: tuple, b: tuple, survey: Survey, digits: int) -> bool | None:
+        """False where a difference that floats point to is one; None where they cannot tell."""
+        try:
+            points, n_values = suspects(a, b, survey, self.natural)
+        except Unread:
+            return None
+        self.work += n_values // FLOATS
+        for values in points:
+            if self.agree(a, b, values, digits, closely=False) is False:
+                return False
+        return True
 
     def agree(self, a: tuple, b: tuple, values: dict, digits: int, closely: bool) -> bool | None:
         """Are two values equal at a point? None where undefined, not decided, or where they differ

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from core.errors import UserError
@@ -106,9 +107,12 @@ def load_reward(name: str) -> Callable:
 
 def columns(name: str) -> dict:
     """What data.problems() has to know of a reward: the columns that it reads besides the gold
-    answer (COLUMNS of its module), and whether each row needs a gold answer that is text
-    (NEEDS_GOLD, true unless said otherwise; a reward of one's own needs none)."""
-    module = sys.modules[load_reward(name).__module__]
+    answer (COLUMNS of its module), whether each row needs a gold answer that is text (NEEDS_GOLD,
+    true unless said otherwise; a reward of one's own needs none), and a check of a row that
+    raises UserError, for a task's reward that reads columns of its own."""
+    reward = load_reward(name)
+    module = sys.modules[reward.__module__]
     ours = name.partition(":")[0] in names()
     needs_gold = ours and getattr(module, "NEEDS_GOLD", True)
-    return {"reads": getattr(module, "COLUMNS", ()), "needs_gold": needs_gold}
+    check = partial(reward, "") if ours and not needs_gold else None
+    return {"reads": getattr(module, "COLUMNS", ()), "needs_gold": needs_gold, "check": check}

@@ -144,6 +144,13 @@ def test_only_agreed_packages_are_imported():
         assert outside(module) <= AGREED, f"{module} imports {outside(module) - AGREED}"
 
 
+def test_the_sampler_knows_no_script_and_no_reward_until_it_is_run_as_a_command():
+    # Its last line starts paper/talk.py by name: `python rollout.py` talks to a model.
+    code = "import rollout, sys; print({'evaluate', 'data', 'tasks', 'paper'} & set(sys.modules))"
+    done = python(code)
+    assert done.stdout == "set()\n", done.stderr
+
+
 # ---- importing a file
 def test_importing_every_file_prints_nothing_parses_nothing_and_starts_nothing(tmp_path):
     code = f"""

@@ -62,10 +62,12 @@ def test_a_preset_can_take_a_flag_that_it_understood():
 
 
 def test_options_that_were_typed_are_kept_apart():
-    cfg = cli.parse(WithOptions, ["--clip", "none", "--lr", "2"], options=lambda argv: Method)
+    cfg = cli.parse(
+        WithOptions, ["--clip", "none", "--lr", "2"], options=("shape", lambda name: Method)
+    )
     assert cfg.options == {"clip": None}
     assert cfg.lr == 2.0
-    assert cli.parse(WithOptions, [], options=lambda argv: Method).options == {}
+    assert cli.parse(WithOptions, [], options=("shape", lambda name: Method)).options == {}
 
 
 def test_one_flag_can_be_read_before_the_others_are_known():
@@ -76,7 +78,7 @@ def test_one_flag_can_be_read_before_the_others_are_known():
 
 def test_help_shows_each_comment_and_default(capsys):
     with pytest.raises(SystemExit):
-        cli.parse(WithOptions, ["--help"], options=lambda argv: Method)
+        cli.parse(WithOptions, ["--help"], options=("shape", lambda name: Method))
     text = " ".join(capsys.readouterr().out.split())
     assert "learning rate, a share of 100% (7.0)" in text  # the method's setting
     assert "where it goes ('runs/x')" in text
@@ -201,3 +203,23 @@ def test_a_planted_bug_keeps_its_traceback_in_the_real_command(small_task, tmp_p
     assert "Traceback" in done.stderr
     assert re.search(r'reward.py", line 2, in reward', done.stderr)
     assert done.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
+
+
+# ---- lists of words ------------------------------------------------------------------------------
+@dataclass
+class Talk:
+    words: tuple[str, ...] = ()  # what to say
+    init: tuple[str, ...] = ("runs/rl", "runs/sft")  # models
+    n: int = 1  # how often
+
+    positional: ClassVar[str] = "words"
+
+
+def test_words_without_a_flag_stand_anywhere_and_a_flag_may_take_several():
+    found = cli.parse(Talk, ["a b", "--n", "2", "c", "--init", "x", "y"])
+    assert list(found.words) == ["a b", "c"]
+    assert list(found.init) == ["x", "y"]
+    assert found.n == 2
+    assert cli.parse(Talk, []) == Talk()
+    with pytest.raises(UserError, match="--nn: no such flag; did you mean --n"):
+        cli.parse(Talk, ["a", "--nn", "2"])

@@ -17,15 +17,10 @@ import sft
 from core import cli
 from core.errors import UserError
 
-
-def options(argv):
-    return methods.load(cli.peek(argv, "algo", rl.Config.algo))
-
-
 SCRIPTS = {
     "sft": (sft.main, sft.Config, sft.preset),
     "evaluate": (evaluate.main, evaluate.Config, evaluate.preset),
-    "rl": (rl.main, rl.Config, rl.preset, options),
+    "rl": (rl.main, rl.Config, rl.preset, ("algo", methods.load)),
 }
 GOOD = '{"prompt": "Make 3 from 1 2 ->", "response": "\\\\boxed{ 1 + 2 }", "answer": "3"}\n'
 NO_RESPONSE = '{"prompt": "x", "answer": "1"}\n'

@@ -22,8 +22,8 @@ HISTORY = {"docs/LOG.md", "docs/study/report.md"}  # as it was written on its da
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [page for page in PAGES if str(page.relative_to(ROOT)) not in HISTORY]
 # Programs with a command line of their own, in which a flag may be named
-PROGRAMS = ("sft.py", "rl.py", "evaluate.py", "phases.py", "ceiling.py", "verify.py")
-PROGRAMS += ("core.page", "bench rollout", "bench sft", "bench rl", "bench gpu")
+PROGRAMS = ("sft.py", "rl.py", "evaluate.py", "phases.py", "ceiling.py", "verify.py", "rollout.py")
+PROGRAMS += ("bench rollout", "bench sft", "bench rl", "bench gpu")
 PROGRAMS += ("tasks.countdown", "paper.study", "paper.curate", "paper.figures", "paper.report")
 OTHERS = {"--check", "--help", "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}
 # Files that a reader makes, and names of other projects

@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 from test_checkpoint import small_model, state_file
@@ -33,9 +34,9 @@ def cfg(tmp_path):
     return Config(out=str(tmp_path / "r"))
 
 
-def opened(cfg: Config, last: int = 10, **facts) -> Run:
+def opened(cfg: Config, last: int = 10, start: Path = Path("model"), **facts) -> Run:
     """A run that saves a small model."""
-    found = Run(cfg, last, **facts)
+    found = Run(cfg, last, start, **facts)
     found.attach(small_model(), [], lambda folder: None)
     return found
 
@@ -163,7 +164,7 @@ def run_loop(found: Run, until: int | None = None) -> list[tuple]:
             found.log(step, "eval", pass1=1.0)
             events.append((step, "eval"))
         if step == until:
-            found.end()
+            found.end("enough")
         if found.over(step):
             break
         found.log(step + 1, "train", loss=1.0)
@@ -196,6 +197,7 @@ def test_end_makes_the_present_step_the_last(cfg):
     found = opened(replace(cfg, eval_every=100), last=10)
     assert run_loop(found, until=3) == [(0, "save"), (0, "eval")]
     assert found.step == 3
+    assert found.ended == "enough"
 
 
 def test_the_share_that_is_done_follows_steps_or_compute_whichever_is_further(cfg):
@@ -286,9 +288,12 @@ def test_lines_that_belong_together_are_written_at_once(cfg):
 # ---- checkpoints ---------------------------------------------------------------------------------
 def test_prune_keeps_the_newest_and_the_protected(cfg):
     found = opened(replace(cfg, keep=2))
-    for step in range(1, 7):
+    for step in (1, 2):
         found.save(step)
     found.prune({2})
+    for step in range(3, 7):  # also between two evaluations --keep holds
+        found.save(step)
+        assert len(found.saved()) <= 3
     assert found.saved() == {2, 6}
 
 
@@ -306,9 +311,11 @@ def test_prune_leaves_what_it_did_not_write(cfg, tmp_path):
         found.save(step)
     (found.checkpoints / "step_000001_mine").mkdir()
     (found.checkpoints / "step_000000").symlink_to(tmp_path)
-    found.prune(set())
+    (found.folder(3) / "trainer.json").write_text("edited")
+    for step in (4, 5):
+        found.save(step)
     names = sorted(path.name for path in found.checkpoints.iterdir())
-    assert names == ["step_000000", "step_000001_mine", "step_000003"]
+    assert names == ["step_000000", "step_000001_mine", "step_000003", "step_000005"]
 
 
 def test_five_skipped_updates_in_a_row_stop_the_run(cfg, capsys):
