@@ -133,6 +133,8 @@ def outlook(fit) -> str:
     word = "Probably, within the noise"
     if ahead["low"] > fit.reached:
         word = "Yes"
+    elif not fit.identified:
+        word = "Not sure yet"
     elif ahead["mean"] - fit.reached < 1:
         word = "Hardly"
     return (
@@ -226,8 +228,6 @@ def pass1_chart(run: Facts, fit) -> str:
         body.append(frame.line([(xs[0], fit.a_post), (xs[-1], fit.a_post)], "line top"))
         body.append(frame.line([(xs[-1], end) for end in ends], "edge"))
         legend.append(("line top", f"ceiling {fit.text('a_post', '.1f')}"))
-    else:
-        note += "; the ceiling is not identified yet"
     flops = [row["flops"] / 10**exponent for row in rows]
     body += svg.dots(frame, rows, flops, "pass1", "dot")
     return svg.figure(title, note, svg.chart(frame, body, title, ""), legend)

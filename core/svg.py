@@ -61,10 +61,9 @@ def frame_of(xs, ys, floor: float | None = None) -> Frame:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Three to six round numbers between low and high."""
+    """Two to seven round numbers between low and high."""
     step = 10 ** math.floor(math.log10((high - low) / 3))
-    while (high - low) / step > 6:
-        step *= 2 if (high - low) / step <= 12 else 2.5
+    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 6)
     first = math.ceil(low / step)
     return [step * n for n in range(first, math.floor(high / step) + 1)]
 

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import rl_config, sft_config
 
+import rl
+import sft
 from core import page, svg
 from core.errors import UserError
 from core.run import KEPT_GROUPS, KEPT_TEXT, Run, whole_groups
@@ -108,7 +111,7 @@ def test_the_page_of_rl_says_what_it_did_and_whether_it_still_improves(tmp_path)
     text = rendered(rl_run(tmp_path / "r"))
     assert "RL (dapo) from runs/base on d.jsonl: 20 of 9 steps, 20.0 minutes." in text
     assert "0.0 at the start, 33.3 at step 20" in text
-    assert re.search(r"Does it still improve\? (Yes|Probably|Hardly)", text)
+    assert re.search(r"Does it still improve\? Yes: the curve has reached 33", text)
     assert "forecast to twice the compute" in text
     for title in ("pass@1 33.3", "Reward 40", "Right 40", "Entropy 0.5"):
         assert f"<b>{title}</b>" in text
@@ -264,3 +267,20 @@ def test_a_hint_is_printed_and_logged_once_in_a_run(tmp_path, capsys):
     (row,) = again.of_kind("hint")
     assert (row["step"], row["key"], row["text"]) == (1, "cut", "97% are cut")
     assert capsys.readouterr().out.count("hint: ") == 1
+
+
+def test_both_scripts_write_the_page_at_their_end_and_rl_keeps_whole_groups(
+    small_task, coin, tmp_path
+):
+    sft.main(sft_config(small_task, tmp_path / "sft"))
+    cfg = rl_config(coin, tmp_path / "rl")
+    rl.main(cfg)
+    assert "SFT from" in (tmp_path / "sft" / "page.html").read_text()
+    text = (tmp_path / "rl" / "page.html").read_text()
+    assert "RL (grpo) from" in text
+    steps = samples_in(text)
+    assert {step["kind"] for step in steps} == {"train", "eval"}
+    for step in steps:
+        size = cfg.group if step["kind"] == "train" else cfg.eval_n
+        assert {len(group["rows"]) for group in step["groups"]} == {size}
+    assert any(group["trained"] for step in steps for group in step["groups"])
