@@ -22,7 +22,6 @@ Shapes: B rows, T tokens.
 
 import hashlib
 import itertools
-import math
 from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,13 +33,13 @@ import torch
 import verify
 from core import chat, ranks, rows
 from core.errors import UserError
+from core.packing import cut, deal, padding
 from core.rows import Reading, read_rows
 from core.tokenizer import Tokenizer
 
-__all__ = ["Tokenizer", "read_rows"]  # for the scripts, beside what is defined here
+__all__ = ["Tokenizer", "cut", "deal", "padding", "read_rows"]  # for the scripts, beside its own
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-LONG_TEXT = 20  # words; a solution that is longer and boxes nothing gives no gold answer
 
 
 class Example(NamedTuple):
@@ -69,10 +68,8 @@ def prompt_text(row: dict) -> str | None:
 
 
 def golds_of(row: dict) -> list[str]:
-    """The right answers of a row, of which any counts. Raises UserError where there is none.
-
-    Of a worked solution: its last box, or what follows ####.
-    """
+    """The right answers of a row, of which any counts; of a worked solution its last box, or what
+    follows ####. Raises UserError where there is none."""
     found = _golds(row)
     if not found:
         raise UserError(f"no gold answer (found: {sorted(row)}); add a column answer")
@@ -86,16 +83,38 @@ def _golds(row: dict) -> list[str]:
     for text in texts:
         boxed = verify.boxed(text)
         gold = text.split("####")[-1].strip() if boxed is None else boxed
-        worked = column == "solution" and gold == text.strip() and len(text.split()) > LONG_TEXT
-        if gold and not worked:
+        worked = column == "solution" and gold == text.strip() and rows.is_long(gold)
+        if verify.is_answer(gold) and not worked:
             found.append(gold)
     return found
+
+
+def _note_golds(row: dict, golds: list[str], notes: rows.Notes) -> None:
+    """Count gold answers that look like a wrong column: long texts, columns that disagree."""
+    column = rows.golds(row)[0]
+    if any(rows.is_long(gold) for gold in golds):
+        notes.count(
+            f"rows whose gold answer (column {column}) has over {rows.LONG_TEXT} words, which no "
+            "answer will equal: name the column that holds the bare answer `answer`"
+        )
+    others = {name: value for name, value in row.items() if name != column}
+    other, texts = rows.golds(others)
+    if other == "solution" and not any("\\boxed" in text or "####" in text for text in texts):
+        return
+    other_golds = _golds(others)
+    pairs = itertools.product(golds, other_golds)
+    if other_golds and not any(a == b or verify.is_equivalent(a, b) for a, b in pairs):
+        notes.count(
+            f"rows whose gold answers differ: {column} counts, not {other}",
+            f"{golds[0][:40]!r} and {other_golds[0][:40]!r}",
+        )
 
 
 def _prompt(reading: Reading, tokenizer: Tokenizer) -> tuple[str, bool]:
     """A prompt as (text, start) for encode: in the chat template, or as it stands without one."""
     turns = reading.turns
     template = tokenizer.template
+    tokenizer.refuse_rendered(turns, reading.plain, rows.said(reading))
     if template is None:
         if reading.tools or chat.call_names(turns):
             raise UserError("tools need a chat template, and the model's folder has none")
@@ -139,7 +158,7 @@ def _response(reading: Reading, prompt: str, tokenizer: Tokenizer, notes: rows.N
         return response.lstrip("\n") if prompt.endswith("\n") else response
     if "</think>" in response:
         return response
-    notes.counts["responses without thinking, behind <think>: closed by an empty one"] += 1
+    notes.count("responses without thinking, behind <think>: closed by an empty one")
     return f"\n</think>\n\n{response}"
 
 
@@ -168,8 +187,12 @@ def _tokenized(
         for place, row in batch:
             try:
                 found.append(texts_of(row))
+                for text, _ in found[-1][1]:
+                    text.encode()
             except UserError as error:
                 raise UserError(f"{place}: {error}") from None
+            except UnicodeEncodeError as error:
+                raise UserError(f"{place}: {error.reason} (half of a character)") from None
         together = itertools.chain.from_iterable(texts for _, texts in found)
         ids = iter(tokenizer.encode(list(together)))
         for facts, texts in found:
@@ -276,7 +299,18 @@ def _problem_texts(row, tokenizer, notes: rows.Notes, needs_gold: bool) -> tuple
         texts = [_prompt(reading, tokenizer)]
     else:
         texts = _texts(reading, tokenizer, notes)
+    if texts and needs_gold:
+        _note_golds(row, golds, notes)
     return (row, reading.question, " | ".join(golds)), texts
+
+
+def problem(row: dict, tokenizer: Tokenizer) -> Problem:
+    """The problem of one row in hand; a gold answer may be missing, a demonstration is not read."""
+    (_, question, gold), texts = _problem_texts(row, tokenizer, rows.Notes("a row"), False)
+    if not texts:
+        raise UserError("the prompt is empty; write a question")
+    (ids,) = tokenizer.encode(texts[:1])
+    return Problem(question, ids, gold, row, None, _opened(texts[0][0]))
 
 
 def problems(
@@ -285,18 +319,21 @@ def problems(
     max_prompt: int,
     needs_gold: bool = True,
     reads: Collection[str] = (),
+    check: Callable | None = None,
 ) -> tuple[list[Problem], int]:
     """(problems, number dropped as longer than max_prompt tokens) of an RL or evaluation file.
 
     needs_gold: rows need a gold answer that is text, as verify.py does; other rewards may not, and
     get rows with any gold or none. reads: columns that the reward reads, which are not named as
-    not used.
+    not used. check: raises UserError for a row that the reward cannot read.
     """
     notes = rows.Notes(path, reads)
     found = []
     n_long = 0
 
     def texts_of(row):
+        if check:
+            check(row)
         return _problem_texts(row, tokenizer, notes, needs_gold)
 
     for facts, ((text, _), *_), (ids, *expert) in _tokenized(path, tokenizer, texts_of):
@@ -355,59 +392,6 @@ def _permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
     return torch.randperm(n, generator=ranks.generator(seed, "epoch", epoch))
 
 
-def cut(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Cut rows into micro-batches of at most `budget` tokens, padding included.
-
-    Returns lists of indices into `lengths`, the longest rows first; a row over the budget gets a
-    micro-batch of its own. Of all ways to cut the rows in order of length this is the cheapest,
-    where a micro-batch costs its tokens and a 64th of the budget besides, as many small ones cost
-    time too. On geometric lengths 1 to 5% is padding.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    cost = [0.0] + [math.inf] * len(order)  # of the first n rows
-    first = [0] * (len(order) + 1)  # where the last micro-batch of the first n rows begins
-    for i, row in enumerate(order):
-        width = lengths[row]
-        most = min(max(1, budget // width), len(order) - i)
-        for n in range(1, most + 1):
-            total = cost[i] + n * width + budget / 64
-            if total < cost[i + n]:
-                cost[i + n] = total
-                first[i + n] = i
-    batches = []
-    end = len(order)
-    while end:
-        batches.append(order[first[end] : end])
-        end = first[end]
-    return batches[::-1]
-
-
-def deal(lengths: list[int], budget: int, rank: int, world: int) -> list[list[int]]:
-    """The micro-batches of one of `world` processes, as lists of indices into `lengths`.
-
-    Rows are dealt by length, there and back (0 1 2 2 1 0 ...), so that all get alike. Every
-    process gets as many micro-batches, as each is a collective; the missing ones are [].
-    """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    own = []
-    most = 0
-    for process in range(world):
-        turns = (process, 2 * world - 1 - process)
-        hand = [i for n, i in enumerate(order) if n % (2 * world) in turns]
-        parts = cut([lengths[i] for i in hand], budget)
-        most = max(most, len(parts))
-        if process == rank:
-            for part in parts:
-                own.append([hand[i] for i in part])
-    return own + [[]] * (most - len(own))
-
-
-def padding(lengths: list[int], budget: int) -> float:
-    """% of the tokens of cut()'s micro-batches that are padding."""
-    size = sum(len(part) * lengths[part[0]] for part in cut(lengths, budget))
-    return 100 * (1 - sum(lengths) / size)
-
-
 def prefetch(make: Callable, keys: Iterable) -> Iterator:
     """make(key) for each key, in order; a thread makes the next while the caller uses this one."""
     with ThreadPoolExecutor(1) as thread:
@@ -449,14 +433,11 @@ def micro_batches(rows: list[Example], budget: int, rank: int, world: int) -> It
 
 def drop_long_experts(problems: list[Problem], most: int) -> tuple[list[Problem], int]:
     """The problems, without demonstrations of more than `most` tokens; and how many those were."""
-    kept = []
-    n_dropped = 0
-    for problem in problems:
-        if problem.expert and len(problem.expert) > most:
-            problem = problem._replace(expert=None)
-            n_dropped += 1
-        kept.append(problem)
-    return kept, n_dropped
+    long = [bool(problem.expert) and len(problem.expert) > most for problem in problems]
+    kept = [
+        problem._replace(expert=None) if cut else problem for problem, cut in zip(problems, long)
+    ]
+    return kept, sum(long)
 
 
 def digest(rows: list) -> str:

@@ -2,6 +2,7 @@
 
     python evaluate.py --init runs/rl                              the built-in test problems
     python evaluate.py --init DIR --data test.jsonl --n 4 --temperature 0.7 --out eval.jsonl
+    python evaluate.py --init runs/base runs/sft runs/rl@best      a table, paired differences
     torchrun --nproc_per_node=8 -- evaluate.py --init DIR --n 4    several GPUs; mind the --
 
 Choices: 1) pass@1 = the mean over problems of the share of right answers among n samples; its
@@ -12,8 +13,10 @@ right of n (Chen et al. 2021). 3) The strict verdict counts; the lenient one is 
 ended are judged and written to --out. They are no fair sample: short ones end first.
 """
 
+import itertools
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 import ceiling
@@ -29,7 +33,7 @@ import model as model_file
 import phases
 import rollout
 import tasks
-from core import checkpoint, cli, launch, optim, ranks
+from core import checkpoint, cli, console, estimates, hub, launch, optim, ranks
 from core.errors import UserError
 from core.files import read_jsonl
 from core.run import Run, recorded
@@ -38,10 +42,10 @@ from verify import Verdict
 
 @dataclass
 class Config:
-    init: str = "runs/rl"  # model folder, checkpoint, run directory or hub name
+    init: tuple[str, ...] = ("runs/rl",)  # model folders, checkpoints, runs, hub names: compared
     data: str = ""  # problems: .jsonl, .parquet or a task's folder; empty = the built-in test
     reward: str = "math"  # math, text, a task, or FILE.py:FUNCTION
-    out: str = ""  # one JSON line per sample goes here; empty = nowhere
+    out: str = ""  # one JSON line per sample of each model goes here; empty = nowhere
     n: int = 4  # samples per problem
     temperature: float = 0.7  # 0 = greedy
     top_p: float = 1.0  # share of the probability that is sampled from
@@ -64,8 +68,12 @@ class Config:
 
 
 def preset(given: dict) -> dict:
-    """The built-in test set's own limits."""
-    return tasks.preset("evaluate", given)
+    """The built-in test set's own limits, if it suits every --init."""
+    for init in given.get("init", ("",)):
+        settings = tasks.preset("evaluate", {**given, "init": init})
+    if settings:
+        given.pop("data", None)  # the settings name the file in that folder
+    return settings
 
 
 # ---- which model ---------------------------------------------------------------------------------
@@ -86,7 +94,7 @@ def find(init: str, weights: bool = True) -> Path:
                 f"{init}: there is no such run; `python sft.py` makes runs/sft, "
                 "`python rl.py --init runs/sft` makes runs/rl"
             )
-        folder = launch.download(init, weights)
+        folder = hub.model_folder(init, weights)
     return folder
 
 
@@ -94,6 +102,8 @@ def find_start(cfg) -> Path:
     """The model folder that a training run begins from: what --init means or, when it goes on with
     --resume, what it meant when the run began."""
     before = recorded(cfg.out).get("start") if cfg.resume else None
+    if before and not Path(before).exists():
+        raise UserError(f"{cfg.out} was begun from {before}, which is gone; put it back")
     return Path(before) if before else find(cfg.init, weights=not cfg.dry_run)
 
 
@@ -308,7 +318,10 @@ def check_demonstrations(problems: list, tokenizer, reward, limit: int = 1000) -
     wrong = None
     for problem in [problem for problem in problems if problem.expert][:limit]:
         response = rollout.Response(problem.expert, [0.0] * len(problem.expert), [], True)
-        record = policy.judge(problem, response)
+        try:
+            record = policy.judge(problem, response)
+        except UserError:  # a row without a gold answer
+            continue
         verdicts.append(record["correct"])
         if not record["correct"] and wrong is None:
             wrong = record
@@ -321,6 +334,8 @@ def check_demonstrations(problems: list, tokenizer, reward, limit: int = 1000) -
             f"; the first that is not: answer {wrong['answer']!r}, gold {wrong['gold']!r} "
             f"({wrong['reason']})"
         )
+    if share < 50:
+        text += ". Is the gold answer in another column, or another --reward meant?"
     return text
 
 
@@ -335,28 +350,14 @@ def evaluate(policy, problems: list, n: int, sampling, hooks=None) -> tuple[dict
 
 
 # ---- the script ----------------------------------------------------------------------------------
-def show_progress(what: str):
-    """A progress line on a terminal; nothing in a pipe."""
-    if not sys.stderr.isatty():
-        return None
-    from tqdm import tqdm
-
-    bar = tqdm(desc=what, unit="response", leave=False)
-
-    def advance(done, total):
-        bar.total = total
-        bar.update(done - bar.n)
-        if done == total:
-            bar.close()
-
-    return advance
-
-
 def write_samples(path: str, records: list[dict]) -> None:
     """One JSON line per response, where a path was given; on rank 0 only."""
     if path and ranks.rank() == 0:
-        lines = [json.dumps(record) + "\n" for record in records]
-        Path(path).write_text("".join(lines))  # in place: it may be /dev/stdout
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        if os.path.samestat(os.stat(path), os.fstat(1)):  # /dev/stdout: behind what is printed
+            print(text, end="", flush=True)
+        else:
+            Path(path).write_text(text)
 
 
 def main(cfg: Config) -> None:
@@ -364,7 +365,27 @@ def main(cfg: Config) -> None:
     if cfg.out and ranks.rank() == 0:  # a place that cannot be written to is found now
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
         open(cfg.out, "a").close()
-    folder = find(cfg.init)
+    summaries = []
+    records = []  # of all models, for --out
+    for init in cfg.init:
+        summary, own = measure(cfg, init, device, records)
+        if len(cfg.init) > 1:
+            own = [{"init": init, **record} for record in own]
+        summaries.append(summary)
+        records += own
+    write_samples(cfg.out, records)
+    if len(cfg.init) == 1:
+        print(json.dumps(summaries[0]))
+    else:
+        report = compare(cfg.init, records, cfg.n)
+        console.print_comparison(cfg.init, summaries, report)
+        print(json.dumps({"models": summaries, "differences": report}))
+
+
+def measure(cfg: Config, init: str, device, before: list[dict]) -> tuple[dict, list[dict]]:
+    """(numbers, one record per response) of a model. before: the records of the models before it,
+    which a Ctrl-C keeps too."""
+    folder = find(init)
     tokenizer = open_tokenizer(folder)
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
     net = model_file.load_model(folder, dtype, device)
@@ -383,7 +404,7 @@ def main(cfg: Config) -> None:
     sampling = policy.sampling(cfg.temperature, seed, top_p=cfg.top_p, top_k=cfg.top_k)
     ended = []  # (number of the problem, response) of those that are through
     hooks = rollout.Hooks(
-        progress=show_progress("sampling"),
+        progress=console.show_progress("sampling"),
         on_response=lambda problem, response: ended.append((problem, response)),
     )
     try:
@@ -391,25 +412,32 @@ def main(cfg: Config) -> None:
     except KeyboardInterrupt:
         ended.sort(key=lambda one: one[0])
         records = [policy.judge(problems[i], response) for i, response in ended]
-        write_samples(cfg.out, records)
+        write_samples(cfg.out, before + records)
         kept = f"they are in {cfg.out}" if cfg.out else "--out FILE would have kept them"
         wanted = len(problems) * cfg.n
         print(f"\nstopped with {len(records)} of {wanted} responses; {kept}", file=sys.stderr)
         sys.exit(130)
-    write_samples(cfg.out, records)
-    print_summary(summary, time.monotonic() - started)
-    print(json.dumps({"init": str(folder), "data": cfg.data, **summary}))
+    console.print_summary(summary, time.monotonic() - started)
+    return {"init": str(folder), "data": cfg.data, **summary}, records
 
 
-def print_summary(summary: dict, seconds: float) -> None:
-    rest = []
-    for name, value in summary.items():
-        if name not in ("pass1", "pass1_se", "n", "problems", "reward"):
-            rest.append(f"{name.replace('pass_at_', 'pass@')} {value:.1f}")
-    print(
-        f"pass@1 {summary['pass1']:.1f} (standard error {summary['pass1_se']:.1f})  "
-        f"{'  '.join(rest)}  in {seconds:.0f} s"
-    )
+def compare(names: list[str], records: list[dict], n: int) -> list[dict]:
+    """Differences in pass@1 of each two models, paired by problem: every model was given the same
+    problems and the same random numbers."""
+    size = len(records) // len(names)  # records of a model
+    problems = [record["problem"] for record in records]
+    if any(problems[i] != problems[i % size] for i in range(len(problems))):
+        raise UserError(
+            "the models were not given the same problems, as their tokenizers left out other "
+            "prompts; raise --max-prompt"
+        )
+    right = np.array([record["correct"] for record in records], float)
+    shares = right.reshape(len(names), -1, n).mean(2)  # (models, problems)
+    found = []
+    for i, j in itertools.combinations(range(len(names)), 2):
+        numbers = estimates.paired_difference(shares[i], shares[j])
+        found.append({"from": names[i], "to": names[j], **numbers})
+    return found
 
 
 if __name__ == "__main__":

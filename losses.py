@@ -219,6 +219,18 @@ def log_ratio(logp: Tensor, old_logp: Tensor | None, tokens: Tensor, per_sequenc
     return (d.sum(1) / tokens.sum(1).clamp(min=1))[:, None].expand_as(d)
 
 
+def imitation_loss(logp: Tensor, alpha: float = 0.0) -> Tensor:
+    """-w logp of each token of a demonstration, w = p / max(p, alpha) held constant.
+
+    alpha 0 is NLL, w = 1. alpha 1 is DFT, w = p (arXiv 2508.05629). Between them is trust-region
+    SFT (arXiv 2512.17636): tokens that the policy gives less than alpha pull no harder than alpha.
+    """
+    if alpha == 0:
+        return -logp
+    weight = torch.exp(logp.detach() - math.log(alpha)).clamp(max=1)
+    return -weight * logp
+
+
 @dataclass(frozen=True)
 class GRPO:
     """GRPO [11, 12], its common variants as flags, and the questions that rl.py asks a method."""

@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +37,9 @@ import methods
 import model as model_file
 import rollout
 import tasks
-from core import cli, console, launch, optim, ranks
+from core import cli, console, launch, optim, page, ranks
 from core.errors import UserError
-from core.run import Run
+from core.run import Run, whole_groups
 from losses import Batch, Row
 
 
@@ -77,6 +77,7 @@ class Config:
     eval_temperature: float = 0.7  # of evaluation
     max_flops: float = 0.0  # stop after so much compute (the paper's count); 0 = never
     until_share: float = 0.0  # stop when 90% sure that this share of the gain is reached; 0 = never
+    log_to: Literal["", "tensorboard", "wandb"] = ""  # send metrics there too
     keep: int = 0  # checkpoints to keep; 0 = all; the newest and the best always stay
     bf16: bool = False  # sample and compute in bfloat16; weights and optimizer stay fp32
     recompute: bool = True  # keep no activations inside a block: less memory, 4/3 of the work
@@ -156,7 +157,7 @@ def collect(cfg: Config, method, policy, pool: list, run: Run) -> Round:
         for request, response, record in sample(cfg, method, policy, problems, run):
             row = score(cfg, request, response, record)
             groups.setdefault(row.group, []).append(row)
-            records.append({**record, "reward": row.reward})
+            records.append({**record, "reward": row.reward, "group": row.group})
         for problem, rows in zip(problems, groups.values()):
             sampled.append(rows)
             # Before penalties: a right answer that is too long still counts as right
@@ -248,7 +249,7 @@ def make_batches(cfg: Config, method, net, reference, groups: list) -> list[Upda
             batch = losses.take(batch, index)
             rows = [rows[i] for i in index.tolist()]
 
-        if first == 0:
+        if not updates:
             batch = batch._replace(old_logp=None)  # the first update uses its own forward: r = 1
         elif batch.old_logp is None:
             batch = batch._replace(old_logp=logp_now(cfg, net, rows, R)[0])
@@ -316,7 +317,7 @@ def evaluate_now(cfg: Config, run: Run, step: int, policy, problems: list) -> No
     sampling = policy.sampling(cfg.eval_temperature, ranks.seed_of(cfg.seed, "eval"))
     summary, records = evaluate.evaluate(policy, problems, cfg.eval_n, sampling)
     run.log(step, "eval", **summary)
-    run.log_samples(step, [{**record, "kind": "eval"} for record in records[:8]])
+    run.log_samples(step, [{**record, "kind": "eval"} for record in records[: 4 * cfg.eval_n]])
     fit = fit_so_far(run)
     print(
         f"step {step:4d}  pass@1 {summary['pass1']:.1f} (se {summary['pass1_se']:.1f})  "
@@ -329,8 +330,7 @@ def evaluate_now(cfg: Config, run: Run, step: int, policy, problems: list) -> No
 def end_if_reached(cfg: Config, run: Run, step: int) -> None:
     """--until-share: end the run where its evaluations say so, also those made before a resume."""
     if cfg.until_share and ranks.any_of((fit_so_far(run).share_low or 0.0) >= cfg.until_share):
-        print(f"--until-share {cfg.until_share}: surely reached at step {step}")
-        run.end()
+        run.end(f"--until-share {cfg.until_share} is surely reached")
 
 
 def fit_so_far(run: Run) -> ceiling.CeilingFit:
@@ -350,7 +350,7 @@ def load_problems(cfg: Config, method, tokenizer) -> tuple[list, list]:
         pool, val = data.hold_out(pool, 200)
         print(f"no --val: {len(val)} problems of {cfg.data} held out for evaluation")
     pool, n_cut = data.drop_long_experts(pool, cfg.max_new)
-    if n_cut and method.demonstrations:
+    if n_cut:
         print(f"{n_cut} demonstrations over --max-new {cfg.max_new} tokens dropped")
     experts = sum(problem.expert is not None for problem in pool)
     print(
@@ -359,10 +359,10 @@ def load_problems(cfg: Config, method, tokenizer) -> tuple[list, list]:
         flush=True,
     )
     if method.demonstrations and not experts:
-        raise UserError(
-            f"{cfg.data}: --algo {cfg.algo} needs demonstrations, and no row has a response; "
-            "add a column response, or use --algo dapo"
-        )
+        why = "no row has a response; add a column response, or use --algo dapo"
+        if n_cut:
+            why = f"all {n_cut} are over --max-new {cfg.max_new} tokens; raise it"
+        raise UserError(f"{cfg.data}: --algo {cfg.algo} needs demonstrations, and {why}")
     return pool, val
 
 
@@ -389,7 +389,10 @@ def show_plan(cfg: Config, method, pool: list, tokenizer, folder: Path, device) 
     launch.show_disk(cfg, config, cfg.steps, "adamw")
     if cfg.dry_run:
         print(f"first prompt: {tokenizer.decode(pool[0].prompt)}\nits answer: {pool[0].gold}")
-        print(evaluate.check_demonstrations(pool, tokenizer, tasks.load_reward(cfg.reward)))
+    if cfg.dry_run or any(problem.expert for problem in pool):
+        limit = 1000 if cfg.dry_run else 32
+        reward = tasks.load_reward(cfg.reward)
+        print(evaluate.check_demonstrations(pool, tokenizer, reward, limit), flush=True)
 
 
 def main(cfg: Config) -> None:
@@ -406,10 +409,12 @@ def main(cfg: Config) -> None:
     reference = evaluate.open_frozen(cfg, folder, device) if method.kl_coef else None
     reward = tasks.load_reward(cfg.reward)
     policy = evaluate.Policy(net, tokenizer, reward, cfg.max_new, cfg.rows)
+    # --resume with less --keep than before: room for the next save
+    run.prune({evaluate.best_step(run.of_kind("eval"), run.saved())[0]})
 
     for step in run.steps():
         if 0 < cfg.max_flops <= run.totals["flops"]:
-            run.end()
+            run.end(f"--max-flops {cfg.max_flops:g} are spent")
         run.checkpoint(step)
         if run.due(step, "eval"):
             evaluate_now(cfg, run, step, policy, val)
@@ -430,7 +435,8 @@ def main(cfg: Config) -> None:
         for update in updates:
             done.append(train_on(cfg, method, net, update))
             norms.append(optim.update(model, optimizers, lr, cfg.clip))
-            ranks.refresh(net, model)
+            if net is not model:
+                ranks.refresh(net, model)
             run.watch(norms[-1], step + 1)
 
         numbers = {**collected.stats, **losses.describe_updates(done, norms), "lr": lr}
@@ -460,11 +466,14 @@ def compute_of(cfg: Config, method, config, collected: Round, updates: list) -> 
     paper = work.paper + 3 * model_file.flops(config, trained).paper
     paper += model_file.flops(config, experts).paper
     machine = work.blocks + work.head
+    if method.needs_entropy:  # the forward that gives old_logp too
+        n_trained = sum(len(row.response) for row in rows)
+        machine += model_file.hardware_flops(config, trained, n_trained)
     for n, update in enumerate(updates):
         lengths = [row.length for row in update.rows]
         work = model_file.flops(config, lengths, sum(len(row.response) for row in update.rows))
         passes = 3  # a backward is two forwards
-        if method.needs_entropy or n > 0:
+        if n > 0 and not method.needs_entropy:
             passes += 1  # old_logp
         if method.kl_coef:
             passes += 1  # ref_logp
@@ -476,10 +485,11 @@ def log_step(cfg: Config, method, run: Run, collected: Round, updates: list, num
     """Compute spent, samples, the step's line in metrics.jsonl, and the printed line."""
     run.count(*compute_of(cfg, method, run.model.config, collected, updates))
     step = run.step + 1
-    run.log_samples(step, [{**record, "kind": "train"} for record in collected.records[:8]])
+    trained = {row.group for update in updates for row in update.rows}
+    run.log_samples(step, whole_groups(collected.records, trained))
     run.log(step, "train", **numbers)
     console.print_rl_step(cfg, run, step, numbers)
-    console.print_hints(cfg, run, numbers)
+    console.print_hints(cfg, run, numbers, collected.records)
 
 
 def finish(cfg: Config, run: Run) -> None:
@@ -489,10 +499,12 @@ def finish(cfg: Config, run: Run) -> None:
         return
     points = run.of_kind("eval")
     best, why = evaluate.best_step(points, run.saved())
+    reason = f" ({run.ended})" if run.ended else ""
     print(
-        f"done: pass@1 {points[0]['pass1']:.1f} -> {points[-1]['pass1']:.1f}; "
+        f"done{reason}: pass@1 {points[0]['pass1']:.1f} -> {points[-1]['pass1']:.1f}; "
         f"best checkpoint {run.folder(best)}, {why}\n"
-        f"next: python evaluate.py --init {cfg.out}@{best}{tasks.flags_for(cfg, val='--data')}"
+        f"next: python evaluate.py --init {cfg.out}@{best}{tasks.flags_for(cfg, val='--data')}\n"
+        f"the run as a page: {ranks.from_first(lambda: page.write(cfg.out))}"
     )
 
 

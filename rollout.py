@@ -1,6 +1,7 @@
 """The sampler: prompts in, responses out, with the log-prob of each token under the policy.
 
     responses = generate(model, prompts, n=8, Sampling(max_new=512, eos_ids=(2,), seed=0))
+    python rollout.py --init runs/rl "Make 35 from 9 8 9 9 ->"     talk to it: paper/talk.py
 
 Continuous batching. The cache has a fixed number of rows; a row holds one response at its own
 position:
@@ -31,6 +32,7 @@ Shapes: n running rows, V vocabulary, P prompts read at once, T tokens. Log-prob
 nats.
 """
 
+import importlib
 import json
 import os
 import re
@@ -500,3 +502,7 @@ def _cut(p: torch.Tensor, total: torch.Tensor, top_p: float, top_k: int) -> torc
     if top_k:
         is_out[:, top_k:] = True
     return torch.zeros_like(p).scatter(-1, order, ranked.masked_fill(is_out, 0.0))
+
+
+if __name__ == "__main__":  # the command is a script above this file, which stays a component
+    importlib.import_module("paper.talk").start()

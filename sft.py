@@ -27,10 +27,11 @@ import torch
 
 import data
 import evaluate
+import losses
 import model as model_file
 import phases
 import tasks
-from core import cli, console, launch, optim, ranks
+from core import cli, launch, optim, page, ranks
 from core.errors import UserError
 from core.files import write_json
 from core.run import Run
@@ -41,7 +42,7 @@ BASE = Path("runs/base")  # the tiny base model
 @dataclass
 class Config:
     init: str = ""  # model folder, checkpoint, run directory or hub name; empty = built-in base
-    data: str = ""  # trajectories: .jsonl, .parquet or a task's folder; empty = built-in
+    data: str = ""  # trajectories: file, task's folder or hub name (docs/data.md); empty = built-in
     val: str = ""  # validation trajectories; empty = 199 rows (at most 10%) held out of --data
     problems: str = ""  # problems to sample answers for at each validation; empty = none
     reward: str = "math"  # judges those answers: math, text, a task, or FILE.py:FUNCTION
@@ -56,6 +57,8 @@ class Config:
     micro_tokens: int = 16384  # tokens per micro-batch, padding included
     max_len: int = 16384  # tokens per example; longer ones are dropped and counted
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on the matrices, AdamW on the rest
+    loss: Literal["nll", "dft", "trsft"] = "nll"  # of a token, see losses.imitation_loss
+    trust_alpha: float = 0.1  # trsft: tokens less likely than this pull no harder (our choice)
     lr: float = 1e-5  # learning rate
     schedule: Literal["cosine", "constant"] = "cosine"  # after warm-up
     warmup: float = 0.1  # share of the steps with a rising learning rate
@@ -70,6 +73,7 @@ class Config:
     save_every: int = 0  # steps between checkpoints besides the validated ones; 0 = none
     log_every: int = 1  # steps between printed lines; metrics.jsonl has every step
     eval_every: int = 0  # steps between validations; each is saved; 0 = ten in the run
+    log_to: Literal["", "tensorboard", "wandb"] = ""  # send metrics there too
     keep: int = 0  # checkpoints to keep; 0 = all; the newest and the best always stay
     until: Literal["", "stable", "mild", "severe"] = ""  # stop once this regime is reached
     max_new: int = 1024  # tokens per response when sampling --problems
@@ -80,7 +84,12 @@ class Config:
         cli.require_positive(self, "epochs", "lr", "clip")
         cli.require_not_negative(self, "steps", "eval_every", "save_every", "keep", "gpus")
         cli.require_not_negative(self, "weight_decay")
-        cli.require_share(self, "warmup")
+        cli.require_share(self, "warmup", "trust_alpha")
+
+    @property
+    def alpha(self) -> float:
+        """The trust region of losses.imitation_loss."""
+        return {"nll": 0.0, "dft": 1.0, "trsft": self.trust_alpha}[self.loss]
 
 
 def preset(given: dict) -> dict:
@@ -119,6 +128,9 @@ def make_built_in(cfg: Config) -> Config:
         ranks.from_first(lambda: write_built_in(task))
     base = base_config()
     if not (BASE / "checkpoints" / f"step_{base.steps:06d}").exists():
+        if cfg.dry_run:
+            print(f"no base model in {BASE}: a run would make it first, from plain text (a minute)")
+            return replace(cfg, init=str(task.FOLDER))  # its shape and its tokenizer
         print(f"no base model in {BASE}: making it once, from plain text (about a minute)")
         if not main(base):
             raise SystemExit(0)  # Ctrl-C: the base is saved and will be resumed
@@ -200,24 +212,30 @@ def show_plan(cfg: Config, train: list, tokenizer, folder: Path, device, steps: 
             f"{data.joint_mismatch(cfg.data, tokenizer):.1f}% of the rows would get other ids"
         )
         columns = tasks.columns(cfg.reward) | {"needs_gold": False}
-        problems, _ = data.problems(cfg.data, tokenizer, cfg.max_len, **columns)
+        try:
+            problems, _ = data.problems(cfg.data, tokenizer, cfg.max_len, **columns)
+        except UserError:  # plain text, or conversations that ask nothing
+            problems = []
         print(evaluate.check_demonstrations(problems, tokenizer, tasks.load_reward(cfg.reward)))
 
 
 # ---- loss ----------------------------------------------------------------------------------------
-def batch_loss(net, ids, mask, n_trained: int) -> torch.Tensor:
+def batch_loss(net, ids, mask, n_trained: int, alpha: float = 0.0) -> torch.Tensor:
     """Scalar: minus the summed log-prob of a micro-batch's response tokens, over the response
-    tokens of the whole step (nats per token).
+    tokens of the whole step (nats per token). alpha: weights of losses.imitation_loss.
 
     # differs: equation 10 of the paper sums over a response; ours is a mean over the step's tokens.
     """
     ids = ids.to(net.head.device, non_blocking=True)  # (B, T)
-    return -model_file.response_logp_sum(net, ids, mask) / n_trained
+    if alpha == 0:  # all weights are 1: the logits are computed once
+        return -model_file.response_logp_sum(net, ids, mask) / n_trained
+    logp, _, _ = model_file.response_logp(net, ids, mask)  # (B, R), 0 where there is no token
+    return losses.imitation_loss(logp, alpha).sum() / n_trained
 
 
 @torch.no_grad()
 def validation_loss(net, rows: list, micro_tokens: int) -> float:
-    """Mean loss over all response tokens of the validation set, nats per token."""
+    """Mean NLL over all response tokens of the validation set, nats per token, for any --loss."""
     batch = make_step(rows, micro_tokens)
     loss = 0.0
     for ids, mask in batch.parts:
@@ -276,6 +294,8 @@ def main(cfg: Config) -> bool:
     model, net, optimizers = evaluate.open_training(cfg, folder, tokenizer, device, run)
     reward = tasks.load_reward(cfg.reward)
     policy = evaluate.Policy(net, tokenizer, reward, cfg.max_new)
+    if run.of_kind("val"):  # --resume with less --keep than before: room for the next save
+        run.prune({diagnose(run).recommended_step})
 
     def prepare(position: int) -> Step:
         rows = [train[i] for i in data.plan(len(train), cfg.seed, position, cfg.batch)]
@@ -289,8 +309,7 @@ def main(cfg: Config) -> bool:
         if run.due(step, "val"):
             validate(cfg, run, step, policy, val, problems)
         if cfg.until and ranks.any_of(phases.reached(diagnose(run), cfg.until)):
-            print(f"--until {cfg.until}: reached at step {step}")
-            run.end()
+            run.end(f"--until {cfg.until} is reached")
         if run.over(step):
             break
 
@@ -300,7 +319,7 @@ def main(cfg: Config) -> bool:
         loss = torch.zeros((), dtype=torch.float64, device=device)
         for n, (ids, mask) in enumerate(batch.parts, 1):
             ranks.reduce_now(net, n == len(batch.parts))  # ranks sum gradients in the last part
-            part = batch_loss(net, ids, mask, batch.n_trained)
+            part = batch_loss(net, ids, mask, batch.n_trained, cfg.alpha)
             part.backward()
             loss += part.detach()
         loss = ranks.add_up(loss).item()  # the host waits for the device here and for the norm
@@ -308,7 +327,8 @@ def main(cfg: Config) -> bool:
 
         lr = optim.lr_at(step, steps, cfg.lr, cfg.schedule, cfg.warmup)
         norm = optim.update(model, optimizers, lr, cfg.clip)
-        ranks.refresh(net, model)
+        if net is not model:
+            ranks.refresh(net, model)
         run.watch(norm, step + 1)
         clock.append(time.monotonic())
 
@@ -335,7 +355,13 @@ def log_step(cfg: Config, run: Run, step: int, numbers: dict, batch: Step, clock
         spent[name] = round(ended - began, 4)
     run.log(step, "train", **numbers, **spent)
     if step % cfg.log_every == 0:
-        console.print_sft_step(run, step, numbers)
+        rate = run.totals["tokens"] / max(1e-9, run.seconds)
+        print(
+            f"step {step:5d}/{run.last}  loss {numbers['loss']:.4f}  "
+            f"grad {numbers['grad_norm']:.2f}  lr {numbers['lr']:.1e}  "
+            f"epoch {numbers['epoch']:.2f}  {rate:,.0f} tok/s  {run.eta(step)}",
+            flush=True,
+        )
 
 
 def finish(cfg: Config, run: Run) -> None:
@@ -353,6 +379,7 @@ def finish(cfg: Config, run: Run) -> None:
             f"start RL from {run.folder(end.recommended_step)}: {end.reason}\n"
             f"next: torchrun rl.py --init {cfg.out}{tasks.flags_for(cfg, data='--data')}"
         )
+    print(f"the run as a page: {ranks.from_first(lambda: page.write(cfg.out))}")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,15 @@ ROLES = {
 }
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought")
+# What published templates write first, and what they end a text with
+OPENS_TURN = re.compile(
+    r"\s*(?:<s>|<bos>|<\|begin_of_text\|>)?\s*"
+    r"(<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]|<\|user\|>|<｜User｜>)"
+)
+ENDS_TEXT = re.compile(
+    r"(</s>|<eos>|<\|im_end\|>|<\|eot_id\|>|<\|end\|>|<\|endoftext\|>|<end_of_turn>"
+    r"|<｜end▁of▁sentence｜>)\s*$"
+)
 PROBE = "zqzq"  # stands for a message, to see what a template writes around it
 
 
@@ -44,6 +53,8 @@ def conversation(value) -> list[dict]:
 def _message(raw: dict) -> dict:
     """One message with role and content; null keys are absent keys, as in transformers."""
     message = without_nulls(raw)
+    if "from" in message and "role" in message:
+        raise UserError("a message with both from and role; keep one of them")
     if "from" in message:
         message = {"role": message.pop("from"), "content": message.pop("value", None), **message}
     role = str(message.get("role", "")).lower()
@@ -66,9 +77,24 @@ def _message(raw: dict) -> dict:
     thoughts = set(thoughts)
     if len(thoughts) > 1:
         raise UserError(f"a message with different thoughts in {REASONING}; keep one of them")
-    if thoughts:  # the names under which templates look for it
-        message["reasoning_content"] = message["thinking"] = thoughts.pop()
+    if thoughts:
+        add_thought(message, thoughts.pop())
     return message
+
+
+def add_thought(message: dict, thought: str) -> None:
+    """Give a message its thinking, under the names where templates look for it.
+
+    Raises UserError where the content holds other thinking.
+    """
+    content = message.get("content", "")
+    if "</think>" not in content:
+        message["reasoning_content"] = message["thinking"] = thought
+        return
+    if thought.strip() not in content:
+        raise UserError("the response holds other thinking than its own column; keep one of them")
+    for key in REASONING:
+        message.pop(key, None)
 
 
 def text_of(content) -> str | None:
@@ -193,7 +219,9 @@ class Template:
                 message.pop("tool_calls", None)
             bare_text = self._write(name, bare, tools, opened)
         for function, n_calls in names.items():
-            if text.count(function) - bare_text.count(function) < n_calls:
+            name_of_call = re.compile(rf"(?<!\w){re.escape(function)}(?!\w)")
+            n_written = len(name_of_call.findall(text)) - len(name_of_call.findall(bare_text))
+            if n_written < n_calls:
                 raise UserError(
                     f"the chat template does not write the call of {function!r}; take a model "
                     "whose template knows tools, or rows without them"
@@ -233,7 +261,10 @@ class Template:
         whole = self.render([*messages, answer], tools, opened=False)
         for before in (prompt, prompt.rstrip().removesuffix("<think>")):
             turn = whole.removeprefix(before).rstrip().removesuffix(self.end_of_turn)
-            written = thought.strip() in turn and content.strip() in turn
+            start = turn.rfind(content.strip())
+            # With calls and no text, the calls are what stands behind the thinking
+            head = turn[:start] if content.strip() else turn
+            written = start >= 0 and thought.strip() in head
             if whole.startswith(before) and written:
                 return turn
         if "tool_calls" in answer:

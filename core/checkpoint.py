@@ -48,13 +48,16 @@ def steps_in(checkpoints: Path) -> dict[int, Path]:
 
 def damaged(folder: Path) -> str:
     """What is wrong with a checkpoint ("" = nothing): files that differ from trainer.json."""
-    about = folder / "trainer.json"
-    if not about.exists():
+    if not (folder / "trainer.json").is_file():
         return "no trainer.json"
     try:
-        files = json.loads(about.read_text())["files"]
+        about = json.loads((folder / "trainer.json").read_text())
+        step = about["step"]
+        files = dict(about["files"])
     except (ValueError, KeyError, TypeError):
         return "trainer.json is cut short"
+    if folder.name != folder_of(folder.parent, step).name:
+        return f"its trainer.json is of step {step}"
     for name, size in files.items():
         found = (folder / name).stat().st_size if (folder / name).exists() else None
         if found != size:
@@ -68,7 +71,7 @@ def newest_whole(checkpoints: Path) -> dict | None:
         damage = damaged(folder)
         if not damage:
             return json.loads((folder / "trainer.json").read_text())
-        print(f"{folder} is damaged ({damage}): going on from the one before", flush=True)
+        print(f"{folder} is damaged or edited ({damage}): left alone, passed over", flush=True)
     return None
 
 
@@ -95,16 +98,17 @@ def save(final: Path, model, optimizers, write_model: Callable, about: dict) -> 
 
 def _prepare(final: Path, aside: Path, n_bytes: float) -> bool:
     """Make the folder `aside`; False if this checkpoint is there and whole already."""
-    if final.exists() and not damaged(final):
+    if final.exists() and not final.is_symlink() and not damaged(final):
         return False
     shutil.rmtree(aside, ignore_errors=True)
-    if final.exists():  # damaged or edited, passed over on --resume: it is kept beside
-        final.rename(final.with_name(f"{final.name}.damaged-{time.time_ns()}"))
+    for path in (final, aside):  # damaged, edited or of other origin: it is kept beside
+        if path.exists() or path.is_symlink():
+            path.rename(path.with_name(f"{path.name}.damaged-{time.time_ns()}"))
     free = shutil.disk_usage(final.parent).free
     if free < n_bytes:
         raise OSError(
             f"could not save {final}: it needs {n_bytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are "
-            "free. Earlier checkpoints are whole; free some space or use --keep, then --resume"
+            "free. Earlier checkpoints are whole; free some space, or --resume --keep 1"
         )
     (aside / "trainer").mkdir(parents=True)
     return True
@@ -116,7 +120,7 @@ def _seal(final: Path, aside: Path, failures: list[str], about: dict) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         raise OSError(
             f"could not save {final}: {failures[0]}. Earlier checkpoints are whole; "
-            "free some space, then --resume"
+            "free some space, or --resume --keep 1"
         )
     files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
     sizes = {str(path.relative_to(aside)): path.stat().st_size for path in files}

@@ -8,7 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
-import json
+import math
 import os
 import re
 import shlex
@@ -16,10 +16,10 @@ import sys
 import time
 import types
 import typing
-from pathlib import Path
 
 from core import ranks
 from core.errors import UserError
+from core.run import recorded
 
 
 # ---- parse ---------------------------------------------------------------------------------------
@@ -48,6 +48,7 @@ def parse(Config, argv: list[str] | None = None, preset=None, options=None):
     options: (flag, load): load(value of that flag) is a second dataclass whose fields are flags
         too; those that were typed go into Config.options. Its `settings` are defaults of Config's
         own flags.
+    Config.positional: the field that is given without a flag, where there is one.
     Config.refused: {"--flag": why it does not exist}, for flags of other trainers.
     With --resume the defaults are the settings that the run was begun with.
     """
@@ -67,7 +68,10 @@ def parse(Config, argv: list[str] | None = None, preset=None, options=None):
     add_flags(flags, Config, getattr(Options, "settings", {}))
     if Options:
         add_flags(parser.add_argument_group("options of this --algo"), Options)
-    known, unknown = parser.parse_known_args(argv)
+    read = parser.parse_known_args
+    if hasattr(Config, "positional"):  # words before and behind the flags
+        read = parser.parse_known_intermixed_args
+    known, unknown = read(argv)
     if unknown:
         refuse(unknown[0].split("=")[0], parser, getattr(Config, "refused", {}))
     given = vars(known)
@@ -77,7 +81,10 @@ def parse(Config, argv: list[str] | None = None, preset=None, options=None):
             if field.name in given:
                 chosen[field.name] = given.pop(field.name)
     values = saved
-    if preset and not saved:  # preset may remove flags that it has used from `given`
+    if saved and preset and "data" in given:  # a task's folder means the files in it, as before
+        asked = {"init": saved["init"], **given}
+        given["data"] = preset(asked).get("data", given["data"])
+    elif preset and not saved:  # preset may remove flags that it has used from `given`
         values = preset(given)
         values = {name: value for name, value in values.items() if name not in given}
         if "data" in values and not int(os.environ.get("RANK", 0)):
@@ -90,13 +97,7 @@ def saved_settings(argv: list[str], Config) -> dict:
     """The settings in run.json of the run that --resume goes on with; {} where there is none."""
     if "--resume" not in argv or "--no-resume" in argv:
         return {}
-    path = Path(peek(argv, "out", getattr(Config, "out", ""))) / "run.json"
-    if not path.exists():
-        return {}
-    try:
-        config = json.loads(path.read_text())["config"]
-    except (ValueError, KeyError):
-        raise UserError(f"{path}: not the settings of a run; restore it") from None
+    config = recorded(peek(argv, "out", getattr(Config, "out", ""))).get("config", {})
     fields = {field.name for field in dataclasses.fields(Config)}
     dropped = ("resume", "overwrite", "dry_run", "out")
     return {name: v for name, v in config.items() if name in fields and name not in dropped}
@@ -148,14 +149,21 @@ def add_flags(parser, Config, defaults: dict | None = None) -> None:
         elif typing.get_origin(kind) is typing.Literal:
             settings["choices"] = typing.get_args(kind)
             settings["metavar"] = "WORD"
+        elif typing.get_origin(kind) is tuple:
+            settings |= {"type": str, "metavar": "WORD", "nargs": "+"}
         else:
             settings |= {"type": kind, "metavar": kind.__name__.upper()}
         default = (defaults or {}).get(field.name, field.default)
         text = comments.get(field.name, "")
         if "choices" in settings:
             text += f": {', '.join(choice or 'none' for choice in settings['choices'])}"
-        text += f" ({'none' if default is None else default!r})"
+        if isinstance(default, tuple):
+            default = " ".join(default) or None
+        text += " (none)" if default is None else f" ({default!r})"
         flag = "--" + field.name.replace("_", "-")
+        if field.name == getattr(Config, "positional", ""):
+            flag = field.name
+            settings |= {"nargs": "*", "metavar": flag.upper()}
         text = text.replace("%", "%%")
         parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **settings)
 
@@ -184,7 +192,7 @@ def require_positive(cfg, *names: str) -> None:
     """Raise UserError for the first of these fields that is not above 0."""
     for name in names:
         value = getattr(cfg, name)
-        if not value > 0:
+        if not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
 
 
@@ -192,7 +200,7 @@ def require_not_negative(cfg, *names: str) -> None:
     """Raise UserError for the first of these fields that is below 0."""
     for name in names:
         value = getattr(cfg, name)
-        if not value >= 0:
+        if not 0 <= value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} is {value}; give 0 or more")
 
 

@@ -1,6 +1,8 @@
-"""What a run prints: a line per step in fixed columns, and once per run what is odd about it."""
+"""What is printed: a line per step, once per run what is odd, a table of models, progress."""
 
 import math
+import sys
+from collections import Counter
 
 
 def number(value, form: str) -> str:
@@ -8,31 +10,24 @@ def number(value, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def print_sft_step(run, step: int, row: dict) -> None:
-    rate = run.totals["tokens"] / max(1e-9, run.seconds)
-    print(
-        f"step {step:5d}/{run.last}  loss {row['loss']:.4f}  grad {row['grad_norm']:.2f}  "
-        f"lr {row['lr']:.1e}  epoch {row['epoch']:.2f}  {rate:,.0f} tok/s  {run.eta(step)}",
-        flush=True,
-    )
-
-
 def print_rl_step(cfg, run, step: int, row: dict) -> None:
     last = cfg.steps
     if cfg.max_flops:  # the steps that the run is likely to have
         last = min(last, math.ceil(step * cfg.max_flops / run.totals["flops"]))
     last = max(last, step)
-    line = f"step {step:4d}/{last}  reward {row['reward']:5.1f}  signal {row['signal']:3.0f}%  "
+    line = (
+        f"step {step:4d}/{last}  reward {row['reward']:5.1f}  signal {row['signal']:3.0f}%  "
+        f"rounds {row['rounds']}  length {row['length']:4.0f}  cut {row['truncated']:4.1f}%  "
+        f"unparsed {row['unparsed']:4.1f}%  "
+    )
     if row["updates"]:
         seconds = f"{row['sample_s']:.1f}+{row['logp_s'] + row['update_s']:.1f} s"
         line += (
-            f"rounds {row['rounds']}  length {row['length']:4.0f}  cut {row['truncated']:4.1f}%  "
-            f"unparsed {row['unparsed']:4.1f}%  entropy {number(row['entropy'], '.3f')}  "
+            f"entropy {number(row['entropy'], '.3f')}  "
             f"grad {row['grad_norm']:.2f}  {seconds}  {run.eta(step, last)}"
         )
     else:
-        tries = "1 round" if row["rounds"] == 1 else f"{row['rounds']} rounds"
-        line += f"no prompt had both right and wrong answers in {tries}: no update"
+        line += "no prompt had both right and wrong answers: no update"
     print(line, flush=True)
 
 
@@ -47,28 +42,52 @@ def show_rollout(row, tokenizer) -> None:
     )
 
 
-def print_hints(cfg, run, row: dict) -> None:
-    """What is odd in a step of RL, once per run, with the flag that helps."""
-    if row["truncated"] > 50:
+def nearly_all_wrong(cfg, records: list[dict]) -> str:
+    """The reasons, the first answer beside its gold, and what each of the causes asks for."""
+    reasons = Counter(record["reason"] for record in records).most_common(2)
+    told = ", ".join(f"{n} {reason}" for reason, n in reasons)
+    told = told.replace("scored", "scored one half or less")  # by a function that gives numbers
+    n_right = sum(record["correct"] for record in records)
+    first = next(record for record in records if not record["correct"])
+    answer = first["response"][-60:] if first["answer"] in (None, "") else first["answer"][:60]
+    return (
+        f"{n_right} of {len(records)} responses are right by --reward {cfg.reward} ({told}): there "
+        f"is little to learn from. A wrong one: answer {answer!r}, gold {first['gold'][:60]!r}. Is "
+        "the gold wrong? Then it is read from a wrong column of --data (docs/data.md). Is the "
+        "answer right? Give another --reward. Neither? Take easier problems, or sft.py first"
+    )
+
+
+def is_stuck(run, steps: int = 10) -> bool:
+    """Did updates, on demonstrations or on a few lucky answers, not help for so many steps?"""
+    last = run.of_kind("train")[-steps:]
+    return len(last) == steps and all(step["right"] < 3 for step in last)
+
+
+def print_hints(cfg, run, row: dict, records: list[dict]) -> None:
+    """What is odd in a step of RL, once per run, with the flag that helps. records: its samples."""
+    if row["truncated"] > 25:
         run.hint(
             "cut",
             f"{row['truncated']:.0f}% of the responses are cut at --max-new {cfg.max_new}, and a "
             "cut response earns nothing: raise it",
         )
-    elif row["unparsed"] > 80:
+    elif row["unparsed"] > 50:
+        first = next(record for record in records if record["answer"] is None)
         run.hint(
             "unparsed",
             f"{row['unparsed']:.0f}% of the responses hold no answer that --reward {cfg.reward} "
-            f"finds; read {run.dir / 'samples.jsonl'}, then teach the format with sft.py or give "
-            "another reward",
+            f"finds (the first ends {first['response'][-60:]!r}: {first['reason']}); say in the "
+            "prompt how to answer, teach it with sft.py, or give another --reward",
         )
-    elif row["signal"] == 0:
-        same = "wrong" if row["right"] < 50 else "right"
-        other = "easier" if same == "wrong" else "harder"
+    elif row["right"] < 3 and (not row["updates"] or is_stuck(run)):
+        run.hint("wrong", nearly_all_wrong(cfg, records))
+    elif row["signal"] == 0 and not row["updates"]:
         run.hint(
             "signal",
-            f"all responses to each prompt are {same}: there is nothing to learn from. Try "
-            f"{other} problems; --dry-run scores the demonstrations by the reward",
+            "the responses to each prompt are all right or all wrong: there is nothing to learn "
+            f"from in this step. {row['right']:.0f}% are right: raise --group or take problems "
+            f"that are {'harder' if row['right'] > 50 else 'easier'}",
         )
     measured = [step for step in run.of_kind("train") if step.get("entropy") is not None]
     if len(measured) < 20:
@@ -81,3 +100,46 @@ def print_hints(cfg, run, row: dict) -> None:
             f"entropy rose from {first['entropy']:.2f} to {last['entropy']:.2f} nats and the "
             "reward did not: lower --lr or --entropy-coef",
         )
+
+
+def print_summary(summary: dict, seconds: float) -> None:
+    rest = []
+    for name, value in summary.items():
+        if name not in ("pass1", "pass1_se", "n", "problems", "reward"):
+            rest.append(f"{name.replace('pass_at_', 'pass@')} {value:.1f}")
+    print(
+        f"pass@1 {summary['pass1']:.1f} (standard error {summary['pass1_se']:.1f})  "
+        f"{'  '.join(rest)}  in {seconds:.0f} s"
+    )
+
+
+def print_comparison(names: list[str], summaries: list[dict], differences: list[dict]) -> None:
+    """A row per model, then the differences."""
+    width = max(len(name) for name in names)
+    print(f"\n{'model':{width}}  pass@1   se  length  cut %")
+    for name, row in zip(names, summaries):
+        print(
+            f"{name:{width}}  {row['pass1']:6.1f}  {row['pass1_se']:3.1f}  {row['length']:6.0f}  "
+            f"{row['truncated']:5.1f}"
+        )
+    print("differences in pass@1, paired by problem, with 90% intervals:")
+    for row in differences:
+        interval = f"[{number(row['low'], '+.1f')}, {number(row['high'], '+.1f')}]"
+        print(f"  {row['from']} -> {row['to']}  {row['difference']:+.1f} {interval}")
+
+
+def show_progress(what: str):
+    """A progress line on a terminal; nothing in a pipe."""
+    if not sys.stderr.isatty():
+        return None
+    from tqdm import tqdm
+
+    bar = tqdm(desc=what, unit="response", leave=False)
+
+    def advance(done, total):
+        bar.total = total
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    return advance

@@ -14,6 +14,8 @@ import numpy as np
 
 from core.errors import UserError
 
+NORMAL_90 = 1.6449  # 90% of a normal distribution lie within so many standard deviations
+
 
 class Estimate(NamedTuple):
     """A mean over problems and its standard error, in points."""
@@ -41,6 +43,17 @@ def expected_signal(right, n: int, group: int) -> Estimate:
 def pass_at(right, n: int, k: int) -> Estimate:
     """pass@k, 1 - E[(1 - p)^k]."""
     return _mean(1 - all_right(n - np.asarray(right, int), n, k))
+
+
+def paired_difference(first, second) -> dict:
+    """Mean of second - first, shares (P,) of the same problems, with a 90% interval, in points.
+
+    One problem has no interval: None."""
+    mean, se = _mean(np.asarray(second) - np.asarray(first))
+    if math.isnan(se):
+        return {"difference": mean, "low": None, "high": None}
+    half = NORMAL_90 * se
+    return {"difference": mean, "low": mean - half, "high": mean + half}
 
 
 def _mean(values) -> Estimate:

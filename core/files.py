@@ -18,17 +18,20 @@ def write_json(path: Path, value) -> None:
     write_aside(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
-def read_jsonl(path: Path, broken_tail: bool = False) -> Iterator[dict]:
+def read_jsonl(path: Path, broken_tail: bool = False, make_object=None) -> Iterator[dict]:
     """Rows of a JSONL file, one at a time: a million trajectories may not fit in memory.
 
     broken_tail: a last line that was cut short by a kill is passed over, not refused.
+    make_object: makes a JSON object of its (key, value) pairs; raises ValueError to refuse it.
     """
     with open(path, "rb") as lines:  # in bytes, lines end at \\n alone: U+2028 may be in a string
         for n, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                yield json.loads(line.decode())
+                yield json.loads(
+                    line.decode("utf-8-sig" if n == 1 else "utf-8"), object_pairs_hook=make_object
+                )
             except UnicodeDecodeError as error:
                 raise UserError(
                     f"{path}:{n}: not UTF-8 text (byte {error.start} of the line); "
@@ -41,3 +44,8 @@ def read_jsonl(path: Path, broken_tail: bool = False) -> Iterator[dict]:
                     f"{path}:{n}: not JSON ({error.msg} at column {error.colno}); "
                     "each line must be one JSON object"
                 ) from None
+            except (
+                ValueError,
+                RecursionError,
+            ) as error:  # make_object's, or a number of thousands of digits
+                raise UserError(f"{path}:{n}: {error}") from None

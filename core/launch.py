@@ -1,4 +1,4 @@
-"""Before the first step: fetch a model, place it on the devices, and say what the run will take."""
+"""Before the first step: place the model on the devices, and say what the run will take."""
 
 import math
 import os
@@ -10,31 +10,6 @@ import torch
 from core import memory, ranks
 from core.errors import UserError
 from core.folder import ModelConfig
-
-
-def download(name: str, weights: bool) -> Path:
-    """The local folder of a hub model, downloaded if need be; never pickles.
-
-    weights: False where only the shape and the tokenizer are needed.
-    """
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        raise UserError(
-            f"{name}: no such folder; --init takes a model folder, a checkpoint, a run directory "
-            "or a hub name such as Qwen/Qwen2.5-0.5B"
-        )
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.jinja"]
-    if weights:
-        patterns.append("*.safetensors")
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (OSError, ValueError) as error:  # no network, no such model, no access
-        reason = str(error).strip().splitlines()[0][:160]
-        raise UserError(
-            f"{name}: no such folder here, and the hub did not give it ({reason}); "
-            "download it, then --init FOLDER"
-        ) from None
 
 
 def placement(cfg, config: ModelConfig, device) -> tuple:

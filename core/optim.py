@@ -45,7 +45,8 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            lr, beta = group["lr"], group["momentum"]
+            lr = group["lr"]
+            beta = group["momentum"]
             for p in group["params"]:
                 state = self.state[p]
                 if not state:
@@ -53,10 +54,9 @@ class Muon(torch.optim.Optimizer):
                 average = state["momentum_buffer"].lerp_(p.grad, 1 - beta)
                 ahead = p.grad.lerp(average, beta)  # Nesterov momentum
                 direction = orthogonal(ranks.whole(ahead))
-                first, end = ranks.rows_of(len(direction), ranks.is_sharded(p))
                 size = lr * 0.2 * max(p.shape) ** 0.5
                 p.mul_(1 - lr * group["weight_decay"])
-                ranks.local(p).add_(direction[first:end], alpha=-size)
+                ranks.add_rows(p, direction, alpha=-size)
 
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:

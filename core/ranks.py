@@ -95,6 +95,8 @@ def total(number: float) -> float:
 
 def any_of(flag) -> bool:
     """True everywhere if it is true anywhere."""
+    if world() == 1:
+        return bool(flag)
     return total(float(bool(flag))) > 0
 
 
@@ -212,7 +214,17 @@ def local(p: torch.Tensor) -> torch.Tensor:
 
 def whole(p: torch.Tensor) -> torch.Tensor:
     """All rows, on every rank. Sharded: a collective, so all ranks must ask for the same one."""
-    return p.detach().full_tensor() if is_sharded(p) else p.detach()
+    p = p.detach()
+    return p.full_tensor() if hasattr(p, "full_tensor") else p
+
+
+def add_rows(p: torch.Tensor, rows: torch.Tensor, alpha: float) -> None:
+    """p += alpha * rows, of which each rank takes those that it keeps."""
+    if hasattr(p, "to_local"):
+        first, end = rows_of(len(rows))
+        p.to_local().add_(rows[first:end], alpha=alpha)
+    else:
+        p.add_(rows, alpha=alpha)
 
 
 def shard_like(p: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

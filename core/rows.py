@@ -11,12 +11,14 @@ import ast
 import json
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
-from core import chat, files
+from core import chat, files, hub
 from core.errors import UserError
 
 # Columns by what they mean, the first that a row has counts; a dot goes into a nested object
@@ -48,10 +50,14 @@ GOLD = (
     "expected_answer",
     "solution",
 )
+LONG_TEXT = 20  # words; a longer text that boxes nothing is a solution, not a gold answer
 KEYS = {"role", "content", "tool_calls", "tool_call_id", "name", *chat.REASONING}  # of a message
 HARMLESS = {"id", "_id", "idx", "index", "uuid", "__index_level_0__"}
 # Columns that would change what a row means, and that nothing here can render
 UNKNOWN = ("image", "images", "video", "videos", "audio", "audios", "documents", "functions")
+CHOICES = ("choices", "options")  # must be written in the question too
+SWITCHES = {"on", "off", "yes", "no", "true", "false"}  # in `reasoning`: whether, not what
+MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:""")
 AT_ONCE = 1000  # rows that are read from Parquet, or tokenized, at once
 
 
@@ -71,8 +77,8 @@ class Reading(NamedTuple):
 
     @property
     def asks_nothing(self) -> bool:
-        """Is the last user turn empty?"""
-        asked = [turn for turn in self.turns if turn["role"] == "user"] or self.turns
+        """Is the last user turn empty, or is there none?"""
+        asked = [turn for turn in self.turns if turn["role"] == "user"]
         return not asked or not asked[-1].get("content", "").strip()
 
     @property
@@ -89,14 +95,27 @@ def read_rows(path: str | Path) -> list[dict]:
 
 
 def each_row(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """("file:line", row) of each row; blank lines count as lines, not as rows."""
-    path = Path(path)
+    """("file:line", row) of each row; blank lines count as lines, not as rows.
+
+    path: a .jsonl or .parquet file or, where there is no such path, data of the hub by its name.
+    """
+    if hub.DATA_NAME.fullmatch(str(path)) and not Path(path).exists():
+        for file in hub.data_files(path):
+            yield from _rows_of_file(file)
+    else:
+        yield from _rows_of_file(Path(path))
+
+
+def _rows_of_file(path: Path) -> Iterator[tuple[str, dict]]:
     if not path.is_file():
-        raise UserError(f"{path}: no such file; give a .jsonl or .parquet file")
+        raise UserError(
+            f"{path}: no such file; give a .jsonl or .parquet file, or OWNER/NAME:CONFIG/SPLIT "
+            "of the hub"
+        )
     if path.suffix == ".parquet":
         rows = enumerate(_parquet_rows(path), 1)
     else:
-        rows = zip(_line_numbers(path), files.read_jsonl(path))
+        rows = zip(_line_numbers(path), files.read_jsonl(path, make_object=_object))
     n = 0
     for n, row in rows:
         if not isinstance(row, dict):
@@ -116,6 +135,15 @@ def _line_numbers(path: Path) -> Iterator[int]:
                 yield n
 
 
+def _object(pairs: list[tuple]) -> dict:
+    """A JSON object; a key that is written twice is refused, as one of its values would be lost."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        twice = [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]
+        raise UserError(f"the key {twice[0]!r} is written twice; rename or remove one of them")
+    return row
+
+
 def _parquet_rows(path: Path) -> Iterator[dict]:
     try:
         import pyarrow.parquet
@@ -124,7 +152,14 @@ def _parquet_rows(path: Path) -> Iterator[dict]:
             f"{path}: reading Parquet needs pyarrow; "
             "pip install pyarrow, or convert the file to JSONL"
         ) from None
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(AT_ONCE):
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{path}: not a Parquet file ({str(error)[:80]}); copy it again") from None
+    for name, n in Counter(file.schema_arrow.names).items():
+        if n > 1:
+            raise UserError(f"{path}: {n} columns are named {name!r}; rename or remove one of them")
+    for batch in file.iter_batches(AT_ONCE):
         yield from batch.to_pylist()
 
 
@@ -147,6 +182,8 @@ def text(value, column: str) -> str:
             f"{column} is a {type(value).__name__} ({str(value)[:40]}), not text; "
             "convert it, or remove the row"
         )
+    if MESSAGES_AS_TEXT.match(value):
+        raise UserError(f"{column} is a conversation as text; parse it to a list of messages")
     return value
 
 
@@ -159,6 +196,26 @@ def understand(row: dict, answer_is_gold: bool = False) -> Reading | None:
     for name in UNKNOWN:
         if row.get(name):
             raise UserError(f"the column {name} cannot be read; only text is trained")
+    reading = _understand(row, answer_is_gold)
+    if reading is not None:
+        _require_choices(row, reading)
+    return reading
+
+
+def _require_choices(row: dict, reading: Reading) -> None:
+    """Refuse a question without the choices that stand in a column of their own."""
+    column, choices = find(row, CHOICES)
+    if isinstance(choices, dict):
+        choices = choices.get("text", list(choices.values()))
+    if not choices or not reading.turns:
+        return
+    listed = choices if isinstance(choices, list) else [choices]
+    if not all(str(choice).strip() in reading.question for choice in listed):
+        raise UserError(f"the question does not hold its {column}; write them into the question")
+    reading.columns.add(column)
+
+
+def _understand(row: dict, answer_is_gold: bool) -> Reading | None:
     column, conversation = find(row, CONVERSATION)
     columns = {column}
     plain = False
@@ -171,7 +228,10 @@ def understand(row: dict, answer_is_gold: bool = False) -> Reading | None:
             return Reading([], False, None, None, set()) if known else None
         columns = {column}
         plain = isinstance(prompt, str)
-        turns = chat.conversation(prompt) if not plain else _history(row, prompt, column, columns)
+        if plain:
+            turns = _history(row, text(prompt, column), column, columns)
+        else:
+            turns = chat.conversation(prompt)
         if turns and turns[-1]["role"] == "assistant":
             raise UserError(f"{column} ends with an assistant's turn; move it to completion")
     answer = None
@@ -194,7 +254,8 @@ def understand(row: dict, answer_is_gold: bool = False) -> Reading | None:
 def _history(row: dict, prompt: str, column: str, columns: set[str]) -> list[dict]:
     """A bare prompt as turns: earlier rounds (`history`), and what the instruction is about."""
     turns = []
-    for pair in row.get("history") or ():
+    history = row.get("history") or []
+    for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise UserError("history is not a list of [question, answer]; write it as messages")
         turns.append({"role": "user", "content": text(pair[0], "history")})
@@ -213,7 +274,8 @@ def _add_system(row: dict, turns: list[dict], columns: set[str]) -> None:
     if not system:
         return
     columns.add(column)
-    text(system, column)
+    if not text(system, column).strip():
+        return
     if turns and turns[0]["role"] in ("system", "developer"):
         if turns[0]["content"] != system:
             raise UserError(f"{column} and the messages' system turn differ; keep one of them")
@@ -229,7 +291,8 @@ def _response(row: dict, answer_is_gold: bool, columns: set[str]) -> list[dict] 
             return [_thought(_single(row[thinking]), _single(row[final]), thinking, final)]
     names = RESPONSE if answer_is_gold else (*RESPONSE, "answer")
     refused = set()
-    if not isinstance(row.get("target"), str):  # a number to reach, not a text
+    numbers = row.get("nums") or row.get("numbers")
+    if numbers or not isinstance(row.get("target"), str):  # a number to reach, not a text
         refused.add("target")
     if _repeats_gold(row, answer_is_gold):
         refused.add("solution")
@@ -248,17 +311,22 @@ def _response(row: dict, answer_is_gold: bool, columns: set[str]) -> list[dict] 
         return turns or [{"role": "assistant", "content": ""}]
     answer = {"role": "assistant", "content": text(value, column)}
     column, thought = find(row, chat.REASONING)
-    if thought and isinstance(thought, str):
+    thought = _single(thought)
+    if isinstance(thought, str) and thought.strip().lower() not in SWITCHES:
         columns.add(column)
-        answer["reasoning_content"] = answer["thinking"] = thought
+        chat.add_thought(answer, thought)
     return [answer]
 
 
 def _repeats_gold(row: dict, answer_is_gold: bool) -> bool:
     """Is the column `solution` the bare gold answer (DAPO-Math-17k-Processed), not a solution?"""
-    if not answer_is_gold and not find(row, GOLD[:-1])[0]:
+    solution = row.get("solution")
+    if solution is None or isinstance(solution, (list, dict)):
         return False
-    return row.get("solution") is not None and row["solution"] in golds(row)[1]
+    if find(row, GOLD[:-1])[0]:
+        return plain_text(solution) in golds(row)[1]
+    worked = "\\boxed" in str(solution) or "####" in str(solution)
+    return answer_is_gold and not worked and not is_long(str(solution))
 
 
 def _single(value):
@@ -292,6 +360,11 @@ def not_used(row: dict, reading: Reading) -> set[str]:
     return names
 
 
+def said(reading: Reading) -> str:
+    """The text of the answer."""
+    return (reading.answer or {}).get("content", "")
+
+
 class Notes:
     """What is to be said of a file once it is read: rows dropped, columns not used."""
 
@@ -299,47 +372,71 @@ class Notes:
         self.path = path
         self.ignore = {*reads, *(name.split(".")[0] for name in GOLD)}
         self.counts = Counter()
+        self.examples = {}  # the first of each, where it says more
         self.columns = set()
 
     def of(self, row: dict, reading: Reading) -> None:
         self.columns |= not_used(row, reading) - self.ignore
+        if "<think>" in said(reading) and "</think>" not in said(reading):
+            self.count("responses that open <think> and never close it: they hold no answer")
         earlier = any(turn["role"] == "assistant" for turn in reading.turns)
         if earlier and reading.answer:
-            self.counts["rows with earlier assistant turns: read, the last one is trained"] += 1
+            self.count("rows with earlier assistant turns: read, the last one is trained")
+
+    def count(self, text: str, example: str = "") -> None:
+        self.counts[text] += 1
+        self.examples.setdefault(text, example)
 
     def drop(self, why: str) -> None:
-        self.counts[f"rows with {why} dropped"] += 1
+        self.count(f"rows with {why} dropped")
 
     def dropped(self) -> str:
         return ", ".join(f"{n} {text}" for text, n in self.counts.items() if "dropped" in text)
 
     def print(self) -> None:
         for text, n in self.counts.items():
-            print(f"{self.path}: {n} {text}")
+            example = f" (the first: {self.examples[text]})" if self.examples[text] else ""
+            print(f"{self.path}: {n} {text}{example}")
         if self.columns:
             print(f"{self.path}: columns not used: {', '.join(sorted(self.columns))}")
 
 
 # ------------------------------------------------------------------------------------------- gold
-LISTED = re.compile(r"\s*\[\s*['\"]")  # Skywork: a list as text, ["2"]
-OBJECT = re.compile(r"\s*\{\s*['\"]\w+['\"]\s*:")  # an object as text, {"target": 98}
-NO_ANSWERS = {"", "proof", "none", "null", "nan", "n/a", "notfound", "not found"}
+LISTED = re.compile(r"\s*[\[(]\s*\[?\s*['\"]")  # Skywork: a list as text, ["2"]
+OBJECT = re.compile(r"\s*\[?\s*\{\s*['\"]\w+['\"]\s*:")  # an object as text, {"target": 98}
+CONTROL = re.compile(r"[\x00-\x1f]")
 
 
 def _listed(value: str):
     """The list that a text writes, as JSON or as Python does; the text where it is none."""
     for read in (json.loads, ast.literal_eval):
-        try:
-            return read(value)
-        except (ValueError, SyntaxError):
-            continue
+        for source in (value, value.replace("\\", "\\\\")):
+            try:
+                with warnings.catch_warnings(action="ignore"):  # "\s" is no escape of Python's
+                    items = read(source)
+            except (ValueError, SyntaxError):
+                continue
+            if not any(CONTROL.search(str(item)) for item in items):
+                return list(items)  # else "\frac" was read as a form feed and "rac"
     return value
+
+
+def is_long(gold: str) -> bool:
+    """Is this a worked text rather than an answer?"""
+    return len(gold.split()) > LONG_TEXT
+
+
+def plain_text(value) -> str:
+    """A number as it is written: 5.0 (an integer column with nulls, in pandas) is 5."""
+    if isinstance(value, float):
+        return format(Decimal(repr(value)), "f").removesuffix(".0")
+    return str(value)
 
 
 def golds(row: dict) -> tuple[str, list[str]]:
     """(column, texts of the gold answer, of which any counts); ("", []) without a gold column.
 
-    Golds that are no answers (null, empty, "proof") are left out. Raises UserError for objects.
+    Null and numbers that are none are left out. Raises UserError for objects.
     """
     column, value = find(row, GOLD)
     if value is None:
@@ -349,7 +446,7 @@ def golds(row: dict) -> tuple[str, list[str]]:
         value = _listed(value)
     texts = []
     for item in value if isinstance(value, list) else [value]:
-        if item is None or isinstance(item, float) and math.isnan(item):
+        if item is None or isinstance(item, float) and not math.isfinite(item):
             continue
         text_of_object = isinstance(item, str) and OBJECT.match(item)
         if isinstance(item, bool) or not isinstance(item, (str, int, float)) or text_of_object:
@@ -357,6 +454,5 @@ def golds(row: dict) -> tuple[str, list[str]]:
                 f"the gold answer in {column} is no plain text ({type(item).__name__}: "
                 f"{str(item)[:60]}); write it as text, or use a reward function of your own"
             )
-        if str(item).strip().lower() not in NO_ANSWERS:
-            texts.append(str(item))
+        texts.append(plain_text(item))
     return column, texts

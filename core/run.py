@@ -31,13 +31,15 @@ from pathlib import Path
 
 import torch
 
-from core import checkpoint, ranks
+from core import checkpoint, ranks, trackers
 from core.errors import UserError
-from core.files import read_jsonl, write_aside, write_json
+from core.files import write_aside, write_json
 
 LOCK = ".lock"  # held by the process that writes in the directory
 FIXED = ("init", "data", "val", "reward", "algo")  # settings that a resumed run cannot change
 PER_CALL = ("resume", "overwrite", "dry_run", "out")  # settings that belong to one call
+KEPT_GROUPS = 4  # groups per step in samples.jsonl
+KEPT_TEXT = 50_000  # characters of their responses, unless one group alone has more
 ALLOWED_SKIPS = 4  # updates in a row with a NaN or infinite gradient; one more ends the run
 
 
@@ -60,6 +62,8 @@ class Run:
         self.step = 0  # steps done
         self.position = 0  # rows (SFT) or prompts (RL) taken from the data so far
         self.facts = facts
+        self._log_to = getattr(cfg, "log_to", "")
+        trackers.check(self._log_to)
         self.resumed = ranks.from_first(self._examine)
         self.first = self.resumed["step"] if self.resumed else 0
         if self.first > last:
@@ -69,27 +73,18 @@ class Run:
             )
         self.metrics = []
         self.interrupted = False
-        self._ended = False
+        self.ended = ""  # why it ends before its last step
+        self._protected = set()
         self._skipped = 0
-        self._hinted = set()
         self._signals = catch_signals()
 
     # ---- the directory ---------------------------------------------------------------------------
     def _examine(self) -> dict | None:
         """trainer.json of the checkpoint to go on from, or None; on rank 0. Changes nothing."""
-        if not self.dir.exists() or not any(self.dir.iterdir()):
+        if not self.dir.exists() or all(path.name == LOCK for path in self.dir.iterdir()):
             return None
         if self.cfg.overwrite:
-            if not (self.dir / "run.json").exists():
-                raise UserError(
-                    f"{self.dir} is not a run directory (no run.json): --overwrite leaves it "
-                    "alone; pick another --out"
-                )
-            if self.start.resolve().is_relative_to(self.dir.resolve()):
-                raise UserError(
-                    f"--overwrite would delete the model that this run starts from, {self.start}; "
-                    "pick another --out"
-                )
+            self._check_overwrite()
             return None
         if not self.cfg.resume:
             raise UserError(
@@ -105,6 +100,24 @@ class Run:
                 "or start anew with --overwrite"
             )
         return resumed
+
+    def _check_overwrite(self) -> None:
+        """Refuse to empty a folder that is no run's, or that this run reads from."""
+        if not (self.dir / "run.json").exists():
+            raise UserError(
+                f"{self.dir} is not a run directory (no run.json): --overwrite leaves it alone; "
+                "pick another --out"
+            )
+        read = [str(self.start)]
+        for name in ("data", "val", "problems", "reward"):
+            read.append(getattr(self.cfg, name, "").partition(".py:")[0])
+        for path in filter(None, read):
+            for place in (Path(path).absolute(), Path(path).resolve()):
+                if place.is_relative_to(self.dir.resolve()):
+                    raise UserError(
+                        f"--overwrite would delete {path}, which this run starts from; "
+                        "pick another --out"
+                    )
 
     def _compare(self, before: dict) -> None:
         """Refuse to go on with other data or another model; say which settings are now others."""
@@ -134,11 +147,10 @@ class Run:
         self.dir.mkdir(parents=True, exist_ok=True)
         self._lock = lock(self.dir)
         if self.cfg.overwrite:
-            for path in self.dir.iterdir():
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                elif path.name != LOCK:
-                    path.unlink()
+            for folder in checkpoint.steps_in(self.checkpoints).values():
+                shutil.rmtree(folder)
+            for name in ("run.json", "metrics.jsonl", "samples.jsonl"):  # and nothing else
+                (self.dir / name).unlink(missing_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
         last = self.first if self.resumed else -1
         metrics = self._cut("metrics.jsonl", last)
@@ -159,8 +171,16 @@ class Run:
         """Keep the lines up to step `last` (a killed run may have written more); return them."""
         path = self.dir / name
         kept = []
-        if path.exists():
-            kept = [row for row in read_jsonl(path, broken_tail=True) if row["step"] <= last]
+        n_odd = 0
+        for line in path.read_bytes().splitlines() if path.exists() else []:
+            try:
+                row = json.loads(line)
+                if row["step"] <= last:
+                    kept.append(row)
+            except (ValueError, TypeError, KeyError):
+                n_odd += 1
+        if n_odd:
+            print(f"{path}: {n_odd} lines are no rows of a run (cut short?) and left out")
         write_aside(path, "".join(json.dumps(row) + "\n" for row in kept))
         return kept
 
@@ -177,10 +197,14 @@ class Run:
             self.totals = {name: self.resumed[name] for name in self.totals}
             self.position = self.resumed["position"]
         self.metrics = ranks.from_first(self._begin)
+        tracker = "" if ranks.rank() else self._log_to
+        after = self.first if self.resumed else -1
+        settings = dataclasses.asdict(self.cfg)
+        self._tracker = trackers.Tracker(tracker, self.dir, after, settings)
         if self.resumed:
             print(f"resuming {self.dir} after step {self.first}", flush=True)
         self._opened = time.monotonic()
-        self._before = self.metrics[-1]["seconds"] if self.metrics else 0.0
+        self._before = self.metrics[-1].get("seconds", 0.0) if self.metrics else 0.0
         self._clock = self._opened  # when time was last charged
         self._spent = {"steps": 0.0, "evaluations": 0.0}  # seconds of this process
 
@@ -216,12 +240,13 @@ class Run:
         self._charge_time("evaluations")
         return self._at_end(step) or self.interrupted
 
-    def end(self) -> None:
+    def end(self, reason: str) -> None:
         """Make the present step the run's last one."""
-        self._ended = True
+        self.ended = reason
+        print(f"step {self.step} is the last one: {reason}", flush=True)
 
     def _at_end(self, step: int) -> bool:
-        return step == self.last or self._ended
+        return step == self.last or bool(self.ended)
 
     def watch(self, norm: float, step: int) -> None:
         """Name a skipped update (gradient norm NaN or infinite); five in a row stop the run."""
@@ -291,6 +316,8 @@ class Run:
             rows.append({**row, "seconds": round(self.seconds, 4)})
         self._append("metrics.jsonl", rows)
         self.metrics += rows
+        for row in rows:
+            self._tracker.log(row)
 
     def log_samples(self, step: int, rows: list[dict]) -> None:
         self._append("samples.jsonl", [{"step": step, **row} for row in rows])
@@ -301,10 +328,11 @@ class Run:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
 
     def hint(self, key: str, text: str) -> None:
-        """Say once in a run what is odd but not wrong, with the flag that helps."""
-        if key not in self._hinted:
-            self._hinted.add(key)
+        """Say once in a run what is odd but not wrong, with the flag that helps; also in a line of
+        kind "hint", with the step whose numbers show it."""
+        if all(row["key"] != key for row in self.of_kind("hint")):
             print(f"hint: {text}", flush=True)
+            self.log(self.step + 1, "hint", key=key, text=text)
 
     # ---- checkpoints -----------------------------------------------------------------------------
     def folder(self, step: int) -> Path:
@@ -320,20 +348,41 @@ class Run:
             return
         about = {"step": step, **self.totals, "position": self.position, "seed": self.cfg.seed}
         checkpoint.save(self.folder(step), self.model, self._optimizers, self._write_model, about)
+        self.prune(self._protected)
 
     def prune(self, protected: set) -> None:
-        """Delete the oldest checkpoints so that --keep stay (0 = all); never the newest or the
-        `protected` steps."""
-        folders = checkpoint.steps_in(self.checkpoints)
+        """Delete the oldest checkpoints so that --keep stay (0 = all), now and after each save.
+        Never the newest, the `protected` steps, the run's start or a folder that is not whole."""
+        self._protected = protected
         if not self.cfg.keep or ranks.rank():
             return
+        folders = checkpoint.steps_in(self.checkpoints)
+        whole = [step for step, folder in folders.items() if not checkpoint.damaged(folder)]
         start = self.start.resolve()
         spare = []
-        for step in list(folders)[:-1]:
+        for step in whole[:-1]:
             if step not in protected and folders[step].resolve() != start:
                 spare.append(step)
-        for step in spare[: max(0, len(folders) - self.cfg.keep)]:
+        for step in spare[: max(0, len(whole) - self.cfg.keep)]:
             shutil.rmtree(folders[step])
+
+
+def whole_groups(records: list[dict], trained: set[int]) -> list[dict]:
+    """The samples of a step of RL that are kept: whole groups, the trained ones first, at most
+    KEPT_GROUPS of them and, beyond the first, about KEPT_TEXT characters of responses.
+
+    records: of all samples, each with the number of its group. trained: numbers of the groups that
+    an update trained on."""
+    groups = {}
+    for record in records:
+        kept = {**record, "kind": "train", "trained": record["group"] in trained}
+        groups.setdefault(record["group"], []).append(kept)
+    rows = []
+    for group in sorted(groups.values(), key=lambda group: not group[0]["trained"])[:KEPT_GROUPS]:
+        if rows and sum(len(row["response"]) for row in rows + group) > KEPT_TEXT:
+            break
+        rows += group
+    return rows
 
 
 def recorded(out: str | Path) -> dict:
@@ -342,9 +391,11 @@ def recorded(out: str | Path) -> dict:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text())
-    except ValueError:
-        raise UserError(f"{path}: not JSON; restore it, or start anew in another --out") from None
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise UserError(
+            f"{path}: not the settings of a run; restore it, or start anew in another --out"
+        ) from None
 
 
 def lock(folder: Path):

@@ -12,7 +12,7 @@ import shutil
 from functools import cached_property
 from pathlib import Path
 
-from core import files
+from core import chat, files
 from core.chat import Template, template_sources
 from core.errors import UserError
 
@@ -119,24 +119,28 @@ class Tokenizer:
                 found = place.get("eos_token_id")
                 if found is not None:
                     ids += found if isinstance(found, list) else [found]
+        tokens = set(self.backend.get_vocab().values())
+        known = [id for id in ids if type(id) is int and id in tokens]
         eos = self.backend.token_to_id(self.specials.get("eos_token", ""))
-        if eos is None and ids:
-            eos = ids[0]
+        if eos is None and known:
+            eos = known[0]
         if eos is None:
+            found = f" (eos_token_id {ids} is no token of tokenizer.json)" if ids else ""
             raise UserError(
-                f"{self.folder}: no end-of-text token; set eos_token in tokenizer_config.json "
-                "or eos_token_id in generation_config.json"
+                f"{self.folder}: no end-of-text token{found}; set eos_token in "
+                "tokenizer_config.json or eos_token_id in generation_config.json"
             )
-        return eos, sorted({eos, *ids})
+        return eos, sorted({eos, *known})
 
     def _opening_ids(self) -> list[int]:
         """What the tokenizer's post-processor writes before a text: its BOS, or nothing."""
         added = set(self.backend.get_added_tokens_decoder())
-        probe = next((word for word, id in self.backend.get_vocab().items() if id not in added), "")
-        found = self.backend.encode(probe)
-        if 0 not in found.special_tokens_mask:
-            return []
-        return found.ids[: found.special_tokens_mask.index(0)]
+        words = (word for word, id in self.backend.get_vocab().items() if id not in added)
+        for probe in words:  # a word may be one that the normalizer removes
+            found = self.backend.encode(probe)
+            if 0 in found.special_tokens_mask:
+                return found.ids[: found.special_tokens_mask.index(0)]
+        return []
 
     def save(self, folder: str | Path) -> None:
         """Copy the tokenizer's files, so that a checkpoint loads by itself and stops at `eos`."""
@@ -181,6 +185,34 @@ class Tokenizer:
         while self.eos_text and text.rstrip().endswith(self.eos_text):
             text = text.rstrip().removesuffix(self.eos_text)
         return text
+
+    def refuse_rendered(self, turns: list[dict], plain: bool, answer: str) -> None:
+        """Refuse texts in another model's chat template, and messages that are rendered prompts.
+
+        plain: the last turn was a bare string, which may be in this model's template already.
+        """
+        asked = turns[-1].get("content", "") if turns else ""
+        for marker in (chat.OPENS_TURN.match(asked), chat.ENDS_TEXT.search(answer)):
+            if marker and not self.writes(marker[1]):
+                raise UserError(
+                    f"the text holds {marker[1]!r}, a marker of another model's chat template; "
+                    "give the plain question and answer, or messages"
+                )
+        if self.template is None or plain:
+            return
+        for turn in turns:
+            if self.template.is_rendered(turn.get("content", ""), self.special_tokens):
+                raise UserError(
+                    "a message is in the chat template already; give its text alone, or the whole "
+                    "prompt as text"
+                )
+
+    def writes(self, marker: str) -> bool:
+        """Is this marker of turns the model's own?"""
+        if self.template is None:
+            return self.backend.token_to_id(marker) is not None
+        around = "".join((*self.template.around, self.template.end_of_turn))
+        return marker in around + self.eos_text
 
     @cached_property
     def markers(self) -> list[str]:

@@ -14,22 +14,24 @@ from dataclasses import dataclass
 
 import torch
 
-from losses import mean_entropy
+from losses import imitation_loss, mean_entropy
 from methods.luffy import Method as LUFFY
 
 
 @dataclass(frozen=True)
 class Method(LUFFY):
     imitation: float = 0.5  # expert tokens: weight of -logp, times exp(-H)
+    trust_alpha: float = 0.0  # and times p / max(p, this), see losses.imitation_loss
     success_coef: float = 0.1  # right rollouts: weight of -logp, times exp(+H)
 
     def token_loss(self, logp, entropy, batch):
         H = mean_entropy(entropy, batch.mask)[:, None]  # (B, 1)
         shaped = torch.sigmoid(logp - math.log(self.shaping_gamma))
-        expert = -batch.advantages * shaped - self.imitation * torch.exp(-H) * logp
+        imitation = self.imitation * torch.exp(-H) * imitation_loss(logp, self.trust_alpha)
+        expert = imitation - batch.advantages * shaped
         right = -self.success_coef * torch.exp(H) * logp
         rollout = torch.where(batch.is_success[:, None], right, logp)
         return torch.where(batch.is_expert[:, None], expert, rollout)
 
     def teaches(self, batch):
-        return torch.ones_like(batch.is_expert)  # rows without an advantage learn too
+        return batch.mask.any(1)  # rows without an advantage learn too

@@ -13,12 +13,13 @@ from typing import ClassVar
 
 import torch
 
-from losses import GRPO
+from losses import GRPO, imitation_loss
 
 
 @dataclass(frozen=True)
 class Method(GRPO):
     sft_coef: float = 1.0  # expert tokens: weight of -logp
+    trust_alpha: float = 0.0  # expert tokens: weight p / max(p, this), see losses.imitation_loss
     gate_gamma: float = 0.0  # imitate where the rollouts' mean reward is at most this
 
     settings: ClassVar[dict] = {**GRPO.settings, "lr": 5e-6}
@@ -38,7 +39,8 @@ class Method(GRPO):
 
     def token_loss(self, logp, entropy, batch):
         rollout = super().token_loss(logp, entropy, batch)
-        return torch.where(batch.is_expert[:, None], -self.sft_coef * logp, rollout)
+        expert = self.sft_coef * imitation_loss(logp, self.trust_alpha)
+        return torch.where(batch.is_expert[:, None], expert, rollout)
 
     def teaches(self, batch):
         return super().teaches(batch) | batch.is_expert

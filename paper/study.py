@@ -60,6 +60,7 @@ class Config:
     data: str = ""  # trajectories with prompt, response and answer: the pool of all sets
     val: str = ""  # validation trajectories
     problems: str = ""  # problems for RL
+    reward: str = "math"  # judges every answer: math, text, a task, or FILE.py:FUNCTION
     dev: str = ""  # problems to follow a run with and to choose checkpoints by
     test: str = ""  # problems of the final evaluation
     ood: str = ""  # harder or other problems of the final evaluation; empty = none
@@ -123,6 +124,7 @@ def preset(given: dict) -> dict:
         f" --keep 1 --no-recompute {TASK}"
     )
     common = {
+        "reward": "countdown",
         "sft": "--batch 32 --micro-tokens 4096 --max-len 256 --optimizer muon --lr 2e-3"
         f" --schedule constant --warmup 0 --log-every 100 --no-recompute {TASK}",
         "exam": TASK,
@@ -215,6 +217,7 @@ class Plan:
         """A job that samples from a checkpoint: rows = (file, number of problems, samples each)."""
         file, n_problems, n = rows
         words = flags(n=n, init=init, data=f"{self.sets}/{file}.jsonl", out=f"{self.out}/{out}")
+        words += flags(reward=self.cfg.reward)
         command = ["evaluate.py", *shlex.split(self.cfg.exam), *words]
         self.add(name, command, needs, START + SAMPLE * n_problems * n)
 
@@ -235,6 +238,7 @@ class Plan:
             data=f"{self.sets}/{set_name}.jsonl",
             val=cfg.val or f"{self.out}/data/val.jsonl",
             problems=f"{self.sets}/dev.jsonl",
+            reward=cfg.reward,
             seed=seed,
         )
         self.add(
@@ -258,6 +262,7 @@ class Plan:
             seed=seed,
             data=f"{self.sets}/{problems}.jsonl",
             val=f"{self.sets}/dev.jsonl",
+            reward=cfg.reward,
         )
         flops = cfg.rl_flops
         a_round = MIXED_ROUND if algo in MIXED else RL_ROUND
@@ -310,7 +315,7 @@ def plan(cfg: Config) -> list[Job]:
     """Every job of the study; of those that are ready, the first in the list starts first."""
     p = Plan(cfg)
     if not cfg.init:
-        p.add("base", ["sft.py", "--dry-run", *flags(out=f"{p.out}/none")], seconds=140)
+        p.add("base", ["-c", "import sft; sft.make_built_in(sft.Config())"], seconds=140)
     p.exam("base", p.base, p.before)
     # first what most waits for: the weak model, its attempts, and the sets they define
     p.sft_and_rl("middle", 0)
@@ -447,7 +452,7 @@ def start(cfg: Config, job: Job) -> subprocess.Popen:
     """Start a job's process: one thread, its output to a log, its end with ours."""
     out = Path(cfg.out)
     words = [fill(word, out) for word in job.command]
-    if words[0] != "-m":
+    if words[0] not in ("-m", "-c"):
         words[0] = str(ROOT / words[0])
     if cfg.nproc > 1 and job.distributed:
         # torchrun would read a script's --n as a short form of its own flags; not so after --

@@ -8,8 +8,10 @@ my/file.py:name` is anybody's.
 
 import importlib
 import importlib.util
+import shlex
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from core.errors import UserError
@@ -66,8 +68,10 @@ def has_tokenizer_of(init: str, task) -> bool:
     """Whether --init is empty, missing, or a model with the tokenizer of the built-in task."""
     folder = Path(init.partition("@")[0])
     ours = task.FOLDER / "tokenizer.json"
-    if not init or not ours.exists() or (folder.parts[:1] == ("runs",) and not folder.exists()):
+    if not init or (folder.parts[:1] == ("runs",) and not folder.exists()):
         return True
+    if not ours.exists():  # nothing can descend from it yet
+        return False
     for place in (folder, *sorted(folder.glob("checkpoints/step_*"))):
         if (place / "tokenizer.json").exists():
             return (place / "tokenizer.json").read_bytes() == ours.read_bytes()
@@ -79,8 +83,10 @@ def flags_for(cfg, **flags: str) -> str:
     settings are the defaults. flags: {field of cfg: flag of the next command}."""
     if Path(cfg.data).parent == load(BUILT_IN).FOLDER:
         return ""
-    words = [f" {flag} {getattr(cfg, name) or cfg.data}" for name, flag in flags.items()]
-    return "".join([*words, f" --reward {cfg.reward}"])
+    words = []
+    for name, flag in flags.items():
+        words += [flag, getattr(cfg, name) or cfg.data]
+    return " " + shlex.join([*words, "--reward", cfg.reward])
 
 
 # ---- rewards -------------------------------------------------------------------------------------
@@ -106,9 +112,12 @@ def load_reward(name: str) -> Callable:
 
 def columns(name: str) -> dict:
     """What data.problems() has to know of a reward: the columns that it reads besides the gold
-    answer (COLUMNS of its module), and whether each row needs a gold answer that is text
-    (NEEDS_GOLD, true unless said otherwise; a reward of one's own needs none)."""
-    module = sys.modules[load_reward(name).__module__]
+    answer (COLUMNS of its module), whether each row needs a gold answer that is text (NEEDS_GOLD,
+    true unless said otherwise; a reward of one's own needs none), and a check of a row that
+    raises UserError, for a task's reward that reads columns of its own."""
+    reward = load_reward(name)
+    module = sys.modules[reward.__module__]
     ours = name.partition(":")[0] in names()
     needs_gold = ours and getattr(module, "NEEDS_GOLD", True)
-    return {"reads": getattr(module, "COLUMNS", ()), "needs_gold": needs_gold}
+    check = partial(reward, "") if ours and not needs_gold else None
+    return {"reads": getattr(module, "COLUMNS", ()), "needs_gold": needs_gold, "check": check}

@@ -37,7 +37,8 @@ def trained_rows(method, inputs: dict) -> list[int]:
             elif g == group:
                 rollouts.append(row)
         rewards = [row.correct for row in rollouts]
-        if not method.dynamic_sampling or method.carries_signal(rewards):
+        demonstration = [0] if expert else None
+        if not method.dynamic_sampling or method.carries_signal(rewards, demonstration):
             kept += [row.prompt[0] for row in method.complete(rollouts, expert)]
     return sorted(kept)
 

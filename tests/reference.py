@@ -113,13 +113,17 @@ def active_rows(case: dict) -> list[int]:
         members = [b for b, g in enumerate(x["group_ids"]) if g == group]
         rollouts = [b for b in members if not x["is_expert"][b]]
         rewards = [x["rewards"][b] for b in rollouts]
-        if case["options"]["dynamic_sampling"] and len(set(rewards)) == 1:
-            continue
+        experts = [b for b in members if x["is_expert"][b]]
+        agree = len(set(rewards)) == 1
         if case["algo"] == "upt":
-            experts = [b for b in members if x["is_expert"][b]]
             solved = sum(rewards) / len(rewards)
             imitate = experts and solved <= case["options"]["gate_gamma"] + 1e-9
             members = experts if imitate else rollouts
+            agree = agree and not imitate
+        elif experts and max(rewards) <= 0:
+            agree = False  # the demonstration is the only signal
+        if case["options"]["dynamic_sampling"] and agree:
+            continue
         active += members
     return sorted(active)
 
@@ -218,13 +222,15 @@ def rollout_token(case: dict, logp: list, b: int, t: int, row: list[int], A: flo
 def expert_token(case: dict, logp: list, b: int, t: int, row: list[int], A: float) -> float:
     """The loss of one token of a demonstration."""
     h = case["options"]
+    p = math.exp(case["inputs"]["logp"][b][t])  # held constant in the weight of imitation
+    weight = p / max(p, h.get("trust_alpha", 0.0))
     if case["algo"] == "upt":
-        return -h["sft_coef"] * logp[b][t]
+        return -h["sft_coef"] * weight * logp[b][t]
     p = math.exp(logp[b][t])
     ell = -A * p / (p + h["shaping_gamma"])
     if case["algo"] == "srft":
         H = sum(case["inputs"]["entropy"][b][s] for s in row) / len(row)
-        ell -= h["imitation"] * math.exp(-H) * logp[b][t]
+        ell -= h["imitation"] * math.exp(-H) * weight * logp[b][t]
     return ell
 
 

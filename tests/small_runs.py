@@ -161,7 +161,8 @@ def lose_checkpoint(out, step: int) -> None:
 def policy_of(folder: Path, reward: str = "countdown") -> evaluate.Policy:
     """The folder's model in fp32, its tokenizer, and a reward by name."""
     tokenizer = evaluate.open_tokenizer(folder)
-    return evaluate.Policy(model_file.load_model(folder), tokenizer, tasks.load_reward(reward))
+    net = model_file.load_model(folder)
+    return evaluate.Policy(net, tokenizer, tasks.load_reward(reward), max_new=24)
 
 
 def flat_gradient(model) -> torch.Tensor:
@@ -191,6 +192,6 @@ def groups_for(algo: str, policy, problems: list) -> list[list[losses.Row]]:
             )
             rows.append(row)
         if algo in ("luffy", "srft", "upt"):
-            rows.append(rl.expert_row(policy, rl.Group(number, problem, rows, [])))
+            rows.append(rl.expert_row(rl.Config(), policy, problem, number))
         groups.append(rows)
     return groups

@@ -1,14 +1,20 @@
 """core/cli.py: flags from a dataclass, what a newcomer types wrongly, and how a script ends."""
 
+import io
+import json
 import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import pytest
 from small_runs import ENV, ROOT
 
+import methods
+import rl
+import sft
 from core import cli
 from core.errors import UserError
 
@@ -62,10 +68,12 @@ def test_a_preset_can_take_a_flag_that_it_understood():
 
 
 def test_options_that_were_typed_are_kept_apart():
-    cfg = cli.parse(WithOptions, ["--clip", "none", "--lr", "2"], options=lambda argv: Method)
+    cfg = cli.parse(
+        WithOptions, ["--clip", "none", "--lr", "2"], options=("shape", lambda name: Method)
+    )
     assert cfg.options == {"clip": None}
     assert cfg.lr == 2.0
-    assert cli.parse(WithOptions, [], options=lambda argv: Method).options == {}
+    assert cli.parse(WithOptions, [], options=("shape", lambda name: Method)).options == {}
 
 
 def test_one_flag_can_be_read_before_the_others_are_known():
@@ -76,7 +84,7 @@ def test_one_flag_can_be_read_before_the_others_are_known():
 
 def test_help_shows_each_comment_and_default(capsys):
     with pytest.raises(SystemExit):
-        cli.parse(WithOptions, ["--help"], options=lambda argv: Method)
+        cli.parse(WithOptions, ["--help"], options=("shape", lambda name: Method))
     text = " ".join(capsys.readouterr().out.split())
     assert "learning rate, a share of 100% (7.0)" in text  # the method's setting
     assert "where it goes ('runs/x')" in text
@@ -141,6 +149,42 @@ def test_the_command_that_goes_on_is_the_one_that_was_typed_and_resume(monkeypat
     assert cli.again() == "python sft.py --out 'a b' --resume"
 
 
+@pytest.fixture()
+def saved(tmp_path):
+    """A run directory with its settings."""
+    config = {"out": "elsewhere", "lr": 7.0, "shape": "b", "resume": False, "gone": 1}
+    (tmp_path / "run.json").write_text(json.dumps({"config": config}))
+    return str(tmp_path)
+
+
+def test_resume_takes_the_settings_of_the_run_and_what_is_typed_beats_them(saved):
+    cfg = cli.parse(Config, ["--resume", "--out", saved], preset=lambda given: {"lr": 1.0})
+    assert cfg == Config(out=saved, lr=7.0, shape="b", resume=True)
+    assert cli.parse(Config, ["--resume", f"--out={saved}", "--lr", "2"]).lr == 2.0
+    assert cli.parse(Config, ["--out", saved]).lr == 1e-5
+    assert cli.parse(Config, ["--out", saved, "--resume", "--no-resume"]).lr == 1e-5
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '"x"'])
+def test_settings_that_cannot_be_read_are_named(saved, text):
+    (Path(saved) / "run.json").write_text(text)
+    with pytest.raises(UserError, match="run.json: not the settings of a run"):
+        cli.parse(Config, ["--resume", "--out", saved])
+
+
+@pytest.mark.parametrize("script", [sft, rl])
+def test_the_command_that_goes_on_means_the_same_data(script, small_task, tmp_path):
+    """--data FOLDER stands for files in it, also in the command that is typed again."""
+    words = ["--init", str(small_task), "--data", str(small_task), "--out", str(tmp_path)]
+    options = ("algo", methods.load) if script is rl else None
+    cfg = cli.parse(script.Config, words, script.preset, options)
+    (tmp_path / "run.json").write_text(json.dumps({"config": vars(cfg)}))
+    again = cli.parse(script.Config, [*words, "--resume"], script.preset, options)
+    assert vars(again) == {**vars(cfg), "resume": True}
+    bare = cli.parse(script.Config, ["--out", str(tmp_path), "--resume"], script.preset, options)
+    assert vars(bare) == vars(again)
+
+
 # ---- how a script ends ---------------------------------------------------------------------------
 @pytest.mark.parametrize("argv", [["--nope"], ["--lr", "fast"], ["--shape", "c"], ["--ou", "x"]])
 def test_a_wrong_flag_is_one_line_and_code_2(argv, capsys, monkeypatch):
@@ -151,6 +195,25 @@ def test_a_wrong_flag_is_one_line_and_code_2(argv, capsys, monkeypatch):
     assert end.value.code == 2
     assert line.startswith("error: ")
     assert argv[0] in line
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_a_terminal_without_unicode_is_no_reason_to_die(encoding, monkeypatch):
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    monkeypatch.setattr("sys.argv", ["x"])
+
+    def main(cfg):
+        print("2 → 3")
+        raise UserError("没有: odd")
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(main, Config)
+    assert end.value.code == 2
+    for stream, text in zip(streams, (b"2 \\u2192 3", b"error: \\u6ca1\\u6709: odd")):
+        stream.flush()
+        assert text in stream.buffer.getvalue()
 
 
 def raises(error):
@@ -201,3 +264,23 @@ def test_a_planted_bug_keeps_its_traceback_in_the_real_command(small_task, tmp_p
     assert "Traceback" in done.stderr
     assert re.search(r'reward.py", line 2, in reward', done.stderr)
     assert done.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
+
+
+# ---- lists of words ------------------------------------------------------------------------------
+@dataclass
+class Talk:
+    words: tuple[str, ...] = ()  # what to say
+    init: tuple[str, ...] = ("runs/rl", "runs/sft")  # models
+    n: int = 1  # how often
+
+    positional: ClassVar[str] = "words"
+
+
+def test_words_without_a_flag_stand_anywhere_and_a_flag_may_take_several():
+    found = cli.parse(Talk, ["a b", "--n", "2", "c", "--init", "x", "y"])
+    assert list(found.words) == ["a b", "c"]
+    assert list(found.init) == ["x", "y"]
+    assert found.n == 2
+    assert cli.parse(Talk, []) == Talk()
+    with pytest.raises(UserError, match="--nn: no such flag; did you mean --n"):
+        cli.parse(Talk, ["a", "--nn", "2"])

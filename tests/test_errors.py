@@ -17,15 +17,10 @@ import sft
 from core import cli
 from core.errors import UserError
 
-
-def options(argv):
-    return methods.load(cli.peek(argv, "algo", rl.Config.algo))
-
-
 SCRIPTS = {
     "sft": (sft.main, sft.Config, sft.preset),
     "evaluate": (evaluate.main, evaluate.Config, evaluate.preset),
-    "rl": (rl.main, rl.Config, rl.preset, options),
+    "rl": (rl.main, rl.Config, rl.preset, ("algo", methods.load)),
 }
 GOOD = '{"prompt": "Make 3 from 1 2 ->", "response": "\\\\boxed{ 1 + 2 }", "answer": "3"}\n'
 NO_RESPONSE = '{"prompt": "x", "answer": "1"}\n'
@@ -92,6 +87,24 @@ CASES = {
     "no rows in flight": ("rl", nothing, "--rows 0", "--rows is 0"),
     "no evaluations": ("rl", nothing, "--eval-every 0", "--eval-every is 0"),
     "negative steps": ("sft", nothing, "--steps -1", "--steps is -1"),
+    "learning rate by another name": ("sft", nothing, "--learning-rate 1", "did you mean --lr"),
+    "a learning rate that is no number": ("sft", nothing, "--lr nan", "--lr is nan"),
+    "an infinite learning rate": ("rl", nothing, "--lr inf", "--lr is inf"),
+    "no passes": ("sft", nothing, "--epochs 0", "--epochs is 0"),
+    "keep less than none": ("sft", nothing, "--keep -1", "--keep is -1; give 0 or more"),
+    "keep less than none in rl": ("rl", nothing, "--keep -2", "--keep is -2"),
+    "save less than never": ("sft", nothing, "--save-every -1", "--save-every is -1"),
+    "save less than never in rl": ("rl", nothing, "--save-every -1", "--save-every is -1"),
+    "validate less than never": ("sft", nothing, "--eval-every -5", "--eval-every is -5"),
+    "warm-up in steps": ("sft", nothing, "--warmup 100", "it is a share, from 0 to 1"),
+    "warm-up in steps in rl": ("rl", nothing, "--warmup 10", "it is a share, from 0 to 1"),
+    "a negative share": ("rl", nothing, "--until-share -0.5", "it is a share"),
+    "greedy evaluation": ("rl", nothing, "--eval-temperature 0 --eval-n 4", "use --eval-n 1"),
+    "negative temperature": ("rl", nothing, "--eval-temperature -1", "--eval-temperature is -1"),
+    "greedy training": ("rl", nothing, "--temperature 0", "--temperature is 0"),
+    "no probability": ("evaluate", nothing, "--top-p 0", "--top-p is 0"),
+    "a probability above 1": ("evaluate", nothing, "--top-p 1.5", "--top-p is 1.5"),
+    "negative limit": ("evaluate", nothing, "--limit -1", "--limit is -1"),
     "a share above 1": ("sft", nothing, "--warmup 2", "--warmup is 2"),
     "a group of one": ("rl", nothing, "--group 1", "--group 1: needs at least 2"),
     "greedy samples": ("evaluate", nothing, "--temperature 0 --n 4", "use --n 1"),
@@ -166,6 +179,18 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(
 def test_own_data_need_a_model_of_their_own(tmp_path):
     with pytest.raises(UserError, match="needs --init"):
         cli.parse(sft.Config, ["--data", str(tmp_path / "x.jsonl")], sft.preset)
+
+
+@pytest.mark.parametrize("script", [sft, rl, evaluate])
+@pytest.mark.parametrize("init", ["M", "Qwen/Qwen2.5-0.5B", "M/other"])
+def test_a_model_of_ones_own_needs_data_of_its_own(small_task, tmp_path, script, init, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(small_task, tmp_path / "M")
+    if init == "M":
+        (tmp_path / "runs/countdown").mkdir(parents=True)
+        (tmp_path / "runs/countdown/tokenizer.json").write_text("{}")  # the built-in one is another
+    with pytest.raises(UserError, match=f"--init {init} is a model of your own: give --data"):
+        cli.parse(script.Config, ["--init", init], script.preset)
 
 
 @pytest.mark.parametrize("script", ["sft.py", "rl.py", "evaluate.py"])

@@ -3,13 +3,14 @@
 import itertools
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from small_runs import ENV, ROOT, policy_of, write_jsonl
+from small_runs import ENV, ROOT, policy_of, rl_config, write_jsonl
 
 import data
 import evaluate
@@ -110,6 +111,58 @@ def test_another_run_means_its_newest_whole_checkpoint(tmp_path, capsys):
     assert "taking step_000010, its newest checkpoint" in capsys.readouterr().out
 
 
+def evaluated_run(folder, *shares):
+    """A run with an evaluation of 1,000 responses at each tenth step."""
+    steps = [10 * i for i in range(len(shares))]
+    run_of(folder, *steps)
+    rows = []
+    for step, share in zip(steps, shares):
+        rows.append({"step": step, "kind": "eval", "pass1": share, "n": 1000, "flops": step * 1e9})
+    write_jsonl(folder / "metrics.jsonl", rows)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "which, name, why",
+    [
+        ("", "step_000090", "the best point of its curve"),
+        ("@best", "step_000090", "the best point of its curve"),
+        ("@last", "step_000090", "its newest checkpoint"),
+        ("@40", "step_000040", "as asked"),
+    ],
+)
+def test_a_checkpoint_of_an_rl_run_is_named_by_its_place(tmp_path, capsys, which, name, why):
+    # Step 30 was lucky: the curve that is fitted to all points rises to its end
+    shares = (10, 18, 25, 47, 36, 40, 43, 45, 46, 46.5)
+    folder = evaluated_run(tmp_path / "r", *shares)
+    assert evaluate.find(f"{folder}{which}").name == name
+    assert why in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "which, message", [("7", "no checkpoint of that step; there are 0, 10"), ("x", "write @best")]
+)
+def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(tmp_path, which, message):
+    folder = evaluated_run(tmp_path / "r", 10, 20)
+    with pytest.raises(UserError, match=message):
+        evaluate.find(f"{folder}@{which}")
+
+
+def test_a_resumed_run_has_the_start_that_it_was_begun_from(tmp_path):
+    """The run that --init names has trained on since: another checkpoint is its best now."""
+    start = run_of(tmp_path / "sft", 0, 10, kinds=("train", "val"))
+    cfg = rl_config(start, tmp_path / "rl", resume=True)
+    first = evaluate.find_start(cfg)
+    (tmp_path / "rl").mkdir()
+    (tmp_path / "rl" / "run.json").write_text(json.dumps({"start": str(first)}))
+    shutil.rmtree(start)
+    run_of(start, 0, 10, 20, 30)
+    assert evaluate.find_start(cfg) == first != evaluate.find(str(start))
+    shutil.rmtree(start)
+    with pytest.raises(UserError, match="was begun from .*step_000010, which is gone"):
+        evaluate.find_start(cfg)
+
+
 def test_a_run_that_has_no_checkpoint_yet_says_so(tmp_path):
     with pytest.raises(UserError, match="no whole checkpoint in it yet"):
         evaluate.find(str(run_of(tmp_path / "r")))
@@ -139,6 +192,13 @@ def test_the_command_prints_a_summary_as_json_and_writes_a_line_per_sample(small
     assert {"init", "data", "pass1", "pass1_se", "n", "problems", "pass_at_2"} <= set(summary)
     assert summary["n"] == 6
     assert len(out.read_text().splitlines()) == 6
+
+
+def test_samples_go_behind_what_is_printed_where_out_is_a_standard_output_that_is_a_file(capfd):
+    print("before")
+    evaluate.write_samples("/dev/stdout", [{"a": 1}])
+    print("behind")
+    assert capfd.readouterr().out == 'before\n{"a": 1}\nbehind\n'
 
 
 def test_ctrl_c_writes_the_finished_responses_and_counts_them(small_task, tmp_path):

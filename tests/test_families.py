@@ -50,7 +50,7 @@ def test_one_step_of_sft_and_of_rl(name, small_task, tmp_path):
         row["numbers"] = [int(word) for word in words[3:-1]]
     (folder / "mixed.jsonl").write_text("\n".join(json.dumps(row) for row in demonstrations))
     files = dict(init=str(folder), data=f"{folder}/mixed.jsonl", val=f"{folder}/eval.jsonl")
-    small = dict(steps=1, prompts=4, update_prompts=4, group=4, max_new=12, eval_n=1)
+    small = dict(steps=1, prompts=4, update_prompts=4, group=4, max_new=128, eval_n=1)
     rl.main(rl.Config(**files, out=str(tmp_path / "rl"), algo="luffy", eval_every=1, **small))
     lines = [json.loads(line) for line in (tmp_path / "rl" / "metrics.jsonl").open()]
     step = [line for line in lines if line["kind"] == "train"][-1]

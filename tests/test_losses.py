@@ -201,8 +201,10 @@ OPTIONS += [
 ]
 SPECIAL = {
     "luffy": [CLIP],
-    "srft": [dict(imitation=1.0, success_coef=0.7)],
+    "srft": [dict(imitation=1.0, success_coef=0.7), dict(trust_alpha=0.3)],
     "upt": [
+        dict(trust_alpha=0.3),
+        dict(trust_alpha=1.0),
         dict(gate_gamma=0.0),
         dict(gate_gamma=0.5),
         dict(clip_low=None, clip_high=None),
@@ -407,16 +409,17 @@ def test_adding_a_constant_to_the_rewards_of_a_group_changes_nothing(algo, norma
 
 
 @pytest.mark.parametrize("algo", METHODS)
-def test_idle_rows_have_no_gradient_and_an_entropy_bonus_leaves_none_idle(algo):
+def test_rows_that_do_not_teach_have_no_gradient_and_a_bonus_or_penalty_makes_none_teach(algo):
     case = make_case(algo, 17)
     method, batch, kept = objective.prepare(case)
     gradient = objective.run(case).grad_logp[kept]
-    idle = method.idle(batch)
-    assert gradient[idle].abs().sum() == 0
+    teaching = method.teaches(batch)
+    assert gradient[~teaching].abs().sum() == 0
+    assert gradient[teaching].abs().sum() > 0
     # The row of group 3 is alone: it has no advantage
-    assert algo == "srft" or method.dynamic_sampling or idle[kept.index(12)]
-    method, batch, _ = objective.prepare(make_case(algo, 17, entropy_coef=0.01))
-    assert not method.idle(batch).any()
+    assert algo == "srft" or method.dynamic_sampling or not teaching[kept.index(12)]
+    method, batch, _ = objective.prepare(make_case(algo, 17, entropy_coef=0.01, kl_coef=0.1))
+    assert method.teaches(batch).equal(teaching)
 
 
 def gradient(algo: str, case: dict, **changes) -> torch.Tensor:
@@ -520,10 +523,10 @@ def test_one_row_of_a_group_is_informative_only_if_rewards_differ():
 
 def test_a_group_carries_a_signal_where_its_rewards_differ_partial_credit_included():
     method = GRPO()
-    assert method.carries_signal([0.0, 1.0])
-    assert method.carries_signal([0.2, 0.3, 0.2])
-    assert not method.carries_signal([0.0, 0.0])
-    assert not method.carries_signal([1.0])
+    assert method.carries_signal([0.0, 1.0], None)
+    assert method.carries_signal([0.2, 0.3, 0.2], None)
+    assert not method.carries_signal([0.0, 0.0], [5, 0])  # GRPO has no use for a demonstration
+    assert not method.carries_signal([1.0], None)
 
 
 def test_the_overlong_penalty_falls_linearly_between_the_two_lengths():
@@ -577,6 +580,45 @@ def test_an_unknown_choice_is_refused_by_name_with_the_ones_there_are(field, val
     message = f"--{flag} is '{value}'; choose one of {', '.join(choices)}"
     with pytest.raises(UserError, match=re.escape(message)):
         GRPO(**{field: value})
+
+
+# ---- numbers for the log -------------------------------------------------------------------------
+def test_numbers_that_were_not_measured_are_null():
+    none_sampled = dict.fromkeys(losses.SUMS, 0.0)
+    row = losses.describe_updates([none_sampled], [0.5])
+    assert row["entropy"] is row["kl"] is row["clipped"] is row["gap"] is None
+    assert row["grad_norm"] == 0.5
+    assert losses.describe_updates([], []) == {"updates": 0}
+
+
+def test_clipped_ratios_and_the_distance_to_the_old_policy_are_counted():
+    rows = [Row([1], [2, 3, 4], [0.0] * 3, 1.0, 1.0, 0)]
+    batch = losses.make_batch(rows, "cpu")
+    logp = torch.log(torch.tensor([[0.5, 0.5, 0.5]]))
+    batch = batch._replace(old_logp=torch.log(torch.tensor([[0.5, 0.4, 1.0]])))
+    entropy = torch.tensor([[0.1, 0.2, 0.3]])
+    sums = losses.token_sums(GRPO(), logp, entropy, batch)
+    tokens, total_entropy, clipped, kl, gap = [float(x) for x in sums]
+    assert tokens == 3
+    assert total_entropy == pytest.approx(0.6)
+    assert clipped == 2  # ratios 1, 1.25, 0.5
+    expected = (1.25 - 1 - math.log(1.25)) + (0.5 - 1 - math.log(0.5))
+    assert kl == pytest.approx(expected)
+    assert gap == pytest.approx(3 * math.log(2))
+
+
+def test_a_copied_prefix_counts_in_no_number_of_the_policy():
+    plain = [Row([1], [2, 0], [-0.5, -0.5], right, right, 0) for right in (1.0, 0.0, 0.0)]
+    hybrid = Row([1], [2] * 9, [0.0] * 9, 1.0, 1.0, 0, n_prefix=8, finished=False)
+    agree = [row._replace(correct=0.0) for row in plain]
+    numbers = losses.describe_groups([[*plain, hybrid], [*agree, hybrid]])
+    without = losses.describe_groups([plain, agree])
+    assert numbers.pop("hybrid_reward") == 100
+    assert numbers == without
+    assert without["reward"] == pytest.approx(100 / 6)
+    assert without["signal"] == 50
+    assert without["length"] == 2
+    assert without["truncated"] == 0
 
 
 def test_losses_can_be_lifted_out_with_the_one_exception_class():

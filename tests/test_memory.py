@@ -1,14 +1,14 @@
 """The memory plan: its numbers are those that autograd and the optimizer keep."""
 
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as m
-from core import memory, optim, ranks, run
+from core import checkpoint, memory, optim, ranks
 
 SHAPES = {
     "qwen2": m.ModelConfig(
@@ -196,11 +196,6 @@ def test_a_chunk_of_logits_on_cuda_takes_what_its_operations_hold_at_once(entrop
     assert found.most == pytest.approx(counted[0], rel=0.05)
 
 
-@dataclass
-class Config:
-    out: str
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_checkpoint_takes_as_much_of_the_disk_as_counted(tmp_path, bf16, optimizer):
@@ -210,12 +205,9 @@ def test_a_checkpoint_takes_as_much_of_the_disk_as_counted(tmp_path, bf16, optim
         model, torch.arange(20)[None], torch.ones(1, 20, dtype=torch.bool)
     ).backward()
     optim.update(model, optimizers, 1e-3, 1.0)
-    path = run.Run(Config(str(tmp_path / "r"))).save(
-        1,
-        lambda to: m.save_model(model, to, torch.bfloat16 if bf16 else torch.float32),
-        model,
-        optimizers,
-    )
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    path = checkpoint.folder_of(tmp_path, 1)
+    checkpoint.save(path, model, optimizers, lambda to: m.save_model(model, to, dtype), {})
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     assert size == pytest.approx(
         memory.checkpoint_bytes(SHAPES["qwen2"], bf16, optimizer), rel=0.02

@@ -77,25 +77,25 @@ def test_the_settings_are_those_of_the_papers_comparison():
 
 
 @pytest.mark.parametrize(
-    "name, clip, normalize_std, dynamic_sampling, entropy_coef",
+    "name, clip, normalize_std, dynamic_sampling",
     [
-        ("grpo", (0.2, 0.2), False, False, 0.001),
-        ("dapo_d", (0.2, 0.2), False, True, 0.001),
-        ("dapo", (0.2, 0.28), True, True, 0.0),
-        ("luffy", (None, None), False, False, 0.001),
-        ("srft", (None, None), False, False, 0.001),
-        ("upt", (0.2, 0.2), False, False, 0.001),
-        ("prefix_rft", (0.2, 0.2), False, False, 0.001),
+        ("grpo", (0.2, 0.2), False, False),
+        ("dapo_d", (0.2, 0.2), False, True),
+        ("dapo", (0.2, 0.28), True, True),
+        ("luffy", (None, None), False, False),
+        ("srft", (None, None), False, False),
+        ("upt", (0.2, 0.2), False, False),
+        ("prefix_rft", (0.2, 0.2), False, False),
     ],
 )
-def test_the_defaults_are_those_of_the_papers_comparison(
-    name, clip, normalize_std, dynamic_sampling, entropy_coef
+def test_the_defaults_are_those_of_the_papers_comparison_without_its_entropy_bonus(
+    name, clip, normalize_std, dynamic_sampling
 ):
     method = methods.load(name)()
     assert (method.clip_low, method.clip_high) == clip
     assert method.normalize_std is normalize_std
     assert method.dynamic_sampling is dynamic_sampling
-    assert method.entropy_coef == entropy_coef
+    assert method.entropy_coef == 0
     assert method.kl_coef == 0
     assert method.agg == "token-mean"
 
@@ -132,6 +132,31 @@ def test_a_share_of_solved_rollouts_meets_its_gate_whatever_the_rounding():
     rollouts = [rollout(0.1)] * 3  # their sum over 3 is not 0.1
     assert sum(row.correct for row in rollouts) / 3 != 0.1
     assert methods.load("upt")(gate_gamma=0.1).complete(rollouts, EXPERT) == [EXPERT]
+
+
+@pytest.mark.parametrize("name", ["luffy", "srft", "upt"])
+def test_an_unsolved_prompt_with_a_demonstration_carries_a_signal(name):
+    method = methods.load(name)()
+    assert method.carries_signal([0.0, 0.0], [5, 6, 0])
+    assert not method.carries_signal([0.0, 0.0], None)
+    assert not method.carries_signal([1.0, 1.0], [5, 6, 0])
+    assert method.carries_signal([0.0, 1.0], None)
+
+
+def test_upt_keeps_every_prompt_that_its_gate_imitates():
+    assert methods.load("upt")(gate_gamma=0.25).carries_signal([0.2, 0.2], [5, 6, 0])
+    assert not methods.load("upt")().carries_signal([0.2, 0.2], [5, 6, 0])
+
+
+def test_every_row_of_srft_that_has_a_token_teaches_whatever_its_reward():
+    rows = [rollout(0.0), rollout(0.0)]
+    for name, teaching in (("srft", [True, True]), ("grpo", [False, False])):
+        method = methods.load(name)()
+        batch = losses.weigh(method, losses.make_batch(rows, "cpu"))
+        assert method.teaches(batch).tolist() == teaching
+    cut = [row._replace(finished=False) for row in rows]
+    batch = losses.make_batch(cut, "cpu", mask_truncated=True)
+    assert not methods.load("srft")().teaches(batch).any()
 
 
 def test_prefix_rft_continues_one_demonstration_per_group():

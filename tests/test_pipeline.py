@@ -28,7 +28,7 @@ import methods
 import model as model_file
 import rl
 import sft
-from core import run
+from core import console, run
 from core.errors import UserError
 from methods import prefix_rft
 
@@ -90,6 +90,56 @@ def test_sft_gradients_do_not_depend_on_how_the_step_is_cut(small):
         assert (gradient - gradients[0]).abs().max() < 1e-6 * max(1, largest)
 
 
+@pytest.mark.parametrize(
+    "given, weight",
+    [
+        (dict(), lambda p: 1.0),
+        (dict(loss="dft"), lambda p: p),
+        (dict(loss="trsft", trust_alpha=0.02), lambda p: p / max(p, 0.02)),
+        (dict(loss="trsft", trust_alpha=0.0), lambda p: 1.0),
+        (dict(loss="trsft", trust_alpha=1.0), lambda p: p),
+    ],
+)
+def test_an_sft_objective_has_the_gradient_of_a_loop_over_weighted_tokens(small, given, weight):
+    model, tokenizer, folder = small
+    rows, _ = data.sft_examples(f"{folder}/train.jsonl", tokenizer, 256)
+    rows = rows[:3]
+    cfg = sft.Config(**given)
+    batch = sft.make_step(rows, 100_000)
+    ((ids, mask),) = batch.parts
+    loss = sft.batch_loss(model, ids, mask, batch.n_trained, cfg.alpha)
+    loss.backward()
+    gradient = flat_gradient(model)
+
+    weights = set()
+    expected = torch.zeros(())
+    for row in rows:
+        whole = torch.tensor(row.prompt + row.response)
+        logits = model(whole[None])[0] @ model.head.T
+        for t in range(len(row.prompt), len(whole)):
+            logp = torch.log_softmax(logits[t - 1], -1)[whole[t]]
+            weights.add(weight(logp.exp().item()))
+            expected = expected - weight(logp.exp().item()) * logp / batch.n_trained
+    expected.backward()
+    reference = flat_gradient(model)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert (gradient - reference).abs().max() < 1e-5 * reference.abs().max()
+    if given.get("trust_alpha") == 0.02:
+        assert min(weights) < 1 and max(weights) == 1  # both sides of the trust region are there
+
+
+def test_nll_computes_the_logits_once_as_it_always_did(small):
+    model, tokenizer, folder = small
+    rows, _ = data.sft_examples(f"{folder}/train.jsonl", tokenizer, 256)
+    batch = sft.make_step(rows[:4], 100_000)
+    ((ids, mask),) = batch.parts
+    loss = sft.batch_loss(model, ids, mask, batch.n_trained, sft.Config().alpha)
+    assert loss.equal(-model_file.response_logp_sum(model, ids, mask) / batch.n_trained)
+    assert type(loss.grad_fn.next_functions[0][0].next_functions[0][0]).__name__.startswith(
+        "SumLogp"
+    )
+
+
 def test_the_validation_loss_does_not_depend_on_how_the_rows_are_cut(small):
     model, tokenizer, folder = small
     rows, _ = data.sft_examples(f"{folder}/val.jsonl", tokenizer, 256)
@@ -115,7 +165,7 @@ def test_until_stops_sft_once_it_overfits_four_trajectories(small_task, tmp_path
     assert len(values) < 31
     assert values[-1] > 1.02 * min(values)
     assert values[0] > 1.1 * min(values)
-    assert "--until mild: reached" in capsys.readouterr().out
+    assert "--until mild is reached" in capsys.readouterr().out
 
 
 # ---- RL ------------------------------------------------------------------------------------------
@@ -169,22 +219,34 @@ def test_rl_gradients_do_not_depend_on_how_the_update_is_cut(small_task, tmp_pat
         assert (gradient - gradients[0]).abs().max() < 2e-6 * max(1, largest)
 
 
-def test_rows_without_an_advantage_are_left_out_of_the_work_and_not_of_the_mean(
-    small_task, tmp_path
+@pytest.mark.parametrize(
+    "algo, options, n_trained",
+    [
+        ("grpo", {}, 8),
+        ("grpo", {"entropy_coef": 0.01}, 16),
+        ("dapo", {}, 8),
+        ("luffy", {}, 10),
+        ("srft", {}, 20),
+        ("upt", {}, 12),
+    ],
+)
+def test_rows_without_a_gradient_are_left_out_of_the_work_and_not_of_the_mean(
+    small_task, tmp_path, algo, options, n_trained
 ):
     policy = policy_of(small_task)
+    policy.reward = lambda text, row: 1.0  # of the demonstrations
     problems, _ = data.problems(f"{small_task}/mixed.jsonl", policy.tokenizer, 64)
-    groups = groups_for("grpo", policy, problems)
+    groups = groups_for(algo, policy, problems)
     for number in (1, 2):  # these agree
         groups[number] = [row._replace(correct=1.0, reward=1.0) for row in groups[number]]
     cfg = rl_config(small_task, tmp_path, update_prompts=4)
-    method = methods.load("grpo")(entropy_coef=0.0)
+    method = methods.load(algo)(**options)
     (update,) = rl.make_batches(cfg, method, policy.net, None, groups)
-    assert len(update.rows) == 8
+    assert len(update.rows) == n_trained
     everything = [row for group in groups for row in group]
     batch = losses.weigh(method, losses.make_batch(everything, CPU))
     gradients = []
-    for each in (update, rl.Update(everything, batch, [])):
+    for each in (update, rl.Update(everything, batch)):
         rl.train_on(cfg, method, policy.net, each)
         gradients.append(flat_gradient(policy.net))
     assert gradients[0].abs().max() > 1e-3
@@ -200,8 +262,6 @@ def test_only_the_first_update_of_a_round_takes_its_own_forward_as_the_old_polic
     cfg = rl_config(small_task, tmp_path, update_prompts=2)
     first, second = rl.make_batches(cfg, methods.load("grpo")(), policy.net, None, groups)
     assert first.batch.old_logp is None
-    assert first.looked == []
-    assert second.looked == [row.length for row in second.rows]
     row = second.rows[0]
     ids, mask = data.collate([data.Example(row.prompt, row.response)])
     logp, _ = rl.forward(cfg, policy.net, ids, mask, len(row.response))
@@ -234,28 +294,56 @@ def impossible(path) -> str:
     return write_jsonl(path, rows)
 
 
-def test_a_round_without_signal_leaves_weights_optimizer_and_steps_alone(
-    small_task, tmp_path, capsys
+@pytest.mark.parametrize(
+    "algo, options, rounds",
+    [("dapo", {}, 2), ("grpo", {"entropy_coef": 0.001}, 1), ("grpo", {"kl_coef": 0.1}, 1)],
+)
+def test_rounds_without_a_signal_leave_the_weights_alone(
+    small_task, tmp_path, capsys, algo, options, rounds
 ):
     path = impossible(tmp_path / "p.jsonl")
-    cfg = rl_config(small_task, tmp_path / "r", algo="dapo", data=path, reward="countdown")
-    rl.main(replace(cfg, steps=2, max_rounds=2))
+    cfg = rl_config(small_task, tmp_path / "r", algo=algo, data=path, reward="countdown")
+    rl.main(replace(cfg, steps=2, max_rounds=2, options=options))
     before = weights_of(tmp_path / "r", 0)
     after = weights_of(tmp_path / "r", 2)
     assert all(torch.equal(before[k], after[k]) for k in before)
-    assert "no update" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.count("no update") == 2
+    assert printed.count("hint:") == 1
     rows = lines_of(tmp_path / "r", "train")
-    assert [row["rounds"] for row in rows] == [2, 2]
+    assert [row["rounds"] for row in rows] == [rounds, rounds]
+    assert [row["signal"] for row in rows] == [0, 0]
     assert all(row["updates"] == 0 and "loss" not in row for row in rows)
 
 
-def test_a_reward_that_is_always_zero_trains_by_the_entropy_bonus_alone(small_task, tmp_path):
-    path = impossible(tmp_path / "p.jsonl")
-    cfg = rl_config(small_task, tmp_path / "r", data=path, reward="countdown", steps=1)
-    rl.main(replace(cfg, options={"entropy_coef": 0.0}))
+def test_a_step_that_only_imitates_has_numbers_of_the_update_and_none_of_the_policy(
+    coin, tmp_path, capsys
+):
+    problems = data.read_rows(coin / "mixed.jsonl")
+    path = write_jsonl(tmp_path / "p.jsonl", [{**row, "answer": "59"} for row in problems])
+    cfg = rl_config(coin, tmp_path / "r", algo="upt", data=path, steps=1, max_new=64)
+    rl.main(cfg)
     (row,) = lines_of(tmp_path / "r", "train")
-    assert row["signal"] == 0
-    assert row["grad_norm"] == 0
+    assert row["updates"] == 2
+    assert row["grad_norm"] > 0
+    assert row["entropy"] is row["gap"] is row["kl"] is row["clipped"] is None
+    printed = capsys.readouterr().out
+    assert "entropy -" in printed
+    assert "nothing to learn from" not in printed
+
+
+def test_entropy_that_rises_without_the_reward_is_said_once(coin, tmp_path, capsys):
+    cfg = rl_config(coin, tmp_path / "r")
+    run_now = run.Run(cfg, cfg.steps, coin)
+    run_now.attach(policy_of(coin, "math").net, [], None)
+    row = dict.fromkeys(("truncated", "unparsed"), 0.0)
+    row |= {"kind": "train", "signal": 50.0, "right": 40.0, "reward": 40.0, "updates": 1}
+    for step in range(30):
+        run_now.metrics.append({**row, "entropy": 1 + step / 20})
+        console.print_hints(cfg, run_now, row, [])
+        if step == 10:
+            assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out.count("entropy rose from 1.00") == 1
 
 
 def sampled_lengths(folder, out) -> list[int]:

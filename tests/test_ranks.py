@@ -38,8 +38,9 @@ def opened(folder, out, **changes) -> tuple:
     """(model, Policy) as a training script opens them."""
     cfg = sft_config(folder, out, overwrite=True, **changes)
     tokenizer = evaluate.open_tokenizer(Path(folder))
-    model, net, _ = evaluate.open_training(cfg, Path(folder), tokenizer, CPU, Run(cfg, 1))
-    return model, evaluate.Policy(net, tokenizer, tasks.load_reward("countdown"))
+    run = Run(cfg, 1, Path(folder))
+    model, net, _ = evaluate.open_training(cfg, Path(folder), tokenizer, CPU, run)
+    return model, evaluate.Policy(net, tokenizer, tasks.load_reward("countdown"), max_new=24)
 
 
 def gradients(folder, sizes, out, bf16=False) -> dict[str, torch.Tensor]:
@@ -162,7 +163,7 @@ def test_a_random_model_is_the_same_on_any_number_of_processes(small_task, tmp_p
 # ---- what one process knows, all know ------------------------------------------------------------
 def open_used(folder, used) -> str:
     try:
-        Run(sft_config(folder, used), 1)
+        Run(sft_config(folder, used), 1, Path(folder))
     except UserError as error:
         return str(error)
 

@@ -85,10 +85,11 @@ def test_the_countdown_reward_needs_the_columns_of_its_rows():
 # ---- judged --------------------------------------------------------------------------------------
 def judged(small_task, reward, finished=True) -> dict:
     policy = policy_of(small_task)
+    policy.reward = reward
     problem = data.problems(f"{small_task}/eval.jsonl", policy.tokenizer, 64)[0][0]
     ids = [5, 6, 0]
     response = rollout.Response(ids, [0.0] * 3, [0.0] * 3, finished)
-    return tasks.judge(reward, problem._replace(opened="<think>"), response, policy.tokenizer)
+    return policy.judge(problem._replace(opened="<think>"), response)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_a_number_is_kept_and_is_right_above_one_half(small_task, value, reward,
     record = judged(small_task, lambda text, row: value)
     assert record["reward"] == reward
     assert record["correct"] is record["lenient"] is correct
-    assert record["answer"] is None
+    assert record["answer"] == ""  # None would count the response as unparsed
     assert record["reason"] == "scored"
 
 

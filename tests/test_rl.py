@@ -7,14 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from small_runs import policy_of, rl_config, write_jsonl
+from small_runs import boxed, policy_of, rl_config, write_jsonl
 
 import data
 import evaluate
 import losses
 import methods
+import model as model_file
 import rl
+import rollout
+from core.errors import UserError
 from core.run import Run
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "objective_cases.json"
@@ -35,10 +37,12 @@ class Scripted:
 
 
 def pool_of(groups: list, folder: Path, tokenizer) -> list:
-    """Problems in the order in which collect() draws them; groups: [(name, rewards)]."""
+    """Problems in the order in which collect() draws them; groups: [(name, rewards)]. All have a
+    demonstration."""
     rows = [{}] * len(groups)
     for (name, rewards), place in zip(groups, data.plan(len(groups), 0, 0, len(groups))):
-        rows[place] = {"prompt": "Make 1 ->", "answer": "1", "name": name, "rewards": rewards}
+        rows[place] = {"prompt": "Make 1 ->", "answer": "1", "response": boxed(1, 1)}
+        rows[place] |= {"name": name, "rewards": rewards}
     problems, _ = data.problems(write_jsonl(folder / "pool.jsonl", rows), tokenizer, 64)
     return problems
 
@@ -53,10 +57,9 @@ def collect(small_task, tmp_path):
         policy.reward = Scripted()
         cfg = rl_config(small_task, tmp_path / "r", group=len(groups[0][1]), overwrite=True)
         cfg = replace(cfg, update_prompts=1, **settings)
-        run = Run(cfg, cfg.steps)
-        run.step = 0
+        run = Run(cfg, cfg.steps, small_task)
         pool = pool_of(groups, tmp_path, policy.tokenizer)
-        found = rl.collect(cfg, methods.load(algo)(), policy, pool, run)
+        found = rl.collect(cfg, methods.load(algo)(**cfg.options), policy, pool, run)
         return found, set(policy.reward.n_judged), run, pool
 
     return run_it
@@ -110,7 +113,7 @@ def test_no_round_is_drawn_that_is_not_needed_and_the_surplus_is_discarded(colle
     assert found.stats["rounds"] == 2
     assert found.stats["discarded"] == 3
     assert run.position == 6  # the next step goes on behind the surplus
-    assert len(found.generated) == 18
+    assert sum(len(group) for group in found.sampled) == 18
     assert len(found.records) == 18
 
 
@@ -147,6 +150,40 @@ def test_partial_credit_is_a_signal(collect):
     assert [row.reward for row in found.groups[0]] == [0.2, 0.3]
 
 
+@pytest.mark.parametrize(
+    "algo, n_unsolved",
+    [("upt", 1), ("luffy", 3)],  # the demonstration alone; with two rollouts
+)
+def test_an_unsolved_prompt_with_a_demonstration_is_not_replaced(collect, algo, n_unsolved):
+    groups = [("unsolved", [0, 0, 1]), ("solved", [1, 1, 1]), ("mixed", [1, 0, 1])]
+    if algo == "upt":
+        groups[0] = ("unsolved", [0, 0, 0])
+    options = {"dynamic_sampling": True}
+    found, _, _, pool = collect(groups, algo, prompts=2, gen_prompts=3, options=options)
+    assert names_of(found, pool) == ["unsolved", "mixed"]
+    assert len(found.groups[0]) == n_unsolved
+    assert found.groups[0][-1].is_expert
+    assert found.stats["rounds"] == 1
+
+
+def test_demonstrations_that_are_longer_than_a_response_may_be_are_dropped_and_counted(
+    small_task, capsys
+):
+    tokenizer = evaluate.open_tokenizer(small_task)
+    problems, _ = data.problems(f"{small_task}/mixed.jsonl", tokenizer, 64)
+    lengths = sorted(len(problem.expert) for problem in problems)
+    cfg = rl_config(small_task, "never written", max_new=lengths[20])
+    method = methods.load("upt")()
+    pool, _ = rl.load_problems(cfg, method, tokenizer)
+    kept = [problem for problem in pool if problem.expert]
+    assert len(pool) == 40
+    assert max(len(problem.expert) for problem in kept) == lengths[20]
+    n_dropped = 40 - len(kept)
+    assert f"{n_dropped} demonstrations over --max-new {cfg.max_new}" in capsys.readouterr().out
+    with pytest.raises(UserError, match="all 40 are over --max-new 16 tokens; raise it"):
+        rl.load_problems(replace(cfg, max_new=16), method, tokenizer)
+
+
 # ---- rewards -------------------------------------------------------------------------------------
 def test_the_log_has_the_mean_reward_and_the_share_of_right_responses(collect):
     groups = [("a", [0.2, 0.4]), ("b", [0.6, 1.0])]
@@ -157,52 +194,52 @@ def test_the_log_has_the_mean_reward_and_the_share_of_right_responses(collect):
     assert found.stats["length"] == 1
 
 
-def group_of(small_task, tmp_path, reward, n_tokens: int, finished: bool, **settings) -> rl.Group:
-    """Two responses of so many tokens, judged by `reward`."""
-    policy = policy_of(small_task)
-    policy.reward = reward
-    problem = data.problems(f"{small_task}/mixed.jsonl", policy.tokenizer, 64)[0][0]
-    ids = [5] * n_tokens
-    response = evaluate.rollout.Response(ids, [-0.5] * n_tokens, [0.0] * n_tokens, finished)
-    cfg = rl_config(small_task, tmp_path, **settings)
-    return rl.score(cfg, policy, problem, 7, [(response, 0), (response, 2)])
+def row_of(folder, reward: float, n_tokens=4, finished=True, prefix=(), **settings) -> losses.Row:
+    """A response of so many tokens that a reward gives this number."""
+    policy = policy_of(folder)
+    policy.reward = lambda text, row: reward
+    problem = data.problems(f"{folder}/mixed.jsonl", policy.tokenizer, 64)[0][0]
+    response = rollout.Response([5] * n_tokens, [-0.5] * n_tokens, [0.0] * n_tokens, finished)
+    request = evaluate.Request(problem, list(prefix), 2, number=7)
+    cfg = rl_config(folder, "never written", **settings)
+    return rl.score(cfg, request, response, policy.judge(problem, response))
 
 
-def test_a_cut_response_earns_nothing_and_keeps_a_negative_reward(small_task, tmp_path):
-    generous = group_of(small_task, tmp_path, lambda text, row: 0.8, 4, finished=False)
-    strict = group_of(small_task, tmp_path, lambda text, row: -1.0, 4, finished=False)
-    whole = group_of(small_task, tmp_path, lambda text, row: 0.8, 4, finished=True)
-    assert [row.reward for row in generous.rows] == [0, 0]
-    assert [row.reward for row in strict.rows] == [-1, -1]
-    assert [row.reward for row in whole.rows] == [0.8, 0.8]
+def test_a_cut_response_earns_nothing_and_keeps_a_negative_reward(small_task):
+    assert row_of(small_task, 0.8, finished=False).reward == 0
+    assert row_of(small_task, -1.0, finished=False).reward == -1
+    assert row_of(small_task, 0.8).reward == 0.8
 
 
-def test_a_long_right_response_is_punished_and_stays_right_for_the_filter(small_task, tmp_path):
-    settings = dict(max_new=20, overlong=10)
-    group = group_of(small_task, tmp_path, lambda text, row: 1.0, 15, finished=True, **settings)
-    assert [row.correct for row in group.rows] == [1, 1]
-    assert [row.reward for row in group.rows] == [0.5, 0.5]
-    assert [record["reward"] for record in group.records] == [0.5, 0.5]
-    batch = losses.make_batch(group.rows, "cpu")
-    assert batch.is_success.all()
+def test_a_long_right_response_is_punished_and_stays_right_for_the_filter(small_task):
+    row = row_of(small_task, 1.0, n_tokens=15, max_new=20, overlong=10)
+    assert row.correct == 1
+    assert row.reward == 0.5
+    assert losses.make_batch([row], "cpu").is_success.all()
 
 
-def test_a_row_of_a_group_knows_its_prompt_its_number_and_its_prefix(small_task, tmp_path):
-    group = group_of(small_task, tmp_path, lambda text, row: 1.0, 4, finished=True)
-    plain, hybrid = group.rows
+def test_a_sample_is_recorded_with_the_reward_that_is_trained_on(collect):
+    found, _, _, _ = collect([("a", [1, 0])], algo="grpo", prompts=1, max_new=1, overlong=1)
+    assert [row.correct for row in found.groups[0]] == [1, 0]
+    assert [record["reward"] for record in found.records] == [0, -1]
+
+
+def test_a_row_knows_its_prompt_the_number_of_its_group_and_its_prefix(small_task):
+    plain = row_of(small_task, 1.0)
+    hybrid = row_of(small_task, 1.0, prefix=[5, 5])
     assert (plain.group, hybrid.group) == (7, 7)
     assert (plain.n_prefix, hybrid.n_prefix) == (0, 2)
-    assert plain.prompt == group.problem.prompt
+    tokenizer = evaluate.open_tokenizer(small_task)
+    assert plain.prompt == data.problems(f"{small_task}/mixed.jsonl", tokenizer, 64)[0][0].prompt
 
 
 def test_a_demonstration_that_the_reward_calls_wrong_earns_nothing(small_task):
     policy = policy_of(small_task)
     problem = data.problems(f"{small_task}/mixed.jsonl", policy.tokenizer, 64)[0][0]
-    group = rl.Group(3, problem, [], [])
     values = []
     for value in (1.0, 0.0):
         policy.reward = lambda text, row, value=value: value
-        row = rl.expert_row(policy, group)
+        row = rl.expert_row(rl_config(small_task, "never written"), policy, problem, 3)
         assert row.is_expert
         assert row.response == problem.expert
         assert row.logp == [0.0] * len(problem.expert)
@@ -210,11 +247,20 @@ def test_a_demonstration_that_the_reward_calls_wrong_earns_nothing(small_task):
     assert values == [(1, 1), (0, 0)]
 
 
+def test_a_demonstration_is_not_punished_for_its_length(small_task):
+    policy = policy_of(small_task)
+    problem = data.problems(f"{small_task}/mixed.jsonl", policy.tokenizer, 64)[0][0]
+    policy.reward = lambda text, row: 1.0
+    n = len(problem.expert)
+    cfg = rl_config(small_task, "never written", max_new=n, overlong=n)
+    assert rl.expert_row(cfg, policy, problem, 3).reward == 1
+
+
 # ---- what is sampled -----------------------------------------------------------------------------
 def collected_from(folder, tmp_path, algo: str, **settings) -> rl.Round:
     policy = policy_of(folder, "math")
     cfg = replace(rl_config(folder, tmp_path / "r", overwrite=True), **settings)
-    run = Run(cfg, cfg.steps)
+    run = Run(cfg, cfg.steps, Path(folder))
     run.step = 2
     pool, _ = data.problems(cfg.data, policy.tokenizer, 64)
     return rl.collect(cfg, methods.load(algo)(), policy, pool, run)
@@ -240,7 +286,8 @@ def test_a_group_of_luffy_has_the_demonstration_in_place_of_one_rollout(coin, tm
     found = collected_from(coin, tmp_path, "luffy")
     for group in found.groups:
         assert [row.is_expert for row in group] == [False, False, False, True]
-    assert len(found.generated) == 3 * len(found.groups)  # the demonstration was not sampled
+    for group in found.sampled:
+        assert [row.is_expert for row in group] == [False] * 3
 
 
 def test_what_is_sampled_depends_on_the_seed_alone(coin, tmp_path):
@@ -251,15 +298,73 @@ def test_what_is_sampled_depends_on_the_seed_alone(coin, tmp_path):
     assert first.groups != other.groups
 
 
-# ---- numbers for the log -------------------------------------------------------------------------
-def test_numbers_that_were_not_measured_are_null():
-    none_sampled = dict.fromkeys(rl.SUMS, 0.0)
-    row = rl.describe_updates([none_sampled], [0.5])
-    assert row["entropy"] is row["kl"] is row["clipped"] is row["gap"] is None
-    assert row["grad_norm"] == 0.5
-    assert rl.describe_updates([], []) == {"updates": 0}
+# ---- updates -------------------------------------------------------------------------------------
+def pair(group: int, rewards: tuple) -> list[losses.Row]:
+    """Two responses, of 3 and of 2 tokens, to a prompt of 4."""
+    rows = []
+    for n, reward in zip((3, 2), rewards):
+        rows.append(losses.Row([3, 31, 4, 5], [6] * n, [-1.0] * n, reward, reward, group))
+    return rows
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"entropy_coef": 0.01}, {"kl_coef": 0.1}, {"entropy_coef": 0.01, "kl_coef": 0.1}],
+)
+def test_rows_without_a_signal_make_no_update_whatever_else_the_loss_holds(
+    small_task, tmp_path, options
+):
+    net = policy_of(small_task).net
+    cfg = rl_config(small_task, tmp_path, update_prompts=1)
+    method = losses.GRPO(**options)
+    reference = net if method.kl_coef else None
+    groups = [pair(0, (0.0, 0.0)), pair(1, (1.0, 1.0))]
+    assert rl.make_batches(cfg, method, net, reference, groups) == []
+    (update,) = rl.make_batches(cfg, method, net, reference, [*groups, pair(2, (1.0, 0.0))])
+    assert [row.group for row in update.rows] == [2, 2]
+    assert update.batch.old_logp is None  # no other update has changed the weights
+
+
+@pytest.mark.parametrize("kl_coef, n_forwards", [(0.0, 7), (0.1, 9)])
+def test_the_machines_flops_of_a_round_are_those_counted_by_hand(
+    small_task, tmp_path, kl_coef, n_forwards
+):
+    net = policy_of(small_task).net
+    cfg = rl_config(small_task, tmp_path, update_prompts=1)
+    method = losses.GRPO(kl_coef=kl_coef)
+    groups = [pair(0, (1.0, 0.0)), pair(1, (0.0, 1.0))]
+    updates = rl.make_batches(cfg, method, net, net if kl_coef else None, groups)
+    collected = rl.Round(groups, groups, [], {})
+    tokens, _, machine = rl.compute_of(cfg, method, net.config, collected, updates)
+    assert tokens == 2 * (7 + 6)
+    # 2 layers of 3 x 32 x 64 + 2 x 32 x (32 + 16) weights; 4 x 32 FLOPs per query and key
+    per_token = 2 * 2 * 9216
+    per_pair = 2 * 4 * 32
+    head = 2 * net.config.vocab_size * 32
+    # A group reads its prompt once, with its first response; half of the queries see a key
+    sampled = 9 * per_token + (7**2 + 6**2 - 4**2) / 2 * per_pair + 5 * head
+    blocks = 13 * per_token + (7**2 + 6**2) / 2 * per_pair
+    # Per update: forward, backward (two), and with a KL the reference; before the second: old_logp
+    expected = 2 * sampled + n_forwards * (blocks + 5 * head) + 2 * blocks  # recomputed blocks
+    assert machine == expected
+
+
+def test_the_forward_that_ranks_prefixes_reads_all_rows_and_the_update_those_that_teach(
+    small_task, tmp_path
+):
+    net = policy_of(small_task).net
+    cfg = rl_config(small_task, tmp_path, update_prompts=1, recompute=False)
+    method = methods.load("prefix_rft")()
+    groups = [pair(0, (0.0, 0.0)), pair(1, (0.0, 1.0)), pair(2, (0.0, 1.0))]
+    updates = rl.make_batches(cfg, method, net, None, groups)
+    assert len(updates) == 2
+    collected = rl.Round(groups, [], [], {})
+    _, _, machine = rl.compute_of(cfg, method, net.config, collected, updates)
+    forward = model_file.hardware_flops(net.config, [7, 6], n_head=5)
+    assert machine == pytest.approx(3 * forward + 2 * 3 * forward)
+
+
+# ---- what an update measures ---------------------------------------------------------------------
 def test_the_distance_to_the_sampler_is_small_and_is_measured_in_the_first_update(coin, tmp_path):
     found = collected_from(coin, tmp_path, "grpo")
     policy = policy_of(coin, "math")
@@ -267,24 +372,8 @@ def test_the_distance_to_the_sampler_is_small_and_is_measured_in_the_first_updat
     method = methods.load("grpo")()
     first, second = rl.make_batches(cfg, method, policy.net, None, found.groups)
     sums = rl.train_on(cfg, method, policy.net, first)
-    numbers = rl.describe_updates([sums, {**sums, "gap": 1e9}], [1.0, 1.0])
+    numbers = losses.describe_updates([sums, {**sums, "gap": 1e9}], [1.0, 1.0])
     assert 0 <= numbers["gap"] < 1e-3
     assert numbers["clipped"] == 0
     assert numbers["kl"] == pytest.approx(0, abs=1e-9)
     assert 0 < numbers["entropy"] < math.log(policy.tokenizer.vocab_size)
-
-
-def test_clipped_ratios_and_the_distance_to_the_old_policy_are_counted():
-    rows = [losses.Row([1], [2, 3, 4], [0.0] * 3, 1.0, 1.0, 0)]
-    batch = losses.make_batch(rows, "cpu")
-    logp = torch.log(torch.tensor([[0.5, 0.5, 0.5]]))
-    batch = batch._replace(old_logp=torch.log(torch.tensor([[0.5, 0.4, 1.0]])))
-    entropy = torch.tensor([[0.1, 0.2, 0.3]])
-    sums = rl.token_sums(methods.load("grpo")(), logp, entropy, batch)
-    tokens, total_entropy, clipped, kl, gap = [float(x) for x in sums]
-    assert tokens == 3
-    assert total_entropy == pytest.approx(0.6)
-    assert clipped == 2  # ratios 1, 1.25, 0.5
-    expected = (1.25 - 1 - math.log(1.25)) + (0.5 - 1 - math.log(0.5))
-    assert kl == pytest.approx(expected)
-    assert gap == pytest.approx(3 * math.log(2))

@@ -513,6 +513,150 @@ def test_a_response_that_holds_markers_of_turns_is_refused(read, name, response)
         read(name).trained({"messages": [user("Q"), assistant(response)]})
 
 
+# ------------------------------------------------------------------------------ another's mistakes
+@pytest.mark.parametrize("name", ["prompt", "response"])
+@pytest.mark.parametrize("form", [json.dumps, str])
+def test_a_conversation_written_as_text_is_refused(read, name, form):
+    row = {"prompt": "Q", "response": "A"} | {name: form([user("Q")])}
+    with pytest.raises(UserError, match=f"rows.jsonl:1: {name} is a conversation as text"):
+        read("none").trained(row)
+    plain = "[{1, 2}] is a set"
+    assert read("none").trained({"prompt": plain, "response": "A"})[0][0] == plain
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"prompt": "Q", "prompt": "R", "response": "A"}',
+        '{"prompt": "Q", "response": "A", "extra_info": {"answer": "1", "answer": "2"}}',
+        '{"messages": [{"role": "user", "role": "user", "content": "Q"}]}',
+    ],
+)
+def test_a_key_that_is_written_twice_is_refused(read, line):
+    with pytest.raises(
+        UserError, match="rows.jsonl:2: the key '(prompt|answer|role)' is written t"
+    ):
+        read("none").trained({"prompt": "Q", "response": "A"}, line)
+
+
+def test_parquet_that_is_none_or_has_a_column_twice_is_refused(tmp_path, models):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    columns = [pyarrow.array([text]) for text in ("Q", "R", "A")]
+    parquet.write_table(pyarrow.table(columns, ["prompt", "prompt", "response"]), path)
+    with pytest.raises(UserError, match="2 columns are named 'prompt'"):
+        data.sft_examples(str(path), models["none"], 99)
+    path.write_text('{"prompt": "Q", "response": "A"}')
+    with pytest.raises(UserError, match="not a Parquet file"):
+        data.sft_examples(str(path), models["none"], 99)
+
+
+def test_a_byte_order_mark_is_passed_over_and_a_bottomless_row_refused(read, tmp_path):
+    row = '{"prompt": "Q", "response": "A"}'
+    assert read("none").trained("\ufeff" + row) == [("Q", "A<|endoftext|>")]
+    deep = '{"prompt": "Q", "response": "A", "x": ' + 9000 * "[" + 9000 * "]" + "}"
+    with pytest.raises(UserError, match="rows.jsonl:2: "):
+        read("none").trained(row, deep)
+
+
+def test_of_two_calls_both_must_be_written(read):
+    calls = [{"function": {"name": name, "arguments": {}}} for name in ("f", "g")]
+    with pytest.raises(UserError, match="does not write the call of 'g'"):
+        read("headers").trained({"messages": [user("Q"), assistant("", tool_calls=calls)]})
+
+
+@pytest.mark.parametrize("name", ["prompt", "response"])
+def test_half_a_character_is_refused(read, name):
+    row = {"prompt": "Q", "response": "A", "answer": "3"} | {name: "x \ud83d"}
+    for load in (read("chatml").trained, read("chatml").problems):
+        with pytest.raises(UserError, match="rows.jsonl:1: .*half of a character"):
+            load(row)
+
+
+@pytest.mark.parametrize("value", ["NaN", "5", '"Q A"', '{"Q": "A"}', '[["Q"]]', '[["Q", null]]'])
+def test_a_history_that_is_no_list_of_pairs_is_refused(read, value):
+    with pytest.raises(UserError, match="rows.jsonl:1: history is "):
+        read("none").trained(f'{{"instruction": "Q", "history": {value}, "output": "A"}}')
+
+
+@pytest.mark.parametrize("target", [98, 98.0, "98", ["98"], None])
+@pytest.mark.parametrize("name", ["nums", "numbers"])
+def test_a_target_beside_numbers_is_never_the_response(read, target, name):
+    row = {"prompt": "Q", "target": target, name: [44, 19, 35], "answer": "a trace"}
+    assert read("none").trained(row) == [("Q", "a trace<|endoftext|>")]
+
+
+@pytest.mark.parametrize("thought", ["t", "3", "It", "box"])
+@pytest.mark.parametrize("name", ["thinking", "with_tools", "chatml", "none"])
+def test_a_short_thought_that_the_answer_repeats_is_trained(read, name, thought):
+    row = {"question": "Q", "reasoning": thought, "response": "It is \\boxed{3}."}
+    message = {"messages": [user("Q"), assistant(row["response"], reasoning=thought)]}
+    for shape in (row, message):
+        ((_, trained),) = read(name).trained(shape)
+        thinking, _, answer = trained.partition("</think>")
+        assert thinking.removeprefix("<think>").strip() == thought
+        assert answer.lstrip().startswith(row["response"])
+
+
+@pytest.mark.parametrize("as_column", [True, False])
+def test_thinking_that_the_response_holds_already_is_not_written_twice(read, as_column):
+    def row(thought):
+        response = "<think>\n1 + 2\n</think>\n\n3"
+        if as_column:
+            return {"prompt": "Q", "response": response, "reasoning_content": thought}
+        return {"messages": [user("Q"), assistant(response, reasoning_content=thought)]}
+
+    for name in ("with_tools", "chatml", "none"):
+        ((_, trained),) = read(name).trained(row("1 + 2"))
+        assert trained.startswith("<think>\n1 + 2\n</think>\n\n3<")
+        with pytest.raises(UserError, match="rows.jsonl:1: the response holds other thinking"):
+            read(name).trained(row("another thought"))
+
+
+@pytest.mark.parametrize("switch", ["on", "off", "True", "no"])
+def test_a_switch_is_no_thinking(read, switch, capsys):
+    row = {"input": [user("Q")], "output": "A", "reasoning": switch}
+    assert read("with_tools").trained(row) == [(chatml(("user", "Q")), "A<|im_end|>")]
+    assert "columns not used: reasoning" in capsys.readouterr().out
+
+
+def test_thinking_that_is_never_closed_is_counted(read, capsys):
+    read("thinking").trained(
+        {"prompt": "Q", "response": "<think>so"}, {"prompt": "Q", "response": "A"}
+    )
+    assert "1 responses that open <think> and never close it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [["1", "3"], {"text": ["1", "3"], "label": ["A", "B"]}, {"A": "1", "B": "3"}, [1, 3], "A) 3"],
+)
+@pytest.mark.parametrize("name", ["choices", "options"])
+def test_choices_must_stand_in_the_question(read, choices, name, capsys):
+    row = {"question": "Which is odd?", name: choices, "answer": "B"}
+    with pytest.raises(UserError, match=f"rows.jsonl:1: the question does not hold its {name}"):
+        read("none").problems(row)
+    assert read("none").problems({**row, "question": "Which is odd? A) 1 B) 3 A) 3"})
+    assert "not used" not in capsys.readouterr().out
+    assert read("none").problems({**row, name: None})
+
+
+def test_a_message_with_both_spellings_is_refused(read):
+    both = {"from": "human", "value": "Q", "role": "assistant", "content": "A"}
+    with pytest.raises(UserError, match="rows.jsonl:1: a message with both from and role"):
+        read("none").trained({"messages": [both, assistant("A")]})
+    null = {"from": None, "value": None, "role": "user", "content": "Q"}
+    assert read("none").trained({"messages": [null, assistant("A")]}) == [("Q\n", "A<|endoftext|>")]
+
+
+@pytest.mark.parametrize("row", [{"messages": [{"role": "system", "content": "S"}]}])
+def test_a_conversation_without_a_users_turn_asks_nothing(read, row, capsys):
+    good = {"prompt": "Q", "answer": "3"}
+    assert len(read("none").problems(good, {**row, "answer": "3"})) == 1
+    assert "1 rows with an empty prompt dropped" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------ columns not used
 @pytest.mark.parametrize(
     "row, told",
@@ -592,6 +736,64 @@ def test_a_proof_without_a_box_gives_no_gold_and_is_dropped(read, capsys):
 
 
 @pytest.mark.parametrize(
+    "gold, text",
+    [
+        ("5.0", "5"),
+        ("-3.0", "-3"),
+        ("1e-07", "0.0000001"),
+        ("2.5", "2.5"),
+        ("[2.0, 3]", "2 | 3"),
+        ("1e30", "1" + 30 * "0"),
+        ("\"('3', '4')\"", "3 | 4"),
+        ('"[\\"\\\\frac{1}{2}\\"]"', "\\frac{1}{2}"),
+        ('"[\\"\\\\\\\\frac{1}{2}\\"]"', "\\frac{1}{2}"),
+        ("\"['\\\\theta']\"", "\\theta"),
+        ("\"['\\\\sqrt{2}', '1']\"", "\\sqrt{2} | 1"),
+    ],
+)
+def test_numbers_and_latex_in_lists_are_golds_as_they_are_written(read, gold, text):
+    (problem,) = read("none").problems(f'{{"question": "Q", "final_answer": {gold}}}')
+    assert problem.gold == text
+
+
+@pytest.mark.parametrize("gold", ["Infinity", "-Infinity", "[NaN]", '"No answer."', '"$proof$"'])
+def test_golds_that_nobody_can_earn_are_dropped(read, gold, capsys):
+    good = {"prompt": "Q", "answer": "3"}
+    assert len(read("none").problems(good, f'{{"prompt": "Q2", "answer": {gold}}}')) == 1
+    assert "1 rows with no answer in their gold column" in capsys.readouterr().out
+
+
+def test_golds_that_disagree_or_are_worked_texts_are_counted_with_the_first(read, capsys):
+    row = {"question": "Q", "answer": "17", "final_answer": "18"}
+    agree = {"question": "Q", "answer": "1/2", "solution": "so \\boxed{\\frac{1}{2}}"}
+    proof = {"question": "Q", "answer": "3", "solution": "As shown above."}
+    read("none").problems(row, agree, proof, {**row, "final_answer": "19"})
+    told = "2 rows whose gold answers differ: answer counts, not final_answer (the first: '17' and "
+    assert told + "'18')" in capsys.readouterr().out
+    read("none").problems({"question": "Q", "answer": "so we add the numbers " * 8})
+    assert "1 rows whose gold answer (column answer) has over 20 words" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("solution", [5, 5.0, "5", " 5 "])
+def test_a_bare_solution_is_the_gold_answer_and_no_demonstration(read, solution):
+    for more in ({}, {"answer": solution}):
+        (problem,) = read("none").problems({"problem": "Q", "solution": solution, **more})
+        assert problem.gold.strip() == "5" and problem.expert is None
+
+
+def test_a_worked_solution_is_gold_and_demonstration(read):
+    (problem,) = read("none").problems({"problem": "Q", "solution": "so \\boxed{3}"})
+    assert problem.gold == "3" and read("none").text(problem.expert) == "so \\boxed{3}<|endoftext|>"
+
+
+def test_a_tasks_reward_checks_its_columns_at_load(read):
+    options = tasks.columns("countdown")
+    good = {"prompt": "Q", "nums": [1, 2], "target": 3}
+    with pytest.raises(UserError, match="rows.jsonl:2: the Countdown reward needs columns"):
+        read("none").problems(good, {"prompt": "Q", "target": 3}, **options)
+
+
+@pytest.mark.parametrize(
     "row",
     [
         {"reward_model": {"ground_truth": {"target": 98, "numbers": [44, 19, 35]}}},
@@ -599,6 +801,8 @@ def test_a_proof_without_a_box_gives_no_gold_and_is_dropped(read, capsys):
         {"answer": '{"target": 98, "numbers": [44, 19, 35]}'},
         {"ground_truth": "{'target': 98, 'numbers': [44, 19, 35]}"},
         {"answer": True},
+        {"answer": '[{"value": 3}]'},
+        {"answer": "[['3', '4']]"},
         {"final_answer": [{"value": 98}]},
     ],
 )

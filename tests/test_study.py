@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import data
-import losses
+import methods
 import rl
 import sft
 from core import cli, files
@@ -114,9 +114,8 @@ def test_every_flag_is_known_to_its_script_and_agrees_with_its_built_in_preset()
             continue
         script = {"sft.py": sft, "rl.py": rl}[script]
         filled = ["1e12" if word.startswith(("@budget", "@spent")) else word for word in argv]
-        cfg = cli.parse(
-            script.Config, filled, script.preset, losses.Objective if script is rl else None
-        )
+        options = ("algo", methods.load) if script is rl else None
+        cfg = cli.parse(script.Config, filled, script.preset, options)
         own = {
             "data",
             "val",

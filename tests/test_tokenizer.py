@@ -207,6 +207,57 @@ def test_nothing_is_added_to_a_prompt_that_is_rendered_already(families, tmp_pat
         data.sft_examples(path, families["chatml"], 99)
 
 
+@pytest.mark.parametrize(
+    "family, prompt",
+    [
+        ("headers", "<|im_start|>user\n1 + 2<|im_end|>\n<|im_start|>assistant\n"),
+        ("chatml", "<s>[INST] 1 + 2 [/INST]"),
+        ("chatml", "<bos><start_of_turn>user\n1 + 2<end_of_turn>\n<start_of_turn>model\n"),
+        ("instruct", "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n1<|eot_id|>"),
+        ("bars", "<｜User｜>1 + 2<｜Assistant｜>"),
+    ],
+)
+def test_a_prompt_in_another_models_template_is_refused(families, tmp_path, family, prompt):
+    path = write(tmp_path / "a.jsonl", {"prompt": prompt, "response": "3", "answer": "3"})
+    for read in (data.sft_examples, data.problems):
+        with pytest.raises(UserError, match="a.jsonl:1: .*another model's chat template"):
+            read(path, families[family], 999)
+
+
+@pytest.mark.parametrize("end", ["</s>", "<|eot_id|>\n", "<end_of_turn>", "<|endoftext|>"])
+def test_a_response_that_ends_as_another_model_does_is_refused(families, tmp_path, end):
+    with pytest.raises(UserError, match="rows.jsonl:1: .*another model's"):
+        trained({"prompt": "1 + 2", "response": "3" + end}, families["chatml"], tmp_path)
+
+
+@pytest.mark.parametrize("family", ["chatml", "headers", "instruct", "turns", "thinking"])
+def test_a_message_that_is_a_rendered_prompt_is_refused(families, tmp_path, family):
+    rendered = families[family].template.render([{"role": "user", "content": "1 + 2"}])
+    turns = [{"role": "user", "content": rendered}, {"role": "assistant", "content": "3"}]
+    with pytest.raises(UserError, match="rows.jsonl:1: a message is in the chat template already"):
+        trained({"messages": turns}, families[family], tmp_path)
+
+
+@pytest.mark.parametrize("eos", [9999, -1, "</s>", [9999], True])
+def test_an_eos_id_that_is_no_token_is_refused(tmp_path, eos):
+    folder = write_folder(tmp_path / "m", eos=None)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(UserError, match="is no token of tokenizer.json"):
+        data.Tokenizer(folder)
+
+
+def test_the_bos_is_found_where_the_normalizer_removes_words(tmp_path):
+    words = {"<s>": 0, "</s>": 1, "\u2003": 2, "one": 3}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="</s>"))
+    backend.normalizer = tokenizers.normalizers.Strip()
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer = data.Tokenizer(write_folder(tmp_path / "m", None, "<s>", "</s>", backend))
+    assert tokenizer.encode([("one", True)]) == [[0, 3]]
+
+
 def test_a_plain_question_that_mentions_the_assistant_is_a_question(families):
     for family in ("plain", "chatml", "instruct"):
         text = text_of(prompt_ids("Who is Assistant: 7?", families[family]), families[family])
