@@ -211,8 +211,9 @@ def test_a_run_that_explodes_stops_by_itself_with_its_last_good_checkpoint(small
 def test_a_real_sigterm_saves_and_the_run_goes_on_to_the_same_bits(small_task, tmp_path):
     whole = tmp_path / "whole"
     cut = tmp_path / "cut"
-    run_to_end(sft_command(small_task, whole, "--save-every", "0"))
-    words = sft_command(small_task, cut, "--save-every", "0")
+    longer = ("--save-every", "0", "--steps", "100")  # a run cannot end before it is interrupted
+    run_to_end(sft_command(small_task, whole, *longer))
+    words = sft_command(small_task, cut, *longer)
     process = subprocess.Popen(words, env=ENV, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step     2/"):
