@@ -82,7 +82,9 @@ def test_a_published_data_set_on_a_published_model_from_sft_to_evaluation(datase
     samples = tmp_path / "eval.jsonl"
     last = f"{tmp_path / 'rl'}@last"
     evaluate.main(
-        evaluate.Config(init=last, data=path, reward=reward, n=1, max_new=4, out=str(samples))
+        evaluate.Config(
+            init=(str(last),), data=path, reward=reward, n=1, max_new=4, out=str(samples)
+        )
     )
     records = [json.loads(line) for line in samples.open()]
     assert len(records) == 4 and not any(record["correct"] for record in records)
