@@ -183,6 +183,19 @@ def make_step(rows: list, micro_tokens: int, pin: bool = False) -> Step:
     return Step(parts, lengths, sum(len(row.response) for row in rows))
 
 
+def prepare_resume(cfg: Config, run: Run) -> None:
+    """Room for the next save where --keep is less than before; a learning rate that is used up is
+    named."""
+    if run.of_kind("val"):
+        run.prune({diagnose(run).recommended_step})
+    rate = optim.lr_at(run.first, run.last, cfg.lr, cfg.schedule, cfg.warmup)
+    if run.resumed and rate < 0.02 * cfg.lr:
+        print(  # not logged: a resumed run has the metrics of one that was never stopped
+            f"hint: --schedule {cfg.schedule} has --lr {cfg.lr:g} down to {rate:.1e} where this run goes "
+            "on, so the rest teaches next to nothing: give more --steps or --schedule constant",
+        )
+
+
 def show_plan(cfg: Config, train: list, tokenizer, folder: Path, device, steps: int) -> None:
     """The run in one line, the first row as the model sees it, and what it will take."""
     config = model_file.read_config(folder)
@@ -294,8 +307,7 @@ def main(cfg: Config) -> bool:
     model, net, optimizers = evaluate.open_training(cfg, folder, tokenizer, device, run)
     reward = tasks.load_reward(cfg.reward)
     policy = evaluate.Policy(net, tokenizer, reward, cfg.max_new)
-    if run.of_kind("val"):  # --resume with less --keep than before: room for the next save
-        run.prune({diagnose(run).recommended_step})
+    prepare_resume(cfg, run)
 
     def prepare(position: int) -> Step:
         rows = [train[i] for i in data.plan(len(train), cfg.seed, position, cfg.batch)]

@@ -66,6 +66,18 @@ def test_sft_resumes_to_the_same_bits_and_the_same_metrics(small_task, tmp_path)
     assert_same_run(tmp_path / "whole", tmp_path / "cut", 6)
 
 
+def test_a_run_resumed_where_its_schedule_has_ended_says_that_it_teaches_nothing(
+    small_task, tmp_path, capsys
+):
+    out = tmp_path / "a"
+    config = sft_config(small_task, out, steps=50, eval_every=49, schedule="cosine")
+    sft.main(config)
+    lose_checkpoint(out, 50)
+    capsys.readouterr()
+    sft.main(replace(config, resume=True))
+    assert "give more --steps or --schedule constant" in capsys.readouterr().out
+
+
 def test_sft_samples_answers_where_problems_are_given(small_task, tmp_path):
     cfg = sft_config(small_task, tmp_path / "r", steps=3, max_new=16)
     sft.main(replace(cfg, problems=f"{small_task}/eval.jsonl", reward="countdown"))
