@@ -191,8 +191,9 @@ def prepare_resume(cfg: Config, run: Run) -> None:
     rate = optim.lr_at(run.first, run.last, cfg.lr, cfg.schedule, cfg.warmup)
     if run.resumed and rate < 0.02 * cfg.lr:
         print(  # not logged: a resumed run has the metrics of one that was never stopped
-            f"hint: --schedule {cfg.schedule} has --lr {cfg.lr:g} down to {rate:.1e} where this run "
-            "goes on, so the rest teaches next to nothing: give more --steps or --schedule constant",
+            f"hint: --schedule {cfg.schedule} has --lr {cfg.lr:g} down to {rate:.1e} where this "
+            "run goes on, so the rest teaches next to nothing; "
+            "give more --steps or --schedule constant",
         )
 
 
