@@ -316,7 +316,7 @@ def evaluate_now(cfg: Config, run: Run, step: int, policy, problems: list) -> No
     """pass@1 on the validation problems, and the ceiling as it looks now."""
     sampling = policy.sampling(cfg.eval_temperature, ranks.seed_of(cfg.seed, "eval"))
     summary, records = evaluate.evaluate(policy, problems, cfg.eval_n, sampling)
-    run.log(step, "eval", **summary)
+    run.log(step, eval=summary)
     run.log_samples(step, [{**record, "kind": "eval"} for record in records[: 4 * cfg.eval_n]])
     fit = fit_so_far(run)
     print(
@@ -487,7 +487,7 @@ def log_step(cfg: Config, method, run: Run, collected: Round, updates: list, num
     step = run.step + 1
     trained = {row.group for update in updates for row in update.rows}
     run.log_samples(step, whole_groups(collected.records, trained))
-    run.log(step, "train", **numbers)
+    run.log(step, train=numbers)
     console.print_rl_step(cfg, run, step, numbers)
     console.print_hints(cfg, run, numbers, collected.records)
 
