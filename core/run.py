@@ -436,4 +436,3 @@ def catch_signals() -> list:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, remember)
     return caught
-
