@@ -31,7 +31,7 @@ import losses
 import model as model_file
 import phases
 import tasks
-from core import cli, launch, optim, page, ranks
+from core import cli, flops, launch, optim, page, ranks
 from core.errors import UserError
 from core.files import write_json
 from core.run import Run
@@ -357,7 +357,7 @@ def log_step(cfg: Config, run: Run, step: int, numbers: dict, batch: Step, clock
 
     clock: when data, forward and backward, update began, and when the update ended.
     """
-    work = model_file.flops(run.model.config, batch.lengths, batch.n_trained)
+    work = flops.flops(run.model.config, batch.lengths, batch.n_trained)
     run.count(
         tokens=sum(batch.lengths),
         flops=3 * work.paper,  # a backward is two forwards

@@ -28,7 +28,7 @@ import methods
 import model as model_file
 import rl
 import sft
-from core import console, run
+from core import console, flops, run
 from core.errors import UserError
 from methods import prefix_rft
 
@@ -381,7 +381,7 @@ def test_compute_is_the_papers_and_counts_discarded_groups(coin, tmp_path):
     config = model_file.read_config(coin)
     lengths = sampled_lengths(coin, tmp_path / "r")
     assert len(lengths) == 8
-    count = model_file.forward_flops
+    count = flops.forward_flops
     trained = lengths[informative[0] : informative[0] + 4]
     expected = count(config, lengths) + 3 * count(config, trained)  # (25)
     assert row["flops"] == pytest.approx(expected)
@@ -400,7 +400,7 @@ def test_the_papers_compute_counts_a_forward_per_demonstration_of_luffy(coin, tm
     length = {len(problem.prompt) + len(problem.expert) for problem in problems}
     experts = 2 * sorted(length)  # all demonstrations are of one length
     assert len(experts) == 2
-    count = model_file.forward_flops
+    count = flops.forward_flops
     expected = count(config, sampled) + 3 * count(config, sampled + experts)
     assert row["flops"] == pytest.approx(expected + count(config, experts))  # (26)
 

@@ -13,7 +13,6 @@ import data
 import evaluate
 import losses
 import methods
-import model as model_file
 import rl
 import rollout
 from core import flops
@@ -360,7 +359,7 @@ def test_the_forward_that_ranks_prefixes_reads_all_rows_and_the_update_those_tha
     assert len(updates) == 2
     collected = rl.Round(groups, [], [], {})
     _, _, machine = flops.of_round(cfg, method, net.config, collected, updates)
-    forward = model_file.hardware_flops(net.config, [7, 6], n_head=5, cached=[0, 4])
+    forward = flops.hardware_flops(net.config, [7, 6], n_head=5, cached=[0, 4])
     assert machine == pytest.approx(3 * forward + 2 * 3 * forward)
 
 
