@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import core.start  # before torch
+
 import numpy as np
 import torch
 

@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import core.start  # before torch
+
 import torch
 import torch.nn.functional as F
 

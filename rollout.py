@@ -42,6 +42,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import core.start  # before torch
+
 import numpy as np
 import torch
 import torch.nn.functional as F

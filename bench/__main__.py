@@ -15,6 +15,8 @@ time: on a shared machine they are the steadier figure. The last line printed is
 import importlib
 import sys
 
+import core.start  # before torch
+
 from core import cli
 
 COMMANDS = ("rollout", "sft", "rl", "gpu")

@@ -38,6 +38,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import core.start  # before torch
+
 import data
 from core import cli, files, tables
 from core.errors import UserError
