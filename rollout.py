@@ -77,7 +77,7 @@ class Hooks:
     """Functions that generate() calls on the way."""
 
     progress: Callable | None = None  # (n_done, n_total) whenever responses have ended
-    on_response: Callable | None = None  # (index of the prompt, response) as each one ends
+    on_response: Callable | None = None  # (request, response) as each one ends
     on_forward: Callable | None = None  # ("read" or "step", rows, cache) before each forward
 
 
@@ -160,7 +160,7 @@ def generate(
                 for request, response in ended:
                     responses[request.number] = response
                     if hooks.on_response:
-                        hooks.on_response(request.prompt, response)
+                        hooks.on_response(request, response)
                 n_done += len(ended)
                 if hooks.progress and ended:
                     hooks.progress(n_done, len(mine))

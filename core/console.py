@@ -20,6 +20,8 @@ def print_rl_step(cfg, run, step: int, row: dict) -> None:
         f"rounds {row['rounds']}  length {row['length']:4.0f}  cut {row['truncated']:4.1f}%  "
         f"unparsed {row['unparsed']:4.1f}%  "
     )
+    if row["unscored"]:
+        line += f"unscored {row['unscored']:.1f}%  "
     if row["updates"]:
         seconds = f"{row['sample_s']:.1f}+{row['logp_s'] + row['update_s']:.1f} s"
         line += (
@@ -104,8 +106,11 @@ def print_hints(cfg, run, row: dict, records: list[dict]) -> None:
 
 def print_summary(summary: dict, seconds: float) -> None:
     rest = []
+    left_out = {"pass1", "pass1_se", "n", "problems", "reward"}
+    if not summary["unscored"]:
+        left_out.add("unscored")
     for name, value in summary.items():
-        if name not in ("pass1", "pass1_se", "n", "problems", "reward"):
+        if name not in left_out:
             rest.append(f"{name.replace('pass_at_', 'pass@')} {value:.1f}")
     print(
         f"pass@1 {summary['pass1']:.1f} (standard error {summary['pass1_se']:.1f})  "
