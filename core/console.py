@@ -4,6 +4,8 @@ import math
 import sys
 from collections import Counter
 
+from core.pool import LOST
+
 
 def number(value, form: str) -> str:
     """A dash where a number was not measured."""
@@ -23,7 +25,8 @@ def print_rl_step(cfg, run, step: int, row: dict) -> None:
     if row["unscored"]:
         line += f"unscored {row['unscored']:.1f}%  "
     if row["updates"]:
-        seconds = f"{row['sample_s']:.1f}+{row['logp_s'] + row['update_s']:.1f} s"
+        collecting = row["sample_s"] + row["score_s"]
+        seconds = f"{collecting:.1f}+{row['logp_s'] + row['update_s']:.1f} s"
         line += (
             f"entropy {number(row['entropy'], '.3f')}  "
             f"grad {row['grad_norm']:.2f}  {seconds}  {run.eta(step, last)}"
@@ -68,6 +71,14 @@ def is_stuck(run, steps: int = 10) -> bool:
 
 def print_hints(cfg, run, row: dict, records: list[dict]) -> None:
     """What is odd in a step of RL, once per run, with the flag that helps. records: its samples."""
+    if row["unscored"]:
+        lost = next(record for record in records if record["reason"] in LOST)
+        run.hint(
+            "unscored",
+            f"{row['unscored']:.1f}% of the rewards earn 0 because a call took over "
+            f"--reward-timeout {cfg.reward_timeout:g} s or ended its process; the first: "
+            f"{lost['reason']}, gold {lost['gold'][:60]!r}, response {lost['response'][-60:]!r}",
+        )
     if row["truncated"] > 25:
         run.hint(
             "cut",
