@@ -247,7 +247,7 @@ def during_rl(cfg, run: Run, step: int, policy: Policy, problems: list) -> None:
     """pass@1 on the validation problems of rl.py, and the ceiling as it looks now."""
     sampling = policy.sampling(cfg.eval_temperature, ranks.seed_of(cfg.seed, "eval"))
     summary, records = evaluate(policy, problems, cfg.eval_n, sampling)
-    run.log(step, "eval", **summary)
+    run.log(step, eval=summary)
     run.log_samples(step, [{**record, "kind": "eval"} for record in records[: 4 * cfg.eval_n]])
     fit = fit_so_far(run)
     print(
