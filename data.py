@@ -33,11 +33,19 @@ import torch
 import verify
 from core import chat, ranks, rows
 from core.errors import UserError
+from core.golds import find_golds, prompt_text
 from core.packing import cut, deal, padding
 from core.rows import Reading, read_rows
 from core.tokenizer import Tokenizer
 
-__all__ = ["Tokenizer", "cut", "deal", "padding", "read_rows"]  # for the scripts, beside its own
+__all__ = [
+    "Tokenizer",
+    "cut",
+    "deal",
+    "padding",
+    "prompt_text",
+    "read_rows",
+]  # for the scripts, beside its own
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 
@@ -61,34 +69,6 @@ class Problem(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------------- rows
-def prompt_text(row: dict) -> str | None:
-    """The question of a row in any accepted spelling: the last message of a conversation."""
-    reading = rows.understand(row, answer_is_gold=True)
-    return reading.question or None if reading else None
-
-
-def golds_of(row: dict) -> list[str]:
-    """The right answers of a row, of which any counts; of a worked solution its last box, or what
-    follows ####. Raises UserError where there is none."""
-    found = _golds(row)
-    if not found:
-        raise UserError(f"no gold answer (found: {sorted(row)}); add a column answer")
-    return found
-
-
-def _golds(row: dict) -> list[str]:
-    """golds_of(), [] where there is none."""
-    column, texts = rows.golds(row)
-    found = []
-    for text in texts:
-        boxed = verify.boxed(text)
-        gold = text.split("####")[-1].strip() if boxed is None else boxed
-        worked = column == "solution" and gold == text.strip() and rows.is_long(gold)
-        if verify.is_answer(gold) and not worked:
-            found.append(gold)
-    return found
-
-
 def _note_golds(row: dict, golds: list[str], notes: rows.Notes) -> None:
     """Count gold answers that look like a wrong column: long texts, columns that disagree."""
     column = rows.golds(row)[0]
@@ -101,7 +81,7 @@ def _note_golds(row: dict, golds: list[str], notes: rows.Notes) -> None:
     other, texts = rows.golds(others)
     if other == "solution" and not any("\\boxed" in text or "####" in text for text in texts):
         return
-    other_golds = _golds(others)
+    other_golds = find_golds(others)
     pairs = itertools.product(golds, other_golds)
     if other_golds and not any(a == b or verify.is_equivalent(a, b) for a, b in pairs):
         notes.count(
@@ -281,7 +261,7 @@ def _problem_texts(row, tokenizer, notes: rows.Notes, needs_gold: bool) -> tuple
     """
     reading = rows.understand(row, answer_is_gold=True)
     try:
-        golds = _golds(row)
+        golds = find_golds(row)
     except UserError:  # an object, which a reward of one's own may read
         if needs_gold:
             raise

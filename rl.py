@@ -31,18 +31,17 @@ import core.start  # before torch
 import torch
 import torch.nn.functional as F
 
-import ceiling
 import data
 import evaluate
 import losses
 import methods
 import model as model_file
-import rollout
 import tasks
 from core import cli, console, flops, launch, optim, page, ranks, shared
 from core.errors import UserError
 from core.run import Run, whole_groups
 from losses import Batch, Row
+from tasks import scoring
 
 
 @dataclass
@@ -51,6 +50,8 @@ class Config:
     data: str = ""  # problems: prompt, answer, for some methods response; empty = built-in
     val: str = ""  # problems for evaluation; empty = 200 (at most 10%) held out of --data
     reward: str = "math"  # math, text, a task, or FILE.py:FUNCTION with reward(response, row)
+    reward_workers: int = 0  # processes that call the reward while sampling goes on; 0 = none
+    reward_timeout: float = 30.0  # seconds per call in such a process; over it the reward is 0
     out: str = "runs/rl"  # run directory
     overwrite: bool = False  # delete an earlier run in --out
     resume: bool = False  # go on from the newest checkpoint in --out
@@ -104,9 +105,10 @@ class Config:
         self.gen_prompts = self.gen_prompts or 2 * self.prompts
         cli.require_positive(self, "prompts", "update_prompts", "gen_prompts", "max_rounds", "lr")
         cli.require_positive(self, "temperature", "max_new", "max_prompt", "rows", "micro_tokens")
-        cli.require_positive(self, "clip", "eval_every", "eval_n")
+        cli.require_positive(self, "clip", "eval_every", "eval_n", "reward_timeout")
         cli.require_not_negative(self, "steps", "overlong", "save_every", "keep", "gpus")
         cli.require_not_negative(self, "weight_decay", "max_flops", "eval_temperature")
+        cli.require_not_negative(self, "reward_workers")
         cli.require_share(self, "warmup", "until_share")
         if self.prompts % self.update_prompts:
             fits = [d for d in range(1, self.prompts + 1) if self.prompts % d == 0]
@@ -168,17 +170,16 @@ def collect(cfg: Config, method, policy, pool: list, run: Run) -> Round:
                 chosen.append((problem, rows))
         run.position += n_prompts
         n_rounds += 1
-    discarded = len(sampled) - min(len(chosen), cfg.prompts)
-
-    complete = []
-    for problem, rows in chosen[: cfg.prompts]:
-        expert = None
-        if method.demonstrations == "rows" and problem.expert:
-            expert = expert_row(cfg, policy, problem, rows[0].group)
-        complete.append(method.complete(rows, expert))
-    stats = losses.describe_groups(sampled) | {"rounds": n_rounds, "discarded": discarded}
+    chosen = chosen[: cfg.prompts]
+    experts = {}
+    if method.demonstrations == "rows":
+        experts = expert_rows(cfg, policy, {rows[0].group: problem for problem, rows in chosen})
+    complete = [method.complete(rows, experts.get(rows[0].group)) for _, rows in chosen]
+    stats = losses.describe_groups(sampled) | {"rounds": n_rounds}
+    stats["discarded"] = len(sampled) - len(chosen)
     unparsed = sum(record["answer"] is None for record in records)
     stats["unparsed"] = unparsed / (len(records) / 100)
+    stats["unscored"] = scoring.unscored(records)
     stats["score_s"] = round(policy.score_s - scored, 4)
     stats["sample_s"] = round(time.monotonic() - began - stats["score_s"], 4)
     return Round(complete, sampled, records, stats)
@@ -191,12 +192,12 @@ def sample(cfg: Config, method, policy, problems: list, run: Run) -> list:
     for number, problem in enumerate(problems, run.position):
         u = torch.rand((), generator=ranks.generator(cfg.seed, "prefix", number)).item()
         for prefix, count in method.requests(problem.expert, cfg.group, done, u):
-            requests.append(evaluate.Request(problem, prefix, count, number))
+            requests.append(scoring.Request(problem, prefix, count, number))
     seed = ranks.seed_of(cfg.seed, "rollout", run.step, run.position)
     return policy.respond(requests, policy.sampling(cfg.temperature, seed))
 
 
-def score(cfg: Config, request: evaluate.Request, response, record: dict) -> Row:
+def score(cfg: Config, request: scoring.Request, response, record: dict) -> Row:
     """A row from a response and its judged record. A cut response earns nothing."""
     correct = record["reward"] if response.finished else min(record["reward"], 0.0)
     reward = correct
@@ -214,13 +215,16 @@ def score(cfg: Config, request: evaluate.Request, response, record: dict) -> Row
     )
 
 
-def expert_row(cfg: Config, policy, problem, number: int) -> Row:
-    """The demonstration as a row of the group; the same reward judges it, and may give it 0."""
-    ids = problem.expert
-    demonstration = rollout.Response(ids, [0.0] * len(ids), [], True)
-    record = policy.judge(problem, demonstration)
-    row = score(cfg, evaluate.Request(problem, [], 1, number), demonstration, record)
-    return row._replace(reward=row.correct, is_expert=True)
+def expert_rows(cfg: Config, policy, problems: dict) -> dict[int, Row]:
+    """The demonstrations as rows of the groups with these numbers, where a problem has one; the
+    same reward judges them, and may give 0."""
+    numbers = [number for number, problem in problems.items() if problem.expert]
+    shown = [(problems[n], scoring.demonstration(problems[n])) for n in numbers]
+    rows = {}
+    for number, (problem, response), record in zip(numbers, shown, policy.judge(shown)):
+        row = score(cfg, scoring.Request(problem, [], 1, number), response, record)
+        rows[number] = row._replace(reward=row.correct, is_expert=True)
+    return rows
 
 
 # ---- batches -------------------------------------------------------------------------------------
@@ -311,34 +315,6 @@ def train_on(cfg: Config, method, net, update: Update) -> dict:
     return dict(zip(losses.SUMS, ranks.add_up(sums).tolist()))
 
 
-# ---- evaluation ----------------------------------------------------------------------------------
-def evaluate_now(cfg: Config, run: Run, step: int, policy, problems: list) -> None:
-    """pass@1 on the validation problems, and the ceiling as it looks now."""
-    sampling = policy.sampling(cfg.eval_temperature, ranks.seed_of(cfg.seed, "eval"))
-    summary, records = evaluate.evaluate(policy, problems, cfg.eval_n, sampling)
-    run.log(step, eval=summary)
-    run.log_samples(step, [{**record, "kind": "eval"} for record in records[: 4 * cfg.eval_n]])
-    fit = fit_so_far(run)
-    print(
-        f"step {step:4d}  pass@1 {summary['pass1']:.1f} (se {summary['pass1_se']:.1f})  "
-        f"length {summary['length']:.0f}  cut {summary['truncated']:.1f}%  {ceiling.line(fit)}",
-        flush=True,
-    )
-    run.prune({evaluate.best_step(run.of_kind("eval"), run.saved())[0]})
-
-
-def end_if_reached(cfg: Config, run: Run, step: int) -> None:
-    """--until-share: end the run where its evaluations say so, also those made before a resume."""
-    if cfg.until_share and ranks.any_of((fit_so_far(run).share_low or 0.0) >= cfg.until_share):
-        run.end(f"--until-share {cfg.until_share} is surely reached")
-
-
-def fit_so_far(run: Run) -> ceiling.CeilingFit:
-    points = run.of_kind("eval")
-    flops = [point["flops"] for point in points]
-    return ceiling.fit(flops, [p["pass1"] for p in points], n=[p["n"] for p in points])
-
-
 # ---- the script ----------------------------------------------------------------------------------
 def load_problems(cfg: Config, method, tokenizer) -> tuple[list, list]:
     """(problems to train on, problems to evaluate on)."""
@@ -366,7 +342,7 @@ def load_problems(cfg: Config, method, tokenizer) -> tuple[list, list]:
     return pool, val
 
 
-def show_plan(cfg: Config, method, pool: list, tokenizer, folder: Path, device) -> None:
+def show_plan(cfg: Config, method, pool: list, policy, folder: Path, device) -> None:
     """The run in one line, and what it will take."""
     config = model_file.read_config(folder)
     plain = vars(losses.GRPO())
@@ -388,11 +364,12 @@ def show_plan(cfg: Config, method, pool: list, tokenizer, folder: Path, device) 
     launch.show_memory(cfg, config, device, slots=longest, reference=bool(method.kl_coef))
     launch.show_disk(cfg, config, cfg.steps, "adamw")
     if cfg.dry_run:
-        print(f"first prompt: {tokenizer.decode(pool[0].prompt)}\nits answer: {pool[0].gold}")
+        print(
+            f"first prompt: {policy.tokenizer.decode(pool[0].prompt)}\nits answer: {pool[0].gold}"
+        )
     if cfg.dry_run or any(problem.expert for problem in pool):
         limit = 1000 if cfg.dry_run else 32
-        reward = tasks.load_reward(cfg.reward)
-        print(evaluate.check_demonstrations(pool, tokenizer, reward, limit), flush=True)
+        print(scoring.check_demonstrations(pool, policy, limit), flush=True)
 
 
 def main(cfg: Config) -> None:
@@ -401,14 +378,14 @@ def main(cfg: Config) -> None:
     folder = evaluate.find_start(cfg)
     tokenizer = evaluate.open_tokenizer(folder)
     pool, val = load_problems(cfg, method, tokenizer)
-    show_plan(cfg, method, pool, tokenizer, folder, device)
+    policy = scoring.open_policy(cfg, tokenizer)
+    show_plan(cfg, method, pool, policy, folder, device)
     if cfg.dry_run:
         return
     run = Run(cfg, cfg.steps, folder, val_set=data.digest(val))
     model, net, optimizers = evaluate.open_training(cfg, folder, tokenizer, device, run)
     reference = evaluate.open_frozen(cfg, folder, device) if method.kl_coef else None
-    reward = tasks.load_reward(cfg.reward)
-    policy = evaluate.Policy(net, tokenizer, reward, cfg.max_new, cfg.rows)
+    policy.net = net
     # --resume with less --keep than before: room for the next save
     run.prune({evaluate.best_step(run.of_kind("eval"), run.saved())[0]})
 
@@ -417,9 +394,9 @@ def main(cfg: Config) -> None:
             run.end(f"--max-flops {cfg.max_flops:g} are spent")
         run.checkpoint(step)
         if run.due(step, "eval"):
-            evaluate_now(cfg, run, step, policy, val)
+            evaluate.during_rl(cfg, run, step, policy, val)
         if step % cfg.eval_every == 0:
-            end_if_reached(cfg, run, step)
+            evaluate.end_if_reached(cfg, run)
         if run.over(step):
             break
 
@@ -443,6 +420,7 @@ def main(cfg: Config) -> None:
         numbers["logp_s"] = round(planned - began, 4)
         numbers["update_s"] = round(time.monotonic() - planned, 4)
         log_step(cfg, method, run, collected, updates, numbers)
+    policy.close()
     finish(cfg, run)
 
 

@@ -37,6 +37,7 @@ from core import cli, flops, launch, optim, page, ranks
 from core.errors import UserError
 from core.files import write_json
 from core.run import Run
+from tasks import scoring
 
 BASE = Path("runs/base")  # the tiny base model
 
@@ -232,7 +233,8 @@ def show_plan(cfg: Config, train: list, tokenizer, folder: Path, device, steps: 
             problems, _ = data.problems(cfg.data, tokenizer, cfg.max_len, **columns)
         except UserError:  # plain text, or conversations that ask nothing
             problems = []
-        print(evaluate.check_demonstrations(problems, tokenizer, tasks.load_reward(cfg.reward)))
+        policy = scoring.Policy(None, tokenizer, tasks.load_reward(cfg.reward), cfg.max_new)
+        print(scoring.check_demonstrations(problems, policy))
 
 
 # ---- loss ----------------------------------------------------------------------------------------

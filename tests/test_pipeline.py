@@ -348,7 +348,7 @@ def test_entropy_that_rises_without_the_reward_is_said_once(coin, tmp_path, caps
     cfg = rl_config(coin, tmp_path / "r")
     run_now = run.Run(cfg, cfg.steps, coin)
     run_now.attach(policy_of(coin, "math").net, [], None)
-    row = dict.fromkeys(("truncated", "unparsed"), 0.0)
+    row = dict.fromkeys(("truncated", "unparsed", "unscored"), 0.0)
     row |= {"kind": "train", "signal": 50.0, "right": 40.0, "reward": 40.0, "updates": 1}
     for step in range(30):
         run_now.metrics.append({**row, "entropy": 1 + step / 20})

@@ -202,7 +202,8 @@ def row_of(folder, reward: float, n_tokens=4, finished=True, prefix=(), **settin
     response = rollout.Response([5] * n_tokens, [-0.5] * n_tokens, [0.0] * n_tokens, finished)
     request = evaluate.Request(problem, list(prefix), 2, number=7)
     cfg = rl_config(folder, "never written", **settings)
-    return rl.score(cfg, request, response, policy.judge(problem, response))
+    (record,) = policy.judge([(problem, response)])
+    return rl.score(cfg, request, response, record)
 
 
 def test_a_cut_response_earns_nothing_and_keeps_a_negative_reward(small_task):
@@ -239,7 +240,7 @@ def test_a_demonstration_that_the_reward_calls_wrong_earns_nothing(small_task):
     values = []
     for value in (1.0, 0.0):
         policy.reward = lambda text, row, value=value: value
-        row = rl.expert_row(rl_config(small_task, "never written"), policy, problem, 3)
+        row = rl.expert_rows(rl_config(small_task, "never written"), policy, {3: problem})[3]
         assert row.is_expert
         assert row.response == problem.expert
         assert row.logp == [0.0] * len(problem.expert)
@@ -253,7 +254,7 @@ def test_a_demonstration_is_not_punished_for_its_length(small_task):
     policy.reward = lambda text, row: 1.0
     n = len(problem.expert)
     cfg = rl_config(small_task, "never written", max_new=n, overlong=n)
-    assert rl.expert_row(cfg, policy, problem, 3).reward == 1
+    assert rl.expert_rows(cfg, policy, {3: problem})[3].reward == 1
 
 
 # ---- what is sampled -----------------------------------------------------------------------------
