@@ -22,6 +22,7 @@ Shapes: B rows, T tokens.
 
 import hashlib
 import itertools
+from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -339,15 +340,18 @@ def problems(
     needs_gold: bool = True,
     reads: Collection[str] = (),
     check: Callable | None = None,
+    most: int = 0,
 ) -> tuple[list[Problem], int]:
     """(problems, number dropped as longer than max_prompt tokens) of an RL or evaluation file.
 
     needs_gold: rows need a gold answer that is text, as verify.py does; other rewards may not, and
     get rows with any gold or none. reads: columns that the reward reads, which are not named as
-    not used. check: raises UserError for a row that the reward cannot read.
+    not used. check: raises UserError for a row that the reward cannot read. most: all rows are read
+    and counted, and so many problems with a demonstration are kept; 0 keeps every problem.
     """
     notes = rows.Notes(path, reads)
     found = []
+    prompt_keys = array("Q")
     n_long = 0
 
     def texts_of(row):
@@ -364,14 +368,17 @@ def problems(
             notes.drop("no tokens in their prompt")
         else:
             demonstration = [*expert[0], tokenizer.eos] if expert else None
-            found.append(Problem(question, ids, gold, row, demonstration, _opened(text)))
-    if not found:
+            problem = Problem(question, ids, gold, row, demonstration, _opened(text))
+            prompt_keys.append(cache.prompt_key(problem))
+            if not most or demonstration and len(found) < most:
+                found.append(problem)
+    if not prompt_keys:
         why = f"{n_long} prompts over {max_prompt} tokens; raise --max-prompt (sft.py: --max-len)"
         raise UserError(f"{path}: no problem left: {notes.dropped() or why}")
     notes.print()
-    n_distinct = len({tuple(problem.prompt) for problem in found})
-    if n_distinct < len(found):
-        print(f"{path}: {len(found)} problems, {n_distinct} distinct prompts")
+    n_distinct = len(set(prompt_keys))
+    if n_distinct < len(prompt_keys):
+        print(f"{path}: {len(prompt_keys)} problems, {n_distinct} distinct prompts")
     return found, n_long
 
 

@@ -32,7 +32,7 @@ import losses
 import model as model_file
 import phases
 import tasks
-from core import cli, launch, optim, page, ranks
+from core import cli, launch, memory, optim, page, ranks
 from core.errors import UserError
 from core.files import write_json
 from core.run import CACHE, Run, is_new
@@ -169,9 +169,10 @@ def load_examples(cfg: Config, tokenizer, cache: Path | None) -> tuple[data.Rows
         train, val = data.hold_out(train, 199)
         n_long_val = 0
         print(f"no --val: {len(val)} rows of {cfg.data} held out for validation")
+    kept = f"; ids in {cache}, {memory.text(train.n_bytes)}" if cache else ""
     print(
         f"{len(train)} training and {len(val)} validation examples; "
-        f"{n_long + n_long_val} over {cfg.max_len} tokens dropped",
+        f"{n_long + n_long_val} over {cfg.max_len} tokens dropped{kept}",
         flush=True,
     )
     return train, val
@@ -247,7 +248,7 @@ def show_plan(cfg: Config, train: data.Rows, tokenizer, folder: Path, device, st
         )
         columns = tasks.columns(cfg.reward) | {"needs_gold": False}
         try:
-            problems, _ = data.problems(cfg.data, tokenizer, cfg.max_len, **columns)
+            problems, _ = data.problems(cfg.data, tokenizer, cfg.max_len, **columns, most=1000)
         except UserError:  # plain text, or conversations that ask nothing
             problems = []
         print(evaluate.check_demonstrations(problems, tokenizer, tasks.load_reward(cfg.reward)))

@@ -84,6 +84,11 @@ class Rows(Sequence):
         return self._entries["n_ids"][self._places]
 
     @property
+    def n_bytes(self) -> int:
+        """The size of the files, with the rows that are not among these."""
+        return os.fstat(self._ids.fileno()).st_size + self._entries.nbytes
+
+    @property
     def prompt_keys(self) -> np.ndarray:
         return self._entries["prompt_key"][self._places]
 

@@ -146,7 +146,10 @@ def show_rows(rows: Iterator, total: int, what: str) -> Iterator:
             printed = now
             rate = n / (now - began)
             left = (total - n) / rate / 60
-            print(f"{what}: {n:,} of {total:,} rows, {rate:,.0f} per s, {left:.0f} minutes left")
+            print(
+                f"{what}: {n:,} of {total:,} rows, {rate:,.0f} per s, {left:.0f} minutes left",
+                flush=True,
+            )
 
 
 def show_progress(what: str):
