@@ -70,7 +70,7 @@ class Rows(Sequence):
         self._ids = open(folder / "ids.bin", "rb", buffering=0)
         self._entries = np.asarray(np.memmap(folder / "rows.bin", ENTRY, mode="r"))
         self._typecode = typecode
-        self._places = np.arange(len(self._entries))
+        self._places = np.arange(len(self._entries), dtype=np.int32)
 
     def pick(self, places) -> "Rows":
         """The rows at these places."""

@@ -52,7 +52,7 @@ def plan(n: int, seed: int, start: int, count: int) -> list[int]:
 
 @lru_cache(maxsize=2)  # a million rows take longer to shuffle than a small step to train
 def _permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
-    return torch.randperm(n, generator=ranks.generator(seed, "epoch", epoch))
+    return torch.randperm(n, generator=ranks.generator(seed, "epoch", epoch)).int()
 
 
 def cut(lengths: Sequence[int], budget: int) -> list[list[int]]:
