@@ -2,7 +2,9 @@
 
 import math
 import sys
+import time
 from collections import Counter
+from collections.abc import Iterator
 
 from core.pool import LOST
 
@@ -142,6 +144,28 @@ def print_comparison(names: list[str], summaries: list[dict], differences: list[
     for row in differences:
         interval = f"[{number(row['low'], '+.1f')}, {number(row['high'], '+.1f')}]"
         print(f"  {row['from']} -> {row['to']}  {row['difference']:+.1f} {interval}")
+
+
+def show_rows(rows: Iterator, total: int, what: str) -> Iterator:
+    """Hand the rows on; a bar with their rate on a terminal, a line per half minute in a log."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(rows, desc=what, total=total, unit=" rows", leave=False)
+        return
+    began = time.monotonic()
+    printed = began
+    for n, row in enumerate(rows, 1):
+        yield row
+        now = time.monotonic()
+        if now - printed > 30:
+            printed = now
+            rate = n / (now - began)
+            left = (total - n) / rate / 60
+            print(
+                f"{what}: {n:,} of {total:,} rows, {rate:,.0f} per s, {left:.0f} minutes left",
+                flush=True,
+            )
 
 
 def show_progress(what: str):

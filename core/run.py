@@ -12,6 +12,7 @@
     runs/sft/metrics.jsonl    one object per line: step kind tokens flops seconds ...
     runs/sft/samples.jsonl    what the model wrote, and how it was judged
     runs/sft/checkpoints/     see checkpoint.py
+    runs/sft/cache/           tokenized rows (SFT), see cache.py
 
 Rank 0 writes the directory and prints; all ranks know its contents and decide alike. On several
 nodes it has to lie on a file system that all of them see.
@@ -36,6 +37,7 @@ from core.errors import UserError
 from core.files import write_aside, write_json
 
 LOCK = ".lock"  # held by the process that writes in the directory
+CACHE = "cache"  # the folder of tokenized rows, which may be there before the run begins
 FIXED = ("init", "data", "val", "reward", "algo")  # settings that a resumed run cannot change
 PER_CALL = ("resume", "overwrite", "dry_run", "out")  # settings that belong to one call
 KEPT_GROUPS = 4  # groups per step in samples.jsonl
@@ -81,16 +83,8 @@ class Run:
     # ---- the directory ---------------------------------------------------------------------------
     def _examine(self) -> dict | None:
         """trainer.json of the checkpoint to go on from, or None; on rank 0. Changes nothing."""
-        if not self.dir.exists() or all(path.name == LOCK for path in self.dir.iterdir()):
+        if is_new(self.cfg, self.start):
             return None
-        if self.cfg.overwrite:
-            self._check_overwrite()
-            return None
-        if not self.cfg.resume:
-            raise UserError(
-                f"{self.dir} exists already: --resume goes on with it, --overwrite starts anew, "
-                "--out names another"
-            )
         self._compare(recorded(self.dir))
         resumed = checkpoint.newest_whole(self.checkpoints)
         log = self.dir / "metrics.jsonl"
@@ -100,24 +94,6 @@ class Run:
                 "or start anew with --overwrite"
             )
         return resumed
-
-    def _check_overwrite(self) -> None:
-        """Refuse to empty a folder that is no run's, or that this run reads from."""
-        if not (self.dir / "run.json").exists():
-            raise UserError(
-                f"{self.dir} is not a run directory (no run.json): --overwrite leaves it alone; "
-                "pick another --out"
-            )
-        read = [str(self.start)]
-        for name in ("data", "val", "problems", "reward"):
-            read.append(getattr(self.cfg, name, "").partition(".py:")[0])
-        for path in filter(None, read):
-            for place in (Path(path).absolute(), Path(path).resolve()):
-                if place.is_relative_to(self.dir.resolve()):
-                    raise UserError(
-                        f"--overwrite would delete {path}, which this run starts from; "
-                        "pick another --out"
-                    )
 
     def _compare(self, before: dict) -> None:
         """Refuse to go on with other data or another model; say which settings are now others."""
@@ -363,6 +339,41 @@ class Run:
                 spare.append(step)
         for step in spare[: max(0, len(whole) - self.cfg.keep)]:
             shutil.rmtree(folders[step])
+
+
+def is_new(cfg, start: Path) -> bool:
+    """Whether a run begins in cfg.out, rather than goes on there. Refuses a folder in which it may
+    do neither; changes nothing."""
+    folder = Path(cfg.out)
+    if not folder.exists() or {path.name for path in folder.iterdir()} <= {LOCK, CACHE}:
+        return True
+    if not cfg.overwrite and not cfg.resume:
+        raise UserError(
+            f"{folder} exists already: --resume goes on with it, --overwrite starts anew, "
+            "--out names another"
+        )
+    if cfg.overwrite:
+        _check_overwrite(cfg, folder, start)
+    return cfg.overwrite
+
+
+def _check_overwrite(cfg, folder: Path, start: Path) -> None:
+    """Refuse to empty a folder that is no run's, or that this run reads from."""
+    if not (folder / "run.json").exists():
+        raise UserError(
+            f"{folder} is not a run directory (no run.json): --overwrite leaves it alone; "
+            "pick another --out"
+        )
+    read = [str(start)]
+    for name in ("data", "val", "problems", "reward"):
+        read.append(getattr(cfg, name, "").partition(".py:")[0])
+    for path in filter(None, read):
+        for place in (Path(path).absolute(), Path(path).resolve()):
+            if place.is_relative_to(folder.resolve()):
+                raise UserError(
+                    f"--overwrite would delete {path}, which this run starts from; "
+                    "pick another --out"
+                )
 
 
 def whole_groups(records: list[dict], trained: set[int]) -> list[dict]:
