@@ -144,6 +144,13 @@ def run_json(command: list[str], cfg: Common, what: str) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def run_peer(script: str, cfg: Common, model, work: Path, *flags) -> dict:
+    """A script of bench/peers on a model folder and the work that it is to do."""
+    command = [cfg.peer_python, PEERS / script, "--model", model, "--work", work]
+    command += ["--dtype", cfg.dtype, "--threads", cfg.threads, *flags]
+    return run_json(list(map(str, command)), cfg, " ".join(map(str, [script, *flags])))
+
+
 def with_rates(found: dict) -> dict:
     """The same with tokens per second and tokens per CPU-second."""
     return found | {

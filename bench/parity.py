@@ -3,13 +3,13 @@
     python -m bench parity --peer-python /path/to/python     a table, then one line of JSON
 
 Rows are made up: 6 groups of 4 responses, one of which agrees in its rewards. Ours go through
-losses.py and rl.py's own forward and backward (SFT: sft.py's), theirs through GRPOTrainer and
-SFTTrainer (bench/peers/trl_parity.py). r = 1: the round's first step. r != 1: a later one, under
-moved weights, where clips act.
+losses.py and the forward and backward of rl.py and sft.py, theirs through GRPOTrainer and
+SFTTrainer (bench/peers/trl_parity.py). Step 1 is the round's first, where all ratios are 1; step 2
+comes after the weights have moved, so that clips act.
 
 factor       what ours is multiplied by to come nearest to theirs (least squares)
-difference   largest difference of a gradient, over the largest gradient, ours as it stands
-like theirs  the same with TRL's constant in the advantage, R / (std + 1e-4); ours is 1e-6
+difference   largest difference of a gradient, over the largest gradient
+like_theirs  the same with TRL's constant beside the standard deviation, 1e-4; ours is 1e-6
 """
 
 import json
@@ -128,6 +128,14 @@ def write_weights(folder: Path) -> None:
 
 
 # ---- our side
+class Step(NamedTuple):
+    """What one optimizer step would do."""
+
+    loss: float
+    gradients: dict[str, torch.Tensor]
+    clipped: float  # share of the tokens whose ratio is outside the clip's bounds
+
+
 def rl_rows(work: dict) -> list[list[losses.Row]]:
     groups = []
     for number, prompt in enumerate(work["prompts"]):
@@ -138,22 +146,25 @@ def rl_rows(work: dict) -> list[list[losses.Row]]:
     return groups
 
 
-def our_rl(method: losses.GRPO, work: dict, folder: Path) -> list[tuple[float, dict]]:
-    """(loss, gradients) of the round's first step, and of one under the moved weights."""
+def our_rl(method: losses.GRPO, work: dict, folder: Path) -> list[Step]:
+    """The round's first step, and one under the moved weights."""
     cfg = rl.Config(
         temperature=TEMPERATURE, micro_tokens=200, prompts=N_PROMPTS, update_prompts=N_PROMPTS
     )
     model = model_file.load_model(folder / "model")
     (update,) = rl.make_batches(cfg, method, model, None, rl_rows(work))
     old_logp, _ = rl.logp_now(cfg, model, update.rows, update.batch.mask.shape[1])
-    first = rl.train_on(cfg, method, model, update)["loss"], take_gradients(model)
-    model.load_state_dict(load_file(folder / "moved.safetensors"))
     later = update._replace(batch=update.batch._replace(old_logp=old_logp))
-    return [first, (rl.train_on(cfg, method, model, later)["loss"], take_gradients(model))]
+    steps = []
+    for given in (update, later):
+        sums = rl.train_on(cfg, method, model, given)
+        clipped = sums["clipped"] / sums["tokens"]
+        steps.append(Step(sums["loss"], take_gradients(model), clipped))
+        model.load_state_dict(load_file(folder / "moved.safetensors"))
+    return steps
 
 
-def our_sft(loss: str, work: dict, folder: Path) -> list[tuple[float, dict]]:
-    """[(loss, gradients)] of one step."""
+def our_sft(loss: str, work: dict, folder: Path) -> list[Step]:
     examples = []
     for prompt, responses in zip(work["prompts"], work["responses"], strict=True):
         examples += [data.Example(prompt, ids) for ids in responses]
@@ -165,7 +176,7 @@ def our_sft(loss: str, work: dict, folder: Path) -> list[tuple[float, dict]]:
         part = sft.batch_loss(model, ids, mask, step.n_trained, alpha)
         part.backward()
         total += part.item()
-    return [(total, take_gradients(model))]
+    return [Step(total, take_gradients(model), 0.0)]
 
 
 def take_gradients(model) -> dict[str, torch.Tensor]:
@@ -174,7 +185,7 @@ def take_gradients(model) -> dict[str, torch.Tensor]:
     return found
 
 
-def our_steps(case: Case, work: dict, folder: Path, method: type) -> list[tuple[float, dict]]:
+def our_steps(case: Case, work: dict, folder: Path, method: type) -> list[Step]:
     if case.theirs.get("trainer") == "sft":
         return our_sft(case.ours["loss"], work, folder)
     return our_rl(method(**case.ours), work, folder)
@@ -195,17 +206,18 @@ def compare(name: str, work: dict, folder: Path, their_losses: dict) -> list[dic
     plain = our_steps(case, work, folder, losses.GRPO)
     alike = our_steps(case, work, folder, TheirEpsilon)
     rows = []
-    for n, ((loss, gradients), (_, adapted)) in enumerate(zip(plain, alike, strict=True), 1):
+    for n, (ours, adapted) in enumerate(zip(plain, alike, strict=True), 1):
         theirs = load_file(folder / f"{name} {n}.safetensors")
-        factor, apart = difference(gradients, theirs)
+        factor, apart = difference(ours.gradients, theirs)
         row = {
             "case": name,
-            "step": "" if len(plain) == 1 else "r = 1" if n == 1 else "r != 1",
-            "loss": loss,
+            "step": n,
+            "clipped": ours.clipped,
+            "loss": ours.loss,
             "their_loss": their_losses[f"{name} {n}"],
             "factor": factor,
             "difference": apart,
-            "like_theirs": difference(adapted, theirs)[1],
+            "like_theirs": difference(adapted.gradients, theirs)[1],
             "why": case.why,
         }
         rows.append(row)
