@@ -30,6 +30,7 @@ from core import ranks
 from core.flops import flops, forward_flops, hardware_flops  # noqa: F401
 from core.folder import ModelConfig, read_config, read_weights, write_folder
 from core.rope import dynamic_frequencies, rope_frequencies, rope_magnitude
+from core.shared import Line, Places
 
 # Logits held at once: 128 MB in fp32, 220 tokens of Qwen's vocabulary of 152k. On CUDA 8 times as
 # many, because each chunk costs one more pass over the gradient of the head.
@@ -46,6 +47,36 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     the first half of sin is negated.
     """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
+    """q (B, Q, H, K), k and v (B, n, Hkv, K) -> (B, Q, H, K).
+
+    visible (B, 1, Q, n): keys that each query sees; None = causal, with n = Q.
+    """
+    q = q.transpose(1, 2)
+    k = k.transpose(1, 2)
+    v = v.transpose(1, 2)
+    group = q.shape[1] // k.shape[1]
+    if q.is_cuda and (q.dtype == torch.float32 or visible is not None):
+        # No fused kernel of CUDA shares key heads among query heads then
+        k = k.repeat_interleave(group, 1)
+        v = v.repeat_interleave(group, 1)
+        group = 1
+    causal = visible is None
+    y = F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal, enable_gqa=group > 1)
+    return y.transpose(1, 2)
+
+
+def attend_shared(q: Tensor, k: Tensor, v: Tensor, places: Places) -> Tensor:
+    """q (N, H, K), k and v (N, Hkv, K) of a line of core/shared.py -> (N, H, K)."""
+    prompt_k = k[places.prompts]  # (G, P, Hkv, K)
+    prompt_v = v[places.prompts]
+    of_prompts = attend(q[places.prompts], prompt_k, prompt_v)
+    row_k = torch.cat((prompt_k[places.group], k[places.rows]), 1)  # (B, P + R, Hkv, K)
+    row_v = torch.cat((prompt_v[places.group], v[places.rows]), 1)
+    of_rows = attend(q[places.rows], row_k, row_v, places.visible)
+    return torch.cat((of_prompts.flatten(0, 1), of_rows.flatten(0, 1)))[places.back]
 
 
 class Attention(nn.Module):
@@ -72,25 +103,17 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(self.q_norm_width, config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(self.k_normed, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, places: Places | None) -> Tensor:
         B, T, _ = x.shape
         heads = (B, T, -1, self.head_dim)
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.q_norm_width)).view(heads)
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.k_normed)).view(heads)
+        v = self.v_proj(x).view(heads)
         if self.rotary:
             q = rotate(q, cos, sin)
             k = rotate(k, cos, sin)
-        q = q.transpose(1, 2)  # (B, H, T, K)
-        k = k.transpose(1, 2)  # (B, Hkv, T, K)
-        v = self.v_proj(x).view(heads).transpose(1, 2)
-        group = q.shape[1] // k.shape[1]
-        if q.is_cuda and q.dtype == torch.float32:
-            # In fp32 no fused kernel of CUDA shares key heads among query heads.
-            k = k.repeat_interleave(group, 1)
-            v = v.repeat_interleave(group, 1)
-            group = 1
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        y = attend(q, k, v) if places is None else attend_shared(q[0], k[0], v[0], places)
+        return self.o_proj(y.reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -131,17 +154,18 @@ class Block(nn.Module):
         self.recompute = False  # keep only x for the backward, which runs the block once more
         self.compiled = None  # torch.compile of _run, where it is used
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *where) -> Tensor:
         run = self.compiled or self._run
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(run, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
-        return run(x, cos, sin)
+            return checkpoint(run, x, *where, use_reentrant=False, preserve_rng_state=False)
+        return run(x, *where)
 
-    def _run(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _run(self, x: Tensor, *where) -> Tensor:
+        """x (B, T, D); where: cos, sin and places, for attention."""
         if self.post_norm:
-            x = x + self.post_attention_layernorm(self.self_attn(x, cos, sin))
+            x = x + self.post_attention_layernorm(self.self_attn(x, *where))
             return x + self.post_feedforward_layernorm(self.mlp(x))
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        x = x + self.self_attn(self.input_layernorm(x), *where)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -168,18 +192,20 @@ class Model(nn.Module):
             return self.model.embed_tokens.weight
         return self.lm_head.weight
 
-    def forward(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, positions: Tensor | None = None, places: Places | None = None
+    ) -> Tensor:
         """ids (B, T) -> hidden (B, T, D), after the final norm.
 
         positions (B or 1, T) only rotate queries and keys; None = 0..T-1 in each row. Attention is
-        causal along the row in any case.
+        causal along the row in any case, or, with places, within the groups of one line (B = 1).
         """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
         x = self.model.embed_tokens(ids)  # (B, T, D)
         cos, sin = self.angles(positions, x.dtype)
         for block in self.model.layers:
-            x = block(x, cos, sin)
+            x = block(x, cos, sin, places)
         return self.model.norm(x)
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -219,12 +245,29 @@ def response_logp(
     chosen = torch.arange(int(lengths.max()), device=mask.device) < lengths[:, None]
     chosen = chosen.to(ids.device)
     hidden, targets = _trained(model, ids, mask)
-    values = token_logp(hidden, model.head, targets, temperature, entropy=entropy)
-    zeros = torch.zeros(chosen.shape, device=ids.device)
-    if not entropy:
-        return zeros.masked_scatter(chosen, values), None, chosen
-    logp, entropies = values
-    return zeros.masked_scatter(chosen, logp), zeros.masked_scatter(chosen, entropies), chosen
+    return (*_rows(hidden, model.head, targets, chosen, temperature, entropy), chosen)
+
+
+def grouped_logp(
+    model: Model, line: Line, temperature: float = 1.0, entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """response_logp() of all responses of a line of core/shared.py: logp and entropy, (B, R)."""
+    device = model.head.device
+    ids = line.ids.to(device)
+    hidden = model(ids, line.positions.to(device), line.places.to(device))[0]
+    hidden = hidden.index_select(0, line.sources.to(device))
+    targets = ids[0, line.targets.to(device)]
+    return _rows(hidden, model.head, targets, line.chosen.to(device), temperature, entropy)
+
+
+def _rows(hidden, head, targets, chosen, temperature: float, entropy: bool) -> tuple:
+    """Log-probs and entropies of the N targets, at their places in rows: both (B, R), or None."""
+    values = token_logp(hidden, head, targets, temperature, entropy=entropy)
+    logp, entropies = values if entropy else (values, None)
+    zeros = torch.zeros(chosen.shape, dtype=logp.dtype, device=hidden.device)
+    if entropy:
+        entropies = zeros.masked_scatter(chosen, entropies)
+    return zeros.masked_scatter(chosen, logp), entropies
 
 
 def _trained(model: Model, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

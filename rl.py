@@ -37,7 +37,7 @@ import methods
 import model as model_file
 import rollout
 import tasks
-from core import cli, console, launch, optim, page, ranks
+from core import cli, console, flops, launch, optim, page, ranks, shared
 from core.errors import UserError
 from core.run import Run, whole_groups
 from losses import Batch, Row
@@ -260,15 +260,13 @@ def make_batches(cfg: Config, method, net, reference, groups: list) -> list[Upda
 
 
 def micro_batches(cfg: Config, rows: list[Row]) -> Iterator:
-    """(indices of rows, ids (b, T), mask (b, T)) of each micro-batch of this rank."""
-    examples = [data.Example(row.prompt, row.response) for row in rows]
-    return data.micro_batches(examples, cfg.micro_tokens, ranks.rank(), ranks.world())
+    """(indices of rows, their line of tokens) of each micro-batch of this rank."""
+    return shared.micro_batches(rows, cfg.micro_tokens, ranks.rank(), ranks.world())
 
 
-def forward(cfg: Config, net, ids, mask, width: int, entropy: bool = True) -> tuple:
+def forward(cfg: Config, net, line: shared.Line, width: int, entropy: bool = True) -> tuple:
     """Log-probs and entropies of the responses at the sampling temperature, both (b, width)."""
-    ids = ids.to(net.head.device)
-    logp, spread, _ = model_file.response_logp(net, ids, mask, cfg.temperature, entropy)
+    logp, spread = model_file.grouped_logp(net, line, cfg.temperature, entropy)
     spread = torch.zeros_like(logp) if spread is None else spread
     missing = width - logp.shape[1]
     return F.pad(logp, (0, missing)), F.pad(spread, (0, missing))
@@ -279,8 +277,8 @@ def logp_now(cfg: Config, net, rows: list[Row], R: int, entropy: bool = False) -
     """Log-probs and entropies (B, R) of all rows under the weights as they are."""
     logp = torch.zeros(len(rows), R, device=net.head.device)
     spread = torch.zeros_like(logp)
-    for part, ids, mask in micro_batches(cfg, rows):
-        values = forward(cfg, net, ids, mask, R, entropy)
+    for part, line in micro_batches(cfg, rows):
+        values = forward(cfg, net, line, R, entropy)
         logp[part] = values[0][: len(part)]
         spread[part] = values[1][: len(part)]
     return ranks.add_up(logp), ranks.add_up(spread)
@@ -296,9 +294,9 @@ def train_on(cfg: Config, method, net, update: Update) -> dict:
     R = batch.mask.shape[1]
     sums = torch.zeros(len(losses.SUMS), dtype=torch.float64, device=batch.mask.device)
     parts = list(micro_batches(cfg, rows))
-    for n, (part, ids, mask) in enumerate(parts, 1):
+    for n, (part, line) in enumerate(parts, 1):
         ranks.reduce_now(net, n == len(parts))
-        logp, entropy = forward(cfg, net, ids, mask, R)  # (b, R)
+        logp, entropy = forward(cfg, net, line, R)  # (b, R)
         if not part:  # only the collectives that the other ranks wait for
             (logp.sum() * 0).backward()
             continue
@@ -316,7 +314,7 @@ def evaluate_now(cfg: Config, run: Run, step: int, policy, problems: list) -> No
     """pass@1 on the validation problems, and the ceiling as it looks now."""
     sampling = policy.sampling(cfg.eval_temperature, ranks.seed_of(cfg.seed, "eval"))
     summary, records = evaluate.evaluate(policy, problems, cfg.eval_n, sampling)
-    run.log(step, "eval", **summary)
+    run.log(step, eval=summary)
     run.log_samples(step, [{**record, "kind": "eval"} for record in records[: 4 * cfg.eval_n]])
     fit = fit_so_far(run)
     print(
@@ -446,48 +444,13 @@ def main(cfg: Config) -> None:
     finish(cfg, run)
 
 
-def compute_of(cfg: Config, method, config, collected: Round, updates: list) -> tuple:
-    """(tokens, FLOPs as the paper counts them, FLOPs of the machine) of one round.
-
-    The paper's (24)-(29): a forward per sampled row, three per trained one, and (26) for some
-    methods one more per expert row. The machine reads a prompt once per group.
-    """
-    sampled = [row.length for group in collected.sampled for row in group]
-    drawn = 0
-    cached = []
-    for group in collected.sampled:
-        for i, row in enumerate(group):
-            drawn += len(row.response) - row.n_prefix
-            cached.append(len(row.prompt) if i else 0)
-    work = model_file.flops(config, sampled, drawn, cached)
-    rows = [row for group in collected.groups for row in group]
-    trained = [row.length for row in rows]
-    experts = [row.length for row in rows if row.is_expert and method.expert_forward]
-    paper = work.paper + 3 * model_file.flops(config, trained).paper
-    paper += model_file.flops(config, experts).paper
-    machine = work.blocks + work.head
-    if method.needs_entropy:  # the forward that gives old_logp too
-        n_trained = sum(len(row.response) for row in rows)
-        machine += model_file.hardware_flops(config, trained, n_trained)
-    for n, update in enumerate(updates):
-        lengths = [row.length for row in update.rows]
-        work = model_file.flops(config, lengths, sum(len(row.response) for row in update.rows))
-        passes = 3  # a backward is two forwards
-        if n > 0 and not method.needs_entropy:
-            passes += 1  # old_logp
-        if method.kl_coef:
-            passes += 1  # ref_logp
-        machine += passes * (work.blocks + work.head) + cfg.recompute * work.blocks
-    return sum(sampled), paper, machine
-
-
 def log_step(cfg: Config, method, run: Run, collected: Round, updates: list, numbers: dict) -> None:
     """Compute spent, samples, the step's line in metrics.jsonl, and the printed line."""
-    run.count(*compute_of(cfg, method, run.model.config, collected, updates))
+    run.count(*flops.of_round(cfg, method, run.model.config, collected, updates))
     step = run.step + 1
     trained = {row.group for update in updates for row in update.rows}
     run.log_samples(step, whole_groups(collected.records, trained))
-    run.log(step, "train", **numbers)
+    run.log(step, train=numbers)
     console.print_rl_step(cfg, run, step, numbers)
     console.print_hints(cfg, run, numbers, collected.records)
 

@@ -267,7 +267,7 @@ def validate(cfg: Config, run: Run, step: int, policy, val: list, problems: list
         lines["eval"], records = evaluate.evaluate(policy, problems, 1, sampling)
         shown = f"  pass@1 {lines['eval']['pass1']:.1f} (se {lines['eval']['pass1_se']:.1f})"
         run.log_samples(step, records[:20])
-    run.log_together(step, lines)
+    run.log(step, **lines)
     found = diagnose(run)
     print(f"step {step:5d}  val loss {loss:.4f}  {regime_now(found)}{shown}", flush=True)
     run.prune({found.recommended_step})
@@ -366,7 +366,7 @@ def log_step(cfg: Config, run: Run, step: int, numbers: dict, batch: Step, clock
     spent = {}
     for name, began, ended in zip(("data_s", "train_s", "update_s"), clock, clock[1:]):
         spent[name] = round(ended - began, 4)
-    run.log(step, "train", **numbers, **spent)
+    run.log(step, train={**numbers, **spent})
     if step % cfg.log_every == 0:
         rate = run.totals["tokens"] / max(1e-9, run.seconds)
         print(

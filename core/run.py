@@ -4,9 +4,9 @@
     run.attach(model, optimizers, write_model)   loads the checkpoint it goes on from; begins
     for step in run.steps():                     the number of steps done so far
         run.checkpoint(step)                     saves when an evaluation, a signal or a flag asks
-        if run.due(step, "eval"): ...            evaluate, then run.log(step, "eval", ...)
+        if run.due(step, "eval"): ...            evaluate, then run.log(step, eval=numbers)
         if run.over(step): break
-        ...                                      one training step, then run.log(step + 1, "train")
+        ...                                      one step, then run.log(step + 1, train=numbers)
 
     runs/sft/run.json         every field as used, argv, number of ranks, versions
     runs/sft/metrics.jsonl    one object per line: step kind tokens flops seconds ...
@@ -223,7 +223,7 @@ class Run:
     def due(self, step: int, kind: str) -> bool:
         """Whether a line of this kind ("val", "eval") is to be made now: every eval_every steps and
         at the end, unless a run that was killed had made it already."""
-        if step % self.cfg.eval_every and not self._at_end(step):
+        if step % self.cfg.eval_every and step != self.last:
             return False
         return not any(row["step"] == step for row in self.of_kind(kind))
 
@@ -231,22 +231,20 @@ class Run:
         """Save where an evaluation follows, where --save-every asks, and on a signal."""
         self.interrupted = ranks.any_of(self._signals)
         on_schedule = self.cfg.save_every and step % self.cfg.save_every == 0
-        evaluated = step % self.cfg.eval_every == 0 or self._at_end(step)
+        evaluated = step % self.cfg.eval_every == 0 or step == self.last
         if evaluated or on_schedule or self.interrupted:
             self.save(step)
 
     def over(self, step: int) -> bool:
         """Whether the run ends here: its last step, end(), or a signal."""
         self._charge_time("evaluations")
-        return self._at_end(step) or self.interrupted
+        return step == self.last or self.interrupted
 
     def end(self, reason: str) -> None:
         """Make the present step the run's last one."""
         self.ended = reason
+        self.last = self.step
         print(f"step {self.step} is the last one: {reason}", flush=True)
-
-    def _at_end(self, step: int) -> bool:
-        return step == self.last or bool(self.ended)
 
     def watch(self, norm: float, step: int) -> None:
         """Name a skipped update (gradient norm NaN or infinite); five in a row stop the run."""
@@ -297,19 +295,19 @@ class Run:
     def of_kind(self, kind: str) -> list[dict]:
         return [row for row in self.metrics if row["kind"] == kind]
 
-    def log(self, step: int, kind: str, **numbers) -> None:
-        """Append one line to metrics.jsonl. Infinite and NaN become null, which JSON knows."""
-        self.log_together(step, {kind: numbers})
+    def log(self, step: int, **kinds: dict) -> None:
+        """Append lines to metrics.jsonl: run.log(40, val={"val_loss": 1.2}, eval={"pass1": 30.0}).
 
-    def log_together(self, step: int, kinds: dict[str, dict]) -> None:
-        """Append a line of each kind in one write: a kill leaves all of them or none."""
-        peak = {}
+        One write, so a kill leaves all of them or none. Infinite and NaN become null, which JSON
+        knows. A train line charges the time since the last one to the steps.
+        """
         if "train" in kinds:
             self._charge_time("steps")
-            peak = peak_memory()
         rows = []
         for kind, numbers in kinds.items():
-            row = {"step": step, "kind": kind, **self.totals, **numbers, **peak}
+            row = {"step": step, "kind": kind, **self.totals, **numbers}
+            if kind == "train" and torch.cuda.is_available():
+                row["peak_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
             for name, value in row.items():
                 if isinstance(value, float) and not math.isfinite(value):
                     row[name] = None
@@ -332,7 +330,7 @@ class Run:
         kind "hint", with the step whose numbers show it."""
         if all(row["key"] != key for row in self.of_kind("hint")):
             print(f"hint: {text}", flush=True)
-            self.log(self.step + 1, "hint", key=key, text=text)
+            self.log(self.step + 1, hint={"key": key, "text": text})
 
     # ---- checkpoints -----------------------------------------------------------------------------
     def folder(self, step: int) -> Path:
@@ -438,10 +436,3 @@ def catch_signals() -> list:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, remember)
     return caught
-
-
-def peak_memory() -> dict:
-    """{"peak_mb": the most that tensors have taken on this GPU}; nothing on the CPU."""
-    if not torch.cuda.is_available():
-        return {}
-    return {"peak_mb": round(torch.cuda.max_memory_allocated() / 2**20)}

@@ -276,7 +276,7 @@ def test_only_the_first_update_of_a_round_takes_its_own_forward_as_the_old_polic
     assert first.batch.old_logp is None
     row = second.rows[0]
     ids, mask = data.collate([data.Example(row.prompt, row.response)])
-    logp, _ = rl.forward(cfg, policy.net, ids, mask, len(row.response))
+    logp, _, _ = model_file.response_logp(policy.net, ids, mask, cfg.temperature)
     found = second.batch.old_logp[0, : len(row.response)]
     assert torch.allclose(found, logp[0], atol=1e-5)
 
