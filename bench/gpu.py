@@ -295,14 +295,11 @@ def run_apart(part: str, limit: float) -> list[dict]:
 
 def as_table(rows: list[dict]) -> str:
     """A Markdown table: part, case, what was found."""
-    lines = ["| part | case | found |", "| --- | --- | --- |"]
+    lines = []
     for row in rows:
-        found = []
-        for key, value in row.items():
-            if key not in ("part", "case"):
-                found.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
-        lines.append(f"| {row['part']} | {row['case']} | {', '.join(found)} |")
-    return "\n".join(lines)
+        found = [f"{k} {measure.as_text(v)}" for k, v in row.items() if k not in ("part", "case")]
+        lines.append({"part": row["part"], "case": row["case"], "found": ", ".join(found)})
+    return measure.as_table(lines)
 
 
 def main(cfg: Config) -> None:
