@@ -200,4 +200,5 @@ def test_losses_and_gradients_are_those_of_trl_but_for_a_constant_beside_the_dev
         assert row["like_theirs"] < 1e-5
         assert row["difference"] < (1e-3 if parity.CASES[name].why else 1e-5)
         assert row["loss"] == pytest.approx(row["their_loss"], rel=1e-3, abs=1e-6)
-        assert (row["clipped"] > 0) == (row["step"] == 2)
+        if name != "CISPO":  # its bound, a ratio of 5, is far away
+            assert (row["clipped"] > 0) == (row["step"] == 2)
