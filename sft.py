@@ -79,7 +79,7 @@ class Config:
     until: Literal["", "stable", "mild", "severe"] = ""  # stop once this regime is reached
     max_new: int = 1024  # tokens per response when sampling --problems
     samples: int = 8  # per problem, besides: what RL in groups of so many would find; 0 = none
-    sample_problems: int = 100  # the first so many of --problems, for those samples
+    sample_problems: int = 64  # the first so many of --problems, for those samples
     temperature: float = 1.0  # of those samples: RL's
     betas = (0.9, 0.95)  # of AdamW, as the paper's
 

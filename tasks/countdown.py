@@ -126,6 +126,7 @@ class Config:
     difficulty: str = "uniform"  # of train.jsonl: uniform, easy, hard (by ease), 3, 4 (one k)
     hazard: float = 0.15  # probability that the expert gives up after a failed try; 0 = patient
     lines: int = 17  # most arithmetic steps that the expert writes
+    nearest: bool = False  # the expert tries values near the target first, not in random order
     verified: bool = False  # keep only trajectories whose boxed answer is right
     val: int = 1000  # trajectories in val.jsonl: uniform difficulty, the same expert
     rl: int = 6000  # problems in rl.jsonl
@@ -346,7 +347,7 @@ def trajectory_rows(name: str, n: int, config: Config, difficulty: str = "unifor
     """n trajectories {"prompt", "answer", "numbers", "response"} of the expert on split `name`."""
 
     def make(numbers, target, rng):
-        response, right = expert(numbers, target, config.hazard, config.lines, rng)
+        response, right = expert(numbers, target, config.hazard, config.lines, rng, config.nearest)
         if config.verified and not right:
             return None
         return {**problem(numbers, target), "response": response}
