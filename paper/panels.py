@@ -10,7 +10,7 @@ import numpy as np
 from core import tables
 from core.errors import UserError
 from paper import figures, findings, published
-from paper.findings import EXACT, STARTS, Study
+from paper.results import EXACT, STARTS, Study
 
 COLOURS = {
     "base": "#777777",
@@ -79,27 +79,29 @@ def apart(values, least: float) -> list[float]:
 def claims_figure(study: Study, found, pyplot):
     """Every claim in points: its effect and interval, coloured by its verdict."""
     shown = [f for f in found if f.margin == findings.MARGIN]
-    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.33 * len(shown)))
+    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.35 * len(shown)))
     for i, f in enumerate(shown):
         colour = VERDICTS.get(f.verdict, NO_EFFECT)
         if not np.isnan(f.effect):
             axes.plot([f.low, f.high], [i, i], color=colour, lw=2)
             axes.plot(f.effect, i, "o", color=colour, ms=5)
-        edge = f.high if not np.isnan(f.effect) else 0
-        text = dict(xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
-        axes.annotate(f.verdict, (edge, i), color=colour, **text)
+        left = f.effect < 0 and f.verdict != "cannot tell"
+        edge = 0 if np.isnan(f.effect) else f.low if left else f.high
+        side = dict(xytext=(-5 if left else 5, 0), ha="right" if left else "left")
+        text = dict(textcoords="offset points", va="center", fontsize=8, color=colour)
+        axes.annotate(f.verdict, (edge, i), **side, **text)
     axes.axvline(0, color="black", lw=0.8)
     axes.axvspan(0, findings.MARGIN, color="#eeeeee", zorder=0)
     axes.set_yticks(range(len(shown)), [wrapped(f.claim) for f in shown])
     axes.invert_yaxis()
-    axes.margins(x=0.12)
+    axes.margins(x=0.18)
     clear(axes)
     axes.tick_params(axis="y", labelsize=7.5)
     axes.set_xlabel("effect in points, 90% interval (grey: below 1 point)", fontsize=SMALL)
     return figure
 
 
-def wrapped(text: str, width: int = 52) -> str:
+def wrapped(text: str, width: int = 36) -> str:
     """A text in lines of at most so many characters."""
     lines = [""]
     for word in text.split():
@@ -120,11 +122,13 @@ def paradigms_figure(study: Study, found, pyplot):
     for name, runs in curves.items():
         for x, y in runs:
             left.plot(x / unit, y, color=COLOURS[name], lw=1, alpha=0.7)
-        ends[name] = np.mean([y[-1] for _, y in runs])
+        ends[name] = (np.mean([y[-1] for _, y in runs]), max(x.max() for x, _ in runs) / unit)
     height = max(y.max() for runs in curves.values() for _, y in runs)
-    placed = apart(list(ends.values()), 0.07 * height)
-    for name, y in zip(ends, placed):
-        left.text(last / unit * 1.02, y, name, color=COLOURS[name], fontsize=SMALL, va="center")
+    placed = apart([end for end, _ in ends.values()], 0.07 * height)
+    for (name, (_, x)), y in zip(ends.items(), placed):
+        label = f"{name} ({study.mixed['base']})" if name == "mixed" else name
+        style = dict(color=COLOURS[name], fontsize=SMALL, va="center")
+        left.text(x + 0.02 * last / unit, y, label, **style)
     left.set_xlim(0, last / unit * 1.45)
     left.set_xlabel(f"compute from the base model ({words})", fontsize=SMALL)
     left.set_ylabel("pass@1 on dev, a line per seed", fontsize=SMALL)
@@ -183,7 +187,7 @@ def transfer_figure(study: Study, found, pyplot):
     arms["SFT-then-RL"] = study.seeds(f"rl-{study.main}-stable")
     for axes, part in zip(panels, parts):
         for i, (name, names) in enumerate(arms.items()):
-            dot(axes, i, *study.level(names, part), name)
+            dot(axes, i, *findings.level(study, names, part), name)
         axes.set_xticks(range(len(arms)), arms, rotation=50, ha="right")
         axes.set_title(words.get(part, part), fontsize=10)
         clear(axes)
@@ -199,20 +203,19 @@ def starts_figure(study: Study, found, pyplot):
         return None
     figure, panels = pyplot.subplots(2, len(sets), figsize=(8, 6), squeeze=False)
     for above, below, name in zip(*panels, sets):
-        figures.regimes_panel(above, name, study.sft[f"sft-{name}-0"])
-        above.set_title(f"{name}: validation loss along SFT", fontsize=10)
-        clear(above)
+        regimes_panel(above, name, study.sft[f"sft-{name}-0"])
         runs = [s for s in study.starts if s.set == name and s.seed == 0]
         distinct = merge_same(study, runs)
         tops = []
         for _, s in distinct:
-            mean, low, high = study.level([s.name])
+            mean, low, high = findings.level(study, [s.name])
             start = float(study.points[s.name].performance[0])
             below.plot([s.step, s.step], [start, mean], color=COLOURS[s.start], lw=0.8, ls=":")
             below.plot(s.step, start, "s", ms=4, mfc="white", color=COLOURS[s.start])
             dot(below, s.step, mean, low, high, s.start)
             tops.append(high)
-        for (text, s), y in zip(distinct, tops):
+        least = 0.09 * (max(tops) - min(float(study.points[s.name].performance[0]) for s in runs))
+        for (text, s), y in zip(distinct, apart(tops, least)):
             style = dict(color=COLOURS[s.start], fontsize=SMALL, ha="center", va="bottom")
             below.text(s.step, y, text.replace(" = ", "\n= "), **style)
         below.margins(x=0.15, y=0.18)
@@ -221,6 +224,21 @@ def starts_figure(study: Study, found, pyplot):
         below.set_title("square: dev at the start; dot: test after RL", fontsize=SMALL)
         clear(below)
     return figure
+
+
+def regimes_panel(axes, name: str, found) -> None:
+    """The validation loss over its regimes, which are named at the top."""
+    figures.regimes_panel(axes, name, found)
+    axes.get_legend().remove()
+    for regime in dict.fromkeys(found.regimes):
+        steps = [s for s, r in zip(found.steps, found.regimes) if r == regime]
+        place = dict(transform=axes.get_xaxis_transform(), rotation=90, va="top", ha="center")
+        behind = dict(facecolor="white", alpha=0.7, lw=0, pad=1)
+        axes.text(np.mean(steps), 0.97, regime, fontsize=8, bbox=behind, **place)
+    axes.set_title(f"{name}: validation loss along SFT", fontsize=10)
+    axes.set_ylabel(axes.get_ylabel().replace("validation ", ""), fontsize=SMALL)
+    axes.set_xlabel("SFT step", fontsize=SMALL)
+    clear(axes)
 
 
 def merge_same(study: Study, runs) -> list[tuple]:
@@ -247,10 +265,12 @@ def scale_figure(study: Study, found, pyplot):
         least = next(iter(points.values()))[1]
         x = [point[0] for point in points.values()]
         left.plot(x, [p[1] - least for p in points.values()], color=COLOURS[name], lw=0.8)
-        for label, (n, mean, low, high) in points.items():
+        for i, (label, (n, mean, low, high)) in enumerate(points.items()):
             dot(left, n, mean - least, low - least, high - least, name)
-            where = dict(xytext=(0, 8), textcoords="offset points", ha="center")
-            left.annotate(label, (n, high - least), fontsize=7, color=COLOURS[name], **where)
+            above = name != "paper" or i % 2 == 0
+            where = dict(xytext=(0, 6 if above else -13), textcoords="offset points", ha="center")
+            at = (n, (high if above else low) - least)
+            left.annotate(label, at, fontsize=7, color=COLOURS[name], **where)
     left.set(xscale="log")
     left.margins(x=0.12, y=0.12)
     left.set_xlabel("SFT trajectories", fontsize=SMALL)
@@ -281,8 +301,11 @@ def losses_figure(study: Study, found, pyplot):
     theirs = {name: (loss, top, top, top) for name, (_, loss, top) in published.SCALES.items()}
     for name, points in (("SFT-then-RL", rows), ("paper", theirs)):
         least = next(iter(points.values()))[1]
-        for label, (loss, mean, low, high) in points.items():
-            dot(axes, loss, mean - least, low - least, high - least, name, label)
+        for i, (label, (loss, mean, low, high)) in enumerate(points.items()):
+            dot(axes, loss, mean - least, low - least, high - least, name)
+            where = dict(xytext=(6, 6 if i % 2 else -9), textcoords="offset points")
+            style = dict(fontsize=SMALL, color=COLOURS[name])
+            axes.annotate(label, (loss, mean - least), **where, **style)
     r = f"r = {-finding.effect:+.2f}" if finding.known else "r not known"
     axes.set_title(f"blue: here, {r}; black: the paper, r = -0.94", fontsize=10)
     axes.margins(x=0.1)
@@ -328,9 +351,7 @@ def exact_figure(study: Study, found, pyplot):
     figure, panels = pyplot.subplots(len(sets), 2, figsize=(8, 2.7 * len(sets)), squeeze=False)
     for (left, right), name in zip(panels, sets):
         sft = f"sft-{name}-0"
-        figures.regimes_panel(left, name, study.sft[sft])
-        left.set_title(f"{name}: validation loss", fontsize=10)
-        clear(left)
+        regimes_panel(left, name, study.sft[sft])
         rows = tables.read_metrics(study.out / sft, "eval")
         steps = [row["step"] for row in rows]
         right.plot(steps, [row["pass1"] for row in rows], "o-", ms=4, color=COLOURS["SFT"])

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from core import tables
-from paper import findings
-from paper.findings import EXACT, START_RULES, STARTS
+from paper import results
+from paper.results import EXACT, START_RULES, STARTS
 
 BASE = "base"  # the built-in study's own base model, in OUT
 MIXED = ("luffy", "upt", "prefix_rft")
@@ -46,8 +46,10 @@ class Size:
     screen_then: float
     rl_flops: float
     rl_shares: dict  # of rl_flops, for the sets that get less
+    val: int  # validation trajectories at most
     dev: int  # problems
     exam: tuple  # problems of the test set, of each set out of distribution
+    samples: int  # problems of which a validation of SFT samples groups
     prompts: int  # of an RL round
     base_steps: int
 
@@ -91,31 +93,35 @@ FULL = Size(
     screen_then=1.2e12,
     rl_flops=8e12,
     rl_shares={"tiny": 0.5, "small": 0.5, "chain": 0.25, "sort": 0.25},
+    val=1000,
     dev=400,
     exam=(500, 300),
+    samples=64,
     prompts=64,
     base_steps=704,
 )
 QUICK = Size(
-    rows={"tiny": 60, "small": 120, "middle": 240, "wide": 360, "large": 480},
-    fixed=80,
-    fixed_val=60,
-    exact={"": 60, "val": 60, "problems": 300, "dev": 60, "exam": 80},
-    steps=dict.fromkeys(FULL.steps, (24, 6)),
+    rows={"tiny": 40, "small": 60, "middle": 90, "wide": 120, "large": 160},
+    fixed=40,
+    fixed_val=24,
+    exact={"": 40, "val": 24, "problems": 100, "dev": 16, "exam": 24},
+    steps=dict.fromkeys(FULL.steps, (12, 4)),
     seeds=dict.fromkeys(FULL.seeds, 1),
     starts={"fixed": 1, "middle": 1},
-    sft_rates=(1e-3, 2e-3, 4e-3),
-    rl_rates=(1e-4, 3e-4, 1e-3),
-    mixed=MIXED,
-    screen_steps=8,
-    screen_base=1e10,
-    screen_then=1e10,
-    rl_flops=8e10,
+    sft_rates=(1e-3, 4e-3),
+    rl_rates=(3e-4, 1e-3),
+    mixed=("upt",),
+    screen_steps=4,
+    screen_base=2e9,
+    screen_then=2e9,
+    rl_flops=1e10,
     rl_shares={"chain": 0.25, "sort": 0.25},
-    dev=40,
-    exam=(60, 40),
-    prompts=16,
-    base_steps=120,
+    val=24,
+    dev=16,
+    exam=(24, 12),
+    samples=8,
+    prompts=8,
+    base_steps=40,
 )
 DIFFICULTY = ("easy", "uniform", "hard")  # with --difficulty, from verified experts
 
@@ -142,7 +148,6 @@ RL_SPEED = 4.2e10  # FLOPs of RL per CPU second
 RL_ROUND = 2.7e11  # FLOPs of a round of 64 prompts
 BASE_ROUND = 8e10  # without SFT answers are short
 STABLE_AT = 0.5  # share of SFT's steps at which its stable checkpoint is expected
-READINESS = 512  # answers that a validation of SFT samples besides
 
 
 def flags(**values) -> list[str]:
@@ -218,13 +223,15 @@ class Plan:
         )
         if not self.own:
             words += flags(steps=steps, eval_every=every, lr=rate)
+            words += flags(sample_problems=self.size.samples)
         if set_name == "dft":
             words += flags(loss="dft")
         return ["sft.py", *shlex.split(self.cfg.sft), *words, *self.resumed(name)]
 
     def sft_seconds(self, set_name, steps, every) -> float:
         step = EXACT_STEP if set_name in EXACT else SFT_STEP
-        validation = VALIDATE + SAMPLE * (self.size.dev + READINESS)
+        validation = VALIDATE * self.size.val / 1000
+        validation += SAMPLE * (self.size.dev + 8 * self.size.samples)
         return START + steps * step + (steps / every + 1) * validation
 
     def sft(self, set_name, seed, needs=()):
@@ -396,7 +403,7 @@ def fill(word: str, cfg) -> str:
     name, *rest = word[1:].split(":")
     if name in ("lr", "algo"):
         kind, _, group = rest[0].partition("-")
-        best = findings.best_screen(out, kind, group)
+        best = results.best_screen(out, kind, group)
         return f"{best.lr:g}" if name == "lr" else best.algo
     if name == "total":
         return f"{flops_at(out / rest[0], 'stable') + rl_flops(cfg, out / rest[0]) / 2:.6g}"
@@ -411,13 +418,13 @@ def fill(word: str, cfg) -> str:
     if rest[1:] == ["half"]:
         set_name, seed = name.split("-")[1], name.rpartition("-")[2]
         limit = rl_flops(cfg, out / f"sft-{set_name}-{seed}") / 2
-    step = findings.start_step(run, which, limit)
+    step = results.start_step(run, which, limit)
     return str(run / "checkpoints" / f"step_{step:06d}")
 
 
 def flops_at(run: Path, which: str) -> float:
     """FLOPs of an SFT run up to one of its starting points."""
-    step = findings.start_step(run, which)
+    step = results.start_step(run, which)
     return next(row["flops"] for row in tables.read_metrics(run, "val") if row["step"] == step)
 
 

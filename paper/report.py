@@ -17,8 +17,9 @@ from collections import Counter
 import numpy as np
 
 from core.errors import UserError
-from paper import findings, panels, published
-from paper.findings import MARGIN_R, Study
+from paper import findings, panels, published, results
+from paper.findings import MARGIN_R
+from paper.results import Study
 
 REPORT = """# The paper in miniature
 
@@ -41,7 +42,8 @@ its plasticity. {scope}
 RULES = (
     "Rules fixed before the results (paper/findings.py): a claim holds if its whole 90% interval "
     "lies above 0, is opposite if it lies below 0, shows no effect if it lies below 1 point (0.5 "
-    "for a correlation), else it cannot be told. p is Holm's over all claims. Intervals cover "
+    "for a correlation), else it cannot be told. p is one-sided and Holm's over all claims: where it "
+    "is above 0.05, the verdict may be chance among so many. Intervals cover "
     "problems (bootstrap, paired) and seeds (pooled). Numbers are pass@1 in points on test unless "
     "they say dev."
 )
@@ -95,7 +97,7 @@ def paradigms_section(study: Study) -> str:
     rates = []
     for kind in ("sft", "base", "then"):
         by_algo = {}
-        for screen in findings.screens(study.out, kind):
+        for screen in results.screens(study.out, kind):
             by_algo.setdefault(screen.algo, []).append(f"{screen.lr:g}: {screen.score:.1f}")
         words = {"sft": "SFT", "base": "RL from the base", "then": "RL after SFT"}[kind]
         rates += [[words, algo, ", ".join(scores)] for algo, scores in by_algo.items()]
@@ -166,7 +168,9 @@ def readiness_section(study: Study) -> str:
         for outcome in findings.OUTCOMES:
             found = findings.predictors(members, outcome, names)
             for each in found:
-                r = "-" if each.r is None else f"{each.r:+.2f} [{each.low:+.2f}, {each.high:+.2f}]"
+                r = "-" if each.r is None else f"{each.r:+.2f}"
+                if not math.isnan(each.low):
+                    r += f" [{each.low:+.2f}, {each.high:+.2f}]"
                 where = [f"{block} ({len(members)})", words[outcome], each.name]
                 lines.append([*where, r, f"{100 * each.best:.0f}%"])
             best = max(found, key=lambda each: each.best)

@@ -19,7 +19,7 @@ import data
 from core import files
 from core.errors import UserError
 from paper import curate
-from paper.findings import EXACT
+from paper.results import EXACT
 from tasks import countdown
 
 PAIR = {3, 7, 9}  # no two different of these in one training problem
@@ -154,7 +154,7 @@ def write_built_in(out: Path, cfg, size) -> dict:
         curate.write_rows(out / "sets" / f"{name}.jsonl", rows)
 
     keep("base", [row for row in read("base") if base_is_seen(row)][:BASE_DOCUMENTS])
-    keep("val", [row for row in read("val") if is_seen(row)])
+    keep("val", [row for row in read("val") if is_seen(row)][: size.val])
     keep("problems", [row for row in read("rl") if is_seen(row)])
     keep("dev", held_out(["eval"], "seen", size.dev))
     n_test, n_unseen = size.exam

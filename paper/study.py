@@ -38,7 +38,7 @@ from typing import NamedTuple
 
 from core import cli, files
 from core.errors import UserError
-from paper import findings, report, sets
+from paper import report, results, sets
 from paper.plan import FULL, QUICK, TASK, Job, fill, jobs_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -215,7 +215,10 @@ def work(cfg: Config, jobs: list[Job], done: dict[str, dict]) -> None:
             ready = [job for job in waiting if set(job.needs) <= set(done)]
             for job in ready[: cfg.workers - len(running)]:
                 words = [fill(word, cfg) for word in job.command]
-                if not link_to_same(cfg, job, words, done):
+                if link_to_same(cfg, job, words, done):
+                    same = done[job.name]["same_as"]
+                    print(f"[{len(done)}/{len(jobs)}] {job.name:26} is {same}", flush=True)
+                else:
                     child = start(cfg, job, words)
                     running[child.pid] = Running(job, words, time.monotonic(), child)
             if not running:  # all that was ready is a link
@@ -279,7 +282,7 @@ def check_settings(cfg: Config) -> None:
     """Write OUT/study.json, or refuse to go on with a study of other settings."""
     path = Path(cfg.out) / "study.json"
     about = {k: v for k, v in vars(cfg).items() if k not in ("dry_run", "workers")}
-    about["design"] = findings.DESIGN
+    about["design"] = results.DESIGN
     known = json.loads(path.read_text()) if path.exists() else about
     if known != about:
         names = [name for name in about if known.get(name) != about[name]]
