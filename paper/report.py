@@ -42,10 +42,10 @@ its plasticity. {scope}
 RULES = (
     "Rules fixed before the results (paper/findings.py): a claim holds if its whole 90% interval "
     "lies above 0, is opposite if it lies below 0, shows no effect if it lies below 1 point (0.5 "
-    "for a correlation), else it cannot be told. p is one-sided and Holm's over all claims: where it "
-    "is above 0.05, the verdict may be chance among so many. Intervals cover "
-    "problems (bootstrap, paired) and seeds (pooled). Numbers are pass@1 in points on test unless "
-    "they say dev."
+    "for a correlation), else it cannot be told. p is one-sided and Holm's over all claims: where "
+    "it is above 0.05, the verdict may be chance among so many. Intervals cover problems "
+    "(bootstrap, paired) and seeds (pooled). Numbers are pass@1 in points on test unless they say "
+    "dev."
 )
 TITLES = {
     "paradigms": "Paradigms at equal compute (the paper's Figure 2)",

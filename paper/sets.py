@@ -173,7 +173,7 @@ def write_built_in(out: Path, cfg, size) -> dict:
         keep(name, pool[:n])
     fixed = countdown.Config(hazard=0, nearest=True, verified=True)
     for name, split, n in (("fixed", "train", size.fixed), ("fixed-val", "val", size.fixed_val)):
-        rows = countdown.trajectory_rows(split, 3 * n, fixed)
+        rows = countdown.trajectory_rows(split, 2 * n, fixed)
         kept, _ = curate.clean([row for row in rows if is_seen(row)], [], near=0)
         keep(name, kept[:n])
     for name, make in (("chain", chain), ("sort", sort)):
