@@ -263,9 +263,17 @@ def data_sets(study: Study) -> list[Finding | None]:
         claim = f"More data raise the ceiling: {more} over {less}"
         about = {"paper": papers[less], "figure": "scale"}
         found.append(by_draws(study, claim, "A_post from Stable", pair, study.draws, **about))
-    pair = [(study.seeds("rl-dft-stable"), study.seeds("rl-middle-stable"))]
+    pair = [(study.seeds("rl-dft-accuracy"), study.seeds("rl-middle-accuracy"))]
     claim = "SFT by DFT's loss ends higher after RL than by NLL"
-    found.append(by_exam(study, claim, "the middle set, from Stable", pair, figure="scale"))
+    found.append(
+        by_exam(
+            study,
+            claim,
+            "middle set, equal total compute, each from its highest accuracy",
+            pair,
+            figure="scale",
+        )
+    )
     for more, less in (("hard", "uniform"), ("uniform", "easy")):
         pair = [(study.seeds(f"rl-{more}-stable"), study.seeds(f"rl-{less}-stable"))]
         claim = f"Harder verified data end higher: {more} over {less}"

@@ -301,8 +301,10 @@ class Plan:
         flops = max(flops / 4, flops - (share - STABLE_AT) * steps * SFT_FLOPS)
         needs = [sft, *self.screens.get("then-dapo", ())]
         if start in START_RULES:  # their checkpoint may be one of the others': no second run then
-            earlier = STARTS[: STARTS.index(start)]
-            needs += [f"rl-{set_name}-{each}-{seed}" for each in earlier]
+            earlier = {f"rl-{set_name}-{each}-{seed}" for each in STARTS[: STARTS.index(start)]}
+            needs += [job.name for job in self.jobs if job.name in earlier]
+        if set_name == "dft":
+            needs.append(f"sft-middle-{seed}")  # whose compute it has, see rest_of
         budget = f"@rest:{sft}:{start}"
         checkpoint = f"@{sft}:{start}"
         self.rl(name, checkpoint, needs, "dapo", budget, flops, set_name, "@lr:then-dapo")
@@ -370,6 +372,9 @@ def jobs_of(cfg, size: Size) -> list[Job]:
                 p.sft(set_name, seed)
     for set_name in (*size.starts, "large", "wide", "dft", "small", "tiny", *EXACT):
         for seed in range(size.seeds[set_name]):
+            if set_name == "dft":  # its minimum of NLL says little
+                p.rl_from_sft(set_name, "accuracy", seed)
+                continue
             p.rl_from_sft(set_name, "stable", seed)
             every = STARTS if seed < size.starts.get(set_name, 0) else ()
             for start in ("stable", "late") if set_name in EXACT else every:
@@ -436,8 +441,10 @@ def rl_flops(cfg, sft_run: Path) -> float:
 
 
 def rest_of(cfg, sft_run: Path, start: str) -> float:
-    """Compute of RL from a starting point, so that all of them have the same in total."""
+    """Compute of RL from a starting point, so that all of them have the same in total; dft has that
+    of middle."""
     flops = rl_flops(cfg, sft_run)
     late = flops_at(sft_run, "late") + flops / 4
-    total = max(flops_at(sft_run, "stable") + flops, late)
+    usual = sft_run.with_name(sft_run.name.replace("-dft-", "-middle-"))
+    total = max(flops_at(usual, "stable") + flops, late)
     return total - flops_at(sft_run, start)

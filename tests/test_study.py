@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def test_the_plan_has_every_arm_that_a_claim_compares():
     wanted = {f"exam-rl-{scale}-stable-0" for scale in results.SCALES}
     wanted |= {f"rl-fixed-{start}-{seed}" for start in results.STARTS for seed in (0, 1)}
     wanted |= {f"exam-{kind}-middle-2" for kind in ("half", "pure")}
-    wanted |= {"exam-base-dapo-1", "exam-base-mixed-0", "exam-then-mixed-2", "rl-dft-stable-0"}
+    wanted |= {"exam-base-dapo-1", "exam-base-mixed-0", "exam-then-mixed-2", "rl-dft-accuracy-0"}
     wanted |= {f"exam-late-{name}-0" for name in results.EXACT}
     for algo in ("dapo", *plan.MIXED):
         wanted |= {f"screen-{kind}-{algo}-{n}" for kind in ("base", "then") for n in range(3)}
@@ -175,10 +176,9 @@ def test_the_fixed_expert_is_right_and_its_response_is_fixed_by_the_problem(tiny
     rows, _ = tiny_sets
     for row in rows["fixed"]:
         assert countdown.reward(row["response"], row).correct
-    again = countdown.Config(hazard=0, nearest=True, verified=True, seed=7)
-    others = {row["prompt"]: row for row in countdown.trajectory_rows("train", 120, again)}
-    shared = [row for row in rows["fixed"] if row["prompt"] in others]
-    assert shared and all(row == others[row["prompt"]] for row in shared)
+        chance = random.Random(7)
+        again = countdown.expert(row["numbers"], int(row["answer"]), 0, 17, chance, nearest=True)
+        assert again == (row["response"], True)
 
 
 def test_exact_answers_are_what_their_prompts_say(tiny_sets):
@@ -312,7 +312,7 @@ def test_a_study_killed_outright_goes_on_where_it_was_and_never_beside_its_own_r
     first.send_signal(signal.SIGKILL)
     first.wait()
     second = drive(tmp_path)
-    said = second.communicate(timeout=60)[0]
+    said = second.communicate(timeout=300)[0]
     assert second.returncode == 0 and "done before: ['a']" in said and "all done" in said
     assert said.count("] a ") == 0 and said.count("] b ") == said.count("] c ") == 1
     assert all((tmp_path / name / "countdown.json").exists() for name in "abc")
@@ -326,7 +326,7 @@ def test_jobs_that_end_together_are_all_noticed(tmp_path):
         '*(make(f"n{i}", 20 + i) for i in range(6))',
     )
     code = code.replace('["--out", str(out)]', '["--out", str(out), "--workers", "4"]')
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert "all done" in done.stdout and len(list((tmp_path / "done").glob("*.json"))) == 7, (
         done.stdout + done.stderr
     )
@@ -334,7 +334,7 @@ def test_jobs_that_end_together_are_all_noticed(tmp_path):
 
 def test_a_job_that_fails_stops_the_study_and_names_its_log(tmp_path):
     child = drive(tmp_path, bad="-1")
-    said = child.communicate(timeout=60)[0]
+    said = child.communicate(timeout=300)[0]
     assert (
         child.returncode != 0
         and "bad did not finish" in said
