@@ -1,7 +1,7 @@
 """The paper in miniature: base -> SFT -> RL over scales, experts, starting points and methods.
 
     python -m paper.study --quick       every arm, one seed, far too short to tell anything
-    python -m paper.study               the study: about 95 minutes on two idle cores
+    python -m paper.study               the study: about 90 minutes on two idle cores
     python -m paper.study --dry-run     the plan: every command, its minutes and FLOPs
     python -m paper.study --init Qwen/Qwen2.5-7B --data sft.jsonl --val val.jsonl --nproc 8 \\
         --problems rl.jsonl --dev dev.jsonl --test test.jsonl --ood aime.jsonl
