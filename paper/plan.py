@@ -137,6 +137,20 @@ class Job(NamedTuple):
     distributed: bool = False  # a script that torchrun may run
 
 
+class Method(NamedTuple):
+    """An RL method at a learning rate; both may be @words."""
+
+    algo: str
+    rate: str
+
+
+class Compute(NamedTuple):
+    """Where an RL run stops."""
+
+    flops: float  # estimated
+    limit: str = ""  # the @word that is meant; empty = these flops
+
+
 # Costs of the built-in task on one thread of a 2026 server core, measured 2026-11-26 (docs/LOG.md)
 START = 3.0  # CPU seconds to start a job
 SFT_STEP = 0.17  # CPU seconds of a step of SFT
@@ -254,40 +268,40 @@ class Plan:
             self.screens.setdefault("sft-sft", []).append(name)
 
     # ---- RL
-    def rl(self, name, start, needs, algo="dapo", budget="", flops=0.0, set_name="", rate=""):
+    def rl(self, name, start, needs, method: Method, compute: Compute, set_name=""):
         """RL of one method from a checkpoint."""
         cfg = self.cfg
         exact = set_name in EXACT
         from_base = start == self.base
         problems = f"{set_name}-problems" if exact else "problems"
-        if algo != "dapo":
+        if method.algo != "dapo":
             problems = self.main  # with its trajectories
         val = f"{set_name}-dev" if exact else "dev"
         words = flags(
             init=start,
-            algo=algo,
+            algo=method.algo,
             seed=name.rpartition("-")[2] if not name.startswith("screen") else 0,
             data=f"{self.sets}/{problems}.jsonl",
             val=f"{self.sets}/{val}.jsonl",
             reward="text" if exact else cfg.reward,
-            max_flops=budget or f"{flops:g}",
+            max_flops=compute.limit or f"{compute.flops:g}",
         )
         if not self.own:
             every = 6 if from_base else 2
-            words += flags(lr=rate, eval_every=every, prompts=self.size.prompts)
+            words += flags(lr=method.rate, eval_every=every, prompts=self.size.prompts)
             words += flags(gen_prompts=self.size.prompts, update_prompts=self.size.prompts // 2)
         a_round = (BASE_ROUND if from_base else RL_ROUND) * self.size.prompts / 64
-        n_evaluations = flops / a_round / (6 if from_base else 2) + 2
-        seconds = START + flops / RL_SPEED + n_evaluations * 2 * SAMPLE * self.size.dev
+        n_evaluations = compute.flops / a_round / (6 if from_base else 2) + 2
+        seconds = START + compute.flops / RL_SPEED + n_evaluations * 2 * SAMPLE * self.size.dev
         command = ["rl.py", *shlex.split(cfg.rl), *words, *self.resumed(name)]
-        self.add(name, command, needs, seconds, flops)
+        self.add(name, command, needs, seconds, compute.flops)
 
     def screen_rl(self, kind, start, flops, needs):
         """Every method at every learning rate, from the base or after SFT."""
         for algo in ("dapo", *self.size.mixed):
             for n, rate in enumerate(self.size.rl_rates):
                 name = f"screen-{kind}-{algo}-{n}"
-                self.rl(name, start, needs, algo, flops=flops, rate=f"{rate:g}")
+                self.rl(name, start, needs, Method(algo, f"{rate:g}"), Compute(flops))
                 group = "dapo" if algo == "dapo" else "mixed"
                 self.screens.setdefault(f"{kind}-{group}", []).append(name)
 
@@ -305,16 +319,17 @@ class Plan:
             needs += [job.name for job in self.jobs if job.name in earlier]
         if set_name == "dft":
             needs.append(f"sft-middle-{seed}")  # whose compute it has, see rest_of
-        budget = f"@rest:{sft}:{start}"
-        checkpoint = f"@{sft}:{start}"
-        self.rl(name, checkpoint, needs, "dapo", budget, flops, set_name, "@lr:then-dapo")
+        compute = Compute(flops, f"@rest:{sft}:{start}")
+        method = Method("dapo", "@lr:then-dapo")
+        self.rl(name, f"@{sft}:{start}", needs, method, compute, set_name)
         self.exam(name, f"@{name}:best", [name], set_name)
 
-    def arm(self, name, start, kind, algo, flops, needs, budget):
-        """RL from the base or after SFT by the best of its kind, with its final evaluation."""
-        group = "dapo" if algo == "dapo" else "mixed"
+    def arm(self, name, start, needs, compute: Compute):
+        """RL from the base or after SFT, by dapo or the best mixed method, with its evaluation."""
+        kind, group, _ = name.split("-")
+        algo = "dapo" if group == "dapo" else f"@algo:{kind}"
         before = [*needs, *self.screens.get(f"{kind}-{group}", ())]
-        self.rl(name, start, before, algo, budget, flops, rate=f"@lr:{kind}-{group}")
+        self.rl(name, start, before, Method(algo, f"@lr:{kind}-{group}"), compute)
         self.exam(name, f"@{name}:best", [name])
 
     def paradigms(self, seeds):
@@ -328,15 +343,11 @@ class Plan:
             self.exam(f"pure-{self.main}-{seed}", f"@{sft}:matched", [sft])
             for algo in ("dapo",) if self.own else ("dapo", "mixed"):
                 if seed < seeds(f"base-{algo}"):
-                    word = "dapo" if algo == "dapo" else "@algo:base"
-                    budget = f"@total:{sft}"
-                    name = f"base-{algo}-{seed}"
-                    self.arm(name, self.base, "base", word, total, [sft, *self.before], budget)
+                    compute = Compute(total, f"@total:{sft}")
+                    self.arm(f"base-{algo}-{seed}", self.base, [sft, *self.before], compute)
             if not self.own and seed < seeds("then-mixed"):
-                start = f"@{sft}:stable"
-                half = size.rl_flops / 2
-                name = f"then-mixed-{seed}"
-                self.arm(name, start, "then", "@algo:then", half, [sft], f"{half:g}")
+                half = Compute(size.rl_flops / 2)
+                self.arm(f"then-mixed-{seed}", f"@{sft}:stable", [sft], half)
 
     def difficulty(self):
         """Easy, uniform and hard among verified trajectories, by the attempts of a weak model."""
