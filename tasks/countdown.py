@@ -9,7 +9,7 @@ r"""Countdown, the built-in task: problems, an expert that gives up too soon, an
    into another split. Within a split it may return in another order; no two rows of a file agree.
 3) The expert's weakness is planted: depth-first search in random order with each check written
    out, but after a failed try it gives up with probability `hazard` and boxes its closest try.
-   `verified` drops the wrong traces.
+   `nearest` tries values near the target first, in a fixed order; `verified` drops wrong traces.
 4) Base text teaches arithmetic, comparing and the formats, not the search.
 5) A flag changes only the files it names: eval, test and test_k5 are the same for every seed, base
    and rl depend on seed and size, and a longer train.jsonl begins with the shorter one.
