@@ -123,6 +123,12 @@ class Study:
                 self.points[path.name] = ceiling.read_run(path)
         paths = sorted((self.out / "exams").glob("*.jsonl"))
         self.exams = {path.stem: self._exam(path) for path in paths}
+        missing = [name for name in self.points if name not in self.exams]
+        if missing:
+            raise UserError(
+                f"{self.out}: no final evaluation of {missing[0]}, so the study is not finished; "
+                "its command goes on"
+            )
 
     def _exam(self, path) -> dict[str, np.ndarray]:
         """{part: (P,) share of right samples per problem, in points}; ood = all unseen parts."""

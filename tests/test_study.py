@@ -638,8 +638,12 @@ def test_a_study_of_ones_own_task_reports_the_handoff_and_nothing_else(tmp_path)
 def test_an_unfinished_study_and_one_of_the_earlier_design_are_one_line(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 2
     assert "no study.json" in capsys.readouterr().err
+    write_run(tmp_path / "rl-small-stable-0", "eval", [(0, 0, 1.0), (1, 1e9, 2.0)])
     (tmp_path / "sets").mkdir()
     files.write_json(tmp_path / "sets" / "counts.json", {})
+    files.write_json(tmp_path / "study.json", {"init": "", "design": results.DESIGN})
+    assert report.main([str(tmp_path)]) == 2
+    assert "no final evaluation of rl-small-stable-0" in capsys.readouterr().err
     files.write_json(tmp_path / "study.json", {"seeds": 3})
     assert report.main([str(tmp_path)]) == 2
     said = capsys.readouterr().err
