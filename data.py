@@ -23,30 +23,29 @@ Shapes: B rows, T tokens.
 import hashlib
 import itertools
 from array import array
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 import verify
-from core import chat, ranks, rows
+from core import cache, chat, console, files, rows
+from core import tokenizer as tokenizer_file
+from core.cache import Example, Rows
 from core.errors import UserError
-from core.packing import cut, deal, padding
+from core.golds import find_golds, prompt_text
+from core.packing import cut, deal, hold_out, padding, plan
 from core.rows import Reading, read_rows
 from core.tokenizer import Tokenizer
 
-__all__ = ["Tokenizer", "cut", "deal", "padding", "read_rows"]  # for the scripts, beside its own
+# For the scripts, beside its own
+__all__ = ["Tokenizer", "cut", "deal", "hold_out", "padding", "plan", "prompt_text", "read_rows"]
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-
-
-class Example(NamedTuple):
-    """One training row: `prompt` is read, `response` is trained; its last id is EOS."""
-
-    prompt: Sequence[int]
-    response: Sequence[int]
+# What decides the ids of a row: a fork that edits one of these files tokenizes its rows again
+CODE = (__file__, rows.__file__, chat.__file__, tokenizer_file.__file__, cache.__file__)
 
 
 class Problem(NamedTuple):
@@ -61,34 +60,6 @@ class Problem(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------------- rows
-def prompt_text(row: dict) -> str | None:
-    """The question of a row in any accepted spelling: the last message of a conversation."""
-    reading = rows.understand(row, answer_is_gold=True)
-    return reading.question or None if reading else None
-
-
-def golds_of(row: dict) -> list[str]:
-    """The right answers of a row, of which any counts; of a worked solution its last box, or what
-    follows ####. Raises UserError where there is none."""
-    found = _golds(row)
-    if not found:
-        raise UserError(f"no gold answer (found: {sorted(row)}); add a column answer")
-    return found
-
-
-def _golds(row: dict) -> list[str]:
-    """golds_of(), [] where there is none."""
-    column, texts = rows.golds(row)
-    found = []
-    for text in texts:
-        boxed = verify.boxed(text)
-        gold = text.split("####")[-1].strip() if boxed is None else boxed
-        worked = column == "solution" and gold == text.strip() and rows.is_long(gold)
-        if verify.is_answer(gold) and not worked:
-            found.append(gold)
-    return found
-
-
 def _note_golds(row: dict, golds: list[str], notes: rows.Notes) -> None:
     """Count gold answers that look like a wrong column: long texts, columns that disagree."""
     column = rows.golds(row)[0]
@@ -101,7 +72,7 @@ def _note_golds(row: dict, golds: list[str], notes: rows.Notes) -> None:
     other, texts = rows.golds(others)
     if other == "solution" and not any("\\boxed" in text or "####" in text for text in texts):
         return
-    other_golds = _golds(others)
+    other_golds = find_golds(others)
     pairs = itertools.product(golds, other_golds)
     if other_golds and not any(a == b or verify.is_equivalent(a, b) for a, b in pairs):
         notes.count(
@@ -174,14 +145,13 @@ def _texts(reading: Reading, tokenizer: Tokenizer, notes: rows.Notes) -> list[tu
 
 
 def _tokenized(
-    path: str, tokenizer: Tokenizer, texts_of: Callable
+    source: Iterator, tokenizer: Tokenizer, texts_of: Callable
 ) -> Iterator[tuple[tuple, list, list[list[int]]]]:
     """(facts, texts, their ids) of each row, tokenized many rows at a time.
 
-    texts_of(row) -> (facts, [(text, start), ...]), no texts to drop the row; what it refuses is
-    raised with file and line.
+    source: of (place, row). texts_of(row) -> (facts, [(text, start), ...]), no texts to drop the
+    row; what it refuses is raised with its place.
     """
-    source = rows.each_row(path)
     while batch := list(itertools.islice(source, rows.AT_ONCE)):
         found = []
         for place, row in batch:
@@ -228,34 +198,57 @@ def _example_texts(row: dict, tokenizer: Tokenizer, notes: rows.Notes) -> list[t
 
 
 def sft_examples(
-    path: str, tokenizer: Tokenizer, max_len: int, reads: Collection[str] = ()
-) -> tuple[list[Example], int]:
+    path: str,
+    tokenizer: Tokenizer,
+    max_len: int,
+    reads: Collection[str] = (),
+    folder: Path | None = None,
+) -> tuple[Rows, int]:
     """(examples, number dropped as longer than max_len tokens) of an SFT file.
 
-    reads: columns that a reward reads, so that they are not named as not used.
+    reads: columns that a reward reads, so that they are not named as not used. folder: where the
+    ids are kept for the next start (core/cache.py); None: in files that end with this process.
     """
     notes = rows.Notes(path, reads)
-    examples = []
-    n_long = 0
+    found = _examples(path, tokenizer, max_len, notes)  # nothing is read yet
+    facts = {
+        "files": [files.identity(file) for file in rows.files_of(path)],
+        "tokenizer": tokenizer.fingerprint(),
+        "code": files.fingerprint(CODE),
+        "max_len": max_len,
+        "reads": sorted(reads),
+        "typecode": "H" if tokenizer.vocab_size <= 2**16 else "i",
+    }
+    examples, told = cache.keep(folder, facts, found, notes.told)
+    for line in told["lines"]:
+        print(line)
+    return examples, told["n_long"]
+
+
+def _examples(
+    path: str, tokenizer: Tokenizer, max_len: int, notes: rows.Notes
+) -> Iterator[tuple[Example, int]]:
+    """Each example with the key of its prompt; what is dropped is counted in notes."""
+    n_rows = sum(map(rows.count_rows, rows.files_of(path)))
+    source = console.show_rows(rows.each_row(path), n_rows, f"tokenizing {path}")
 
     def texts_of(row):
         return (), _example_texts(row, tokenizer, notes)
 
-    for _, _, ids in _tokenized(path, tokenizer, texts_of):
+    n_kept = 0
+    for _, _, ids in _tokenized(source, tokenizer, texts_of):
         prompt, response = ids if len(ids) == 2 else (ids[0][:1], ids[0][1:])
-        # An array takes a ninth of a list's memory.
-        example = Example(array("i", prompt), array("i", [*response, tokenizer.eos]))
+        example = Example(prompt, [*response, tokenizer.eos])
         if len(example.prompt) + len(example.response) > max_len:
-            n_long += 1
+            notes.n_long += 1
         elif not prompt or not response:
             notes.drop("no tokens in prompt or response")
         else:
-            examples.append(example)
-    if not examples:
-        why = f"{n_long} longer than {max_len} tokens; raise --max-len"
-        raise UserError(f"{path}: no example left: {notes.dropped() or why}")
-    notes.print()
-    return examples, n_long
+            n_kept += 1
+            yield example, cache.prompt_key(example)
+    if not n_kept:
+        why = f"{notes.n_long} longer than {max_len} tokens; raise --max-len"
+        raise UserError(f"{notes.path}: no example left: {notes.dropped() or why}")
 
 
 def joint_mismatch(path: str, tokenizer: Tokenizer, limit: int = 500) -> float:
@@ -281,7 +274,7 @@ def _problem_texts(row, tokenizer, notes: rows.Notes, needs_gold: bool) -> tuple
     """
     reading = rows.understand(row, answer_is_gold=True)
     try:
-        golds = _golds(row)
+        golds = find_golds(row)
     except UserError:  # an object, which a reward of one's own may read
         if needs_gold:
             raise
@@ -320,15 +313,18 @@ def problems(
     needs_gold: bool = True,
     reads: Collection[str] = (),
     check: Callable | None = None,
+    most: int = 0,
 ) -> tuple[list[Problem], int]:
     """(problems, number dropped as longer than max_prompt tokens) of an RL or evaluation file.
 
     needs_gold: rows need a gold answer that is text, as verify.py does; other rewards may not, and
     get rows with any gold or none. reads: columns that the reward reads, which are not named as
-    not used. check: raises UserError for a row that the reward cannot read.
+    not used. check: raises UserError for a row that the reward cannot read. most: all rows are read
+    and counted, and so many problems with a demonstration are kept; 0 keeps every problem.
     """
     notes = rows.Notes(path, reads)
     found = []
+    prompt_keys = array("Q")
     n_long = 0
 
     def texts_of(row):
@@ -336,7 +332,8 @@ def problems(
             check(row)
         return _problem_texts(row, tokenizer, notes, needs_gold)
 
-    for facts, ((text, _), *_), (ids, *expert) in _tokenized(path, tokenizer, texts_of):
+    source = rows.each_row(path)
+    for facts, ((text, _), *_), (ids, *expert) in _tokenized(source, tokenizer, texts_of):
         row, question, gold = facts
         if len(ids) > max_prompt:
             n_long += 1
@@ -344,54 +341,21 @@ def problems(
             notes.drop("no tokens in their prompt")
         else:
             demonstration = [*expert[0], tokenizer.eos] if expert else None
-            found.append(Problem(question, ids, gold, row, demonstration, _opened(text)))
-    if not found:
+            problem = Problem(question, ids, gold, row, demonstration, _opened(text))
+            prompt_keys.append(cache.prompt_key(problem))
+            if not most or demonstration and len(found) < most:
+                found.append(problem)
+    if not prompt_keys:
         why = f"{n_long} prompts over {max_prompt} tokens; raise --max-prompt (sft.py: --max-len)"
         raise UserError(f"{path}: no problem left: {notes.dropped() or why}")
     notes.print()
-    n_distinct = len({tuple(problem.prompt) for problem in found})
-    if n_distinct < len(found):
-        print(f"{path}: {len(found)} problems, {n_distinct} distinct prompts")
+    n_distinct = len(set(prompt_keys))
+    if n_distinct < len(prompt_keys):
+        print(f"{path}: {len(prompt_keys)} problems, {n_distinct} distinct prompts")
     return found, n_long
 
 
-def hold_out(found: list, most: int) -> tuple[list, list]:
-    """(rows to train on, rows held out) of examples or problems, split by prompt.
-
-    `most` prompts, or a tenth of the distinct ones if that is less, are held out: the first row of
-    each is for validation, and its other rows are trained nowhere. The same prompts whatever the
-    seed of the run is.
-    """
-    by_prompt = {}
-    for row in found:
-        text = isinstance(row, Example) and len(row.prompt) == 1  # plain text has no prompt
-        key = (*row.prompt, *row.response) if text else tuple(row.prompt)
-        by_prompt.setdefault(key, []).append(row)
-    groups = list(by_prompt.values())
-    n_held = min(most, max(1, len(groups) // 10))
-    picked = set(plan(len(groups), ranks.seed_of("held out"), 0, n_held))
-    held = [groups[i][0] for i in sorted(picked)]
-    chosen = {id(row) for i in picked for row in groups[i]}
-    kept = [row for row in found if id(row) not in chosen]
-    return kept or found, held
-
-
 # ---------------------------------------------------------------------------------------- batches
-def plan(n: int, seed: int, start: int, count: int) -> list[int]:
-    """`count` row numbers from position `start` of the endless stream: permutations of range(n)."""
-    picked = []
-    while len(picked) < count:
-        epoch, offset = divmod(start + len(picked), n)
-        missing = count - len(picked)
-        picked += _permutation(n, seed, epoch)[offset : offset + missing].tolist()
-    return picked
-
-
-@lru_cache(maxsize=2)  # a million rows take longer to shuffle than a small step to train
-def _permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
-    return torch.randperm(n, generator=ranks.generator(seed, "epoch", epoch))
-
-
 def prefetch(make: Callable, keys: Iterable) -> Iterator:
     """make(key) for each key, in order; a thread makes the next while the caller uses this one."""
     with ThreadPoolExecutor(1) as thread:

@@ -19,10 +19,10 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+
+import core.start  # before torch
 
 import numpy as np
 import torch
@@ -31,13 +31,12 @@ import ceiling
 import data
 import model as model_file
 import phases
-import rollout
 import tasks
 from core import checkpoint, cli, console, estimates, hub, launch, optim, ranks
 from core.errors import UserError
 from core.files import read_jsonl
 from core.run import Run, recorded
-from verify import Verdict
+from tasks.scoring import Policy, Request, open_policy, unscored
 
 
 @dataclass
@@ -54,12 +53,14 @@ class Config:
     max_prompt: int = 1024  # tokens per prompt; longer ones are dropped and counted
     limit: int = 0  # evaluate the first so many problems only; 0 = all
     rows: int = 512  # responses in flight at once
+    reward_workers: int = 0  # processes that call the reward while sampling goes on; 0 = none
+    reward_timeout: float = 30.0  # seconds per call in such a process; over it the reward is 0
     seed: int = 0  # seed of the samples
     bf16: bool = False  # load the weights in bfloat16
 
     def __post_init__(self):
-        cli.require_positive(self, "n", "rows", "max_new", "max_prompt", "top_p")
-        cli.require_not_negative(self, "temperature", "top_k", "limit")
+        cli.require_positive(self, "n", "rows", "max_new", "max_prompt", "top_p", "reward_timeout")
+        cli.require_not_negative(self, "temperature", "top_k", "limit", "reward_workers")
         cli.require_share(self, "top_p")
         if self.n > 1 and self.temperature == 0:
             raise UserError(
@@ -201,83 +202,6 @@ def open_frozen(cfg, folder: Path, device):
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
-class Request(NamedTuple):
-    """Responses that are asked for to one prompt."""
-
-    problem: data.Problem
-    prefix: list[int]  # first tokens of each response
-    count: int
-    number: int = 0  # of the prompt in RL's endless stream of prompts
-
-
-@dataclass
-class Policy:
-    """A model that answers prompts, and the reward that scores what it says."""
-
-    net: torch.nn.Module
-    tokenizer: data.Tokenizer
-    reward: Callable  # reward(response, row) -> float | Verdict, see tasks/__init__.py
-    max_new: int  # tokens per response, at most
-    rows: int = 512  # responses in flight at once
-    score_s: float = 0.0  # seconds spent on judging so far
-
-    def sampling(self, temperature: float, seed: int, **more) -> rollout.Sampling:
-        return rollout.Sampling(
-            max_new=self.max_new,
-            temperature=temperature,
-            eos_ids=self.tokenizer.eos_ids,
-            seed=seed,
-            rows=self.rows,
-            **more,
-        )
-
-    def respond(self, requests: list, sampling, hooks=None) -> list:
-        """[(request, response, record)] of all responses to these requests, in their order.
-
-        A request has problem, prefix (first tokens of the response) and count.
-        """
-        prompts = [request.problem.prompt + request.prefix for request in requests]
-        counts = [request.count for request in requests]
-        groups = rollout.generate(self.net, prompts, counts, sampling, hooks)
-        began = time.monotonic()
-        answers = []
-        for request, group in zip(requests, groups):
-            given = len(request.prefix)
-            for response in group:
-                ids = request.prefix + response.ids
-                whole = response._replace(ids=ids, logp=[0.0] * given + response.logp)
-                answers.append((request, whole, self.judge(request.problem, whole)))
-        self.score_s += time.monotonic() - began
-        return answers
-
-    def judge(self, problem: data.Problem, response: rollout.Response) -> dict:
-        """Decode and score one response: a record as samples.jsonl keeps it.
-
-        reward: the number that the function returned; a Verdict counts 1 or 0. correct: the
-        Verdict's word, or a number above one half.
-        """
-        text = self.tokenizer.decode(response.ids)
-        verdict = self.reward(problem.opened + text, problem.row)
-        if isinstance(verdict, Verdict):
-            value = float(verdict.correct)
-        else:
-            value = float(verdict)
-            verdict = Verdict(value > 0.5, value > 0.5, "", "scored")
-        return {
-            "problem": problem.text,
-            "response": text,
-            "gold": problem.gold,
-            "answer": verdict.extracted,
-            "reason": verdict.reason,
-            "reward": value,
-            "correct": verdict.correct,
-            "lenient": verdict.lenient,
-            "finished": response.finished,
-            "truncated": not response.finished,
-            "length": len(response.ids),
-        }
-
-
 def pass_at_k(n: int, right: int, k: int) -> float:
     """Chance that any of k samples is right, without bias from `right` of n (Chen 2021, eq. 1)."""
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
@@ -301,6 +225,7 @@ def summarise(records: list[dict], n: int) -> dict:
         "lenient": percent("lenient"),
         "length": sum(r["length"] for r in records) / len(records),
         "truncated": percent("truncated"),
+        "unscored": unscored(records),
     }
     k = 2
     while k <= n:
@@ -310,43 +235,41 @@ def summarise(records: list[dict], n: int) -> dict:
     return summary
 
 
-def check_demonstrations(problems: list, tokenizer, reward, limit: int = 1000) -> str:
-    """How many of the first demonstrations the reward calls right, in words: a wrong gold column
-    shows here before a night is lost."""
-    policy = Policy(None, tokenizer, reward, 0)
-    verdicts = []
-    wrong = None
-    for problem in [problem for problem in problems if problem.expert][:limit]:
-        response = rollout.Response(problem.expert, [0.0] * len(problem.expert), [], True)
-        try:
-            record = policy.judge(problem, response)
-        except UserError:  # a row without a gold answer
-            continue
-        verdicts.append(record["correct"])
-        if not record["correct"] and wrong is None:
-            wrong = record
-    if not verdicts:
-        return "no demonstrations with a gold answer to score by the reward"
-    share = 100 * sum(verdicts) / len(verdicts)
-    text = f"{share:.0f}% of the first {len(verdicts)} demonstrations are right by the reward"
-    if wrong:
-        text += (
-            f"; the first that is not: answer {wrong['answer']!r}, gold {wrong['gold']!r} "
-            f"({wrong['reason']})"
-        )
-    if share < 50:
-        text += ". Is the gold answer in another column, or another --reward meant?"
-    return text
-
-
-def evaluate(policy, problems: list, n: int, sampling, hooks=None) -> tuple[dict, list[dict]]:
+def evaluate(policy, problems: list, n: int, sampling, progress=None) -> tuple[dict, list[dict]]:
     """Sample, judge, summarise: (summary, one record per response).
 
-    policy: a Policy. sampling, hooks: see rollout.generate().
+    policy: a Policy. sampling, progress: see rollout.py, Sampling and Hooks.
     """
     requests = [Request(problem, [], n) for problem in problems]
-    records = [record for _, _, record in policy.respond(requests, sampling, hooks)]
+    records = [record for _, _, record in policy.respond(requests, sampling, progress)]
     return summarise(records, n), records
+
+
+def during_rl(cfg, run: Run, step: int, policy: Policy, problems: list) -> None:
+    """pass@1 on the validation problems of rl.py, and the ceiling as it looks now."""
+    sampling = policy.sampling(cfg.eval_temperature, ranks.seed_of(cfg.seed, "eval"))
+    summary, records = evaluate(policy, problems, cfg.eval_n, sampling)
+    run.log(step, eval=summary)
+    run.log_samples(step, [{**record, "kind": "eval"} for record in records[: 4 * cfg.eval_n]])
+    fit = fit_so_far(run)
+    print(
+        f"step {step:4d}  pass@1 {summary['pass1']:.1f} (se {summary['pass1_se']:.1f})  "
+        f"length {summary['length']:.0f}  cut {summary['truncated']:.1f}%  {ceiling.line(fit)}",
+        flush=True,
+    )
+    run.prune({best_step(run.of_kind("eval"), run.saved())[0]})
+
+
+def end_if_reached(cfg, run: Run) -> None:
+    """--until-share: end the run where its evaluations say so, also those made before a resume."""
+    if cfg.until_share and ranks.any_of((fit_so_far(run).share_low or 0.0) >= cfg.until_share):
+        run.end(f"--until-share {cfg.until_share} is surely reached")
+
+
+def fit_so_far(run: Run) -> ceiling.CeilingFit:
+    points = run.of_kind("eval")
+    flops = [point["flops"] for point in points]
+    return ceiling.fit(flops, [p["pass1"] for p in points], n=[p["n"] for p in points])
 
 
 # ---- the script ----------------------------------------------------------------------------------
@@ -365,14 +288,16 @@ def main(cfg: Config) -> None:
     if cfg.out and ranks.rank() == 0:  # a place that cannot be written to is found now
         Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
         open(cfg.out, "a").close()
+    policy = open_policy(cfg, tokenizer=None)
     summaries = []
     records = []  # of all models, for --out
     for init in cfg.init:
-        summary, own = measure(cfg, init, device, records)
+        summary, own = measure(cfg, init, device, policy, records)
         if len(cfg.init) > 1:
             own = [{"init": init, **record} for record in own]
         summaries.append(summary)
         records += own
+    policy.close()
     write_samples(cfg.out, records)
     if len(cfg.init) == 1:
         print(json.dumps(summaries[0]))
@@ -382,14 +307,14 @@ def main(cfg: Config) -> None:
         print(json.dumps({"models": summaries, "differences": report}))
 
 
-def measure(cfg: Config, init: str, device, before: list[dict]) -> tuple[dict, list[dict]]:
-    """(numbers, one record per response) of a model. before: the records of the models before it,
-    which a Ctrl-C keeps too."""
+def measure(cfg: Config, init: str, device, policy, before: list) -> tuple[dict, list[dict]]:
+    """(numbers, one record per response) of a model, which the policy gets. before: the records of
+    the models before it, which a Ctrl-C keeps too."""
     folder = find(init)
-    tokenizer = open_tokenizer(folder)
+    tokenizer = policy.tokenizer = open_tokenizer(folder)
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32
-    net = model_file.load_model(folder, dtype, device)
-    policy = Policy(net, tokenizer, tasks.load_reward(cfg.reward), cfg.max_new, cfg.rows)
+    policy.net = None  # frees the model before
+    policy.net = model_file.load_model(folder, dtype, device)
     columns = tasks.columns(cfg.reward)
     problems, n_long = data.problems(cfg.data, tokenizer, cfg.max_prompt, **columns)
     problems = problems[: cfg.limit or None]
@@ -402,16 +327,11 @@ def measure(cfg: Config, init: str, device, before: list[dict]) -> tuple[dict, l
     started = time.monotonic()
     seed = ranks.seed_of(cfg.seed, "evaluate")
     sampling = policy.sampling(cfg.temperature, seed, top_p=cfg.top_p, top_k=cfg.top_k)
-    ended = []  # (number of the problem, response) of those that are through
-    hooks = rollout.Hooks(
-        progress=console.show_progress("sampling"),
-        on_response=lambda problem, response: ended.append((problem, response)),
-    )
+    progress = console.show_progress("sampling")
     try:
-        summary, records = evaluate(policy, problems, cfg.n, sampling, hooks)
+        summary, records = evaluate(policy, problems, cfg.n, sampling, progress)
     except KeyboardInterrupt:
-        ended.sort(key=lambda one: one[0])
-        records = [policy.judge(problems[i], response) for i, response in ended]
+        records = [asked.record() for _, asked in sorted(policy.asked.items())]
         write_samples(cfg.out, before + records)
         kept = f"they are in {cfg.out}" if cfg.out else "--out FILE would have kept them"
         wanted = len(problems) * cfg.n

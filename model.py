@@ -11,7 +11,7 @@ They differ by fields of ModelConfig; core/folder.py reads the folders and refus
 2) Rotary angles are computed from the positions in each forward; no table limits the length.
    Norms, angles and log-probs are computed in fp32, whatever the type of the weights.
 3) Causality is by position. Rows are padded on the right, behind all that their tokens see.
-4) The logits (B, T, V) are never held: the head is applied to a chunk of tokens at a time.
+4) The logits (B, T, V) are never held: core/softmax.py goes from hidden states to log-probs.
 5) differs: no dropout; attention_dropout in config.json is not read.
 
 Shapes: B rows, T tokens, V vocabulary, D hidden width, H query heads, Hkv key and value heads,
@@ -23,19 +23,13 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from core import ranks
-from core.flops import flops, forward_flops, hardware_flops  # noqa: F401
 from core.folder import ModelConfig, read_config, read_weights, write_folder
 from core.rope import dynamic_frequencies, rope_frequencies, rope_magnitude
-
-# Logits held at once: 128 MB in fp32, 220 tokens of Qwen's vocabulary of 152k. On CUDA 8 times as
-# many, because each chunk costs one more pass over the gradient of the head.
-CHUNK_LOGITS = 2**25
-# On the CPU, logits of a chunk that are worked on at once: 4 MB, about the cache of one core.
-PIECE_LOGITS = 2**20
+from core.shared import Line, Places
+from core.softmax import SumLogp, token_logp
 
 
 # ---- the network
@@ -46,6 +40,36 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     the first half of sin is negated.
     """
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
+    """q (B, Q, H, K), k and v (B, n, Hkv, K) -> (B, Q, H, K).
+
+    visible (B, 1, Q, n): keys that each query sees; None = causal, with n = Q.
+    """
+    q = q.transpose(1, 2)
+    k = k.transpose(1, 2)
+    v = v.transpose(1, 2)
+    group = q.shape[1] // k.shape[1]
+    if q.is_cuda and (q.dtype == torch.float32 or visible is not None):
+        # No fused kernel of CUDA shares key heads among query heads then
+        k = k.repeat_interleave(group, 1)
+        v = v.repeat_interleave(group, 1)
+        group = 1
+    causal = visible is None
+    y = F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal, enable_gqa=group > 1)
+    return y.transpose(1, 2)
+
+
+def attend_shared(q: Tensor, k: Tensor, v: Tensor, places: Places) -> Tensor:
+    """q (N, H, K), k and v (N, Hkv, K) of a line of core/shared.py -> (N, H, K)."""
+    prompt_k = k[places.prompts]  # (G, P, Hkv, K)
+    prompt_v = v[places.prompts]
+    of_prompts = attend(q[places.prompts], prompt_k, prompt_v)
+    row_k = torch.cat((prompt_k[places.group], k[places.rows]), 1)  # (B, P + R, Hkv, K)
+    row_v = torch.cat((prompt_v[places.group], v[places.rows]), 1)
+    of_rows = attend(q[places.rows], row_k, row_v, places.visible)
+    return torch.cat((of_prompts.flatten(0, 1), of_rows.flatten(0, 1)))[places.back]
 
 
 class Attention(nn.Module):
@@ -72,25 +96,17 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(self.q_norm_width, config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(self.k_normed, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, places: Places | None) -> Tensor:
         B, T, _ = x.shape
         heads = (B, T, -1, self.head_dim)
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.q_norm_width)).view(heads)
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.k_normed)).view(heads)
+        v = self.v_proj(x).view(heads)
         if self.rotary:
             q = rotate(q, cos, sin)
             k = rotate(k, cos, sin)
-        q = q.transpose(1, 2)  # (B, H, T, K)
-        k = k.transpose(1, 2)  # (B, Hkv, T, K)
-        v = self.v_proj(x).view(heads).transpose(1, 2)
-        group = q.shape[1] // k.shape[1]
-        if q.is_cuda and q.dtype == torch.float32:
-            # In fp32 no fused kernel of CUDA shares key heads among query heads.
-            k = k.repeat_interleave(group, 1)
-            v = v.repeat_interleave(group, 1)
-            group = 1
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        y = attend(q, k, v) if places is None else attend_shared(q[0], k[0], v[0], places)
+        return self.o_proj(y.reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -131,17 +147,18 @@ class Block(nn.Module):
         self.recompute = False  # keep only x for the backward, which runs the block once more
         self.compiled = None  # torch.compile of _run, where it is used
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *where) -> Tensor:
         run = self.compiled or self._run
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(run, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
-        return run(x, cos, sin)
+            return checkpoint(run, x, *where, use_reentrant=False, preserve_rng_state=False)
+        return run(x, *where)
 
-    def _run(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _run(self, x: Tensor, *where) -> Tensor:
+        """x (B, T, D); where: cos, sin and places, for attention."""
         if self.post_norm:
-            x = x + self.post_attention_layernorm(self.self_attn(x, cos, sin))
+            x = x + self.post_attention_layernorm(self.self_attn(x, *where))
             return x + self.post_feedforward_layernorm(self.mlp(x))
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        x = x + self.self_attn(self.input_layernorm(x), *where)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -168,18 +185,20 @@ class Model(nn.Module):
             return self.model.embed_tokens.weight
         return self.lm_head.weight
 
-    def forward(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, positions: Tensor | None = None, places: Places | None = None
+    ) -> Tensor:
         """ids (B, T) -> hidden (B, T, D), after the final norm.
 
         positions (B or 1, T) only rotate queries and keys; None = 0..T-1 in each row. Attention is
-        causal along the row in any case.
+        causal along the row in any case, or, with places, within the groups of one line (B = 1).
         """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
         x = self.model.embed_tokens(ids)  # (B, T, D)
         cos, sin = self.angles(positions, x.dtype)
         for block in self.model.layers:
-            x = block(x, cos, sin)
+            x = block(x, cos, sin, places)
         return self.model.norm(x)
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -219,12 +238,29 @@ def response_logp(
     chosen = torch.arange(int(lengths.max()), device=mask.device) < lengths[:, None]
     chosen = chosen.to(ids.device)
     hidden, targets = _trained(model, ids, mask)
-    values = token_logp(hidden, model.head, targets, temperature, entropy=entropy)
-    zeros = torch.zeros(chosen.shape, device=ids.device)
-    if not entropy:
-        return zeros.masked_scatter(chosen, values), None, chosen
-    logp, entropies = values
-    return zeros.masked_scatter(chosen, logp), zeros.masked_scatter(chosen, entropies), chosen
+    return (*_rows(hidden, model.head, targets, chosen, temperature, entropy), chosen)
+
+
+def grouped_logp(
+    model: Model, line: Line, temperature: float = 1.0, entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """response_logp() of all responses of a line of core/shared.py: logp and entropy, (B, R)."""
+    device = model.head.device
+    ids = line.ids.to(device)
+    hidden = model(ids, line.positions.to(device), line.places.to(device))[0]
+    hidden = hidden.index_select(0, line.sources.to(device))
+    targets = ids[0, line.targets.to(device)]
+    return _rows(hidden, model.head, targets, line.chosen.to(device), temperature, entropy)
+
+
+def _rows(hidden, head, targets, chosen, temperature: float, entropy: bool) -> tuple:
+    """Log-probs and entropies of the N targets, at their places in rows: both (B, R), or None."""
+    values = token_logp(hidden, head, targets, temperature, entropy=entropy)
+    logp, entropies = values if entropy else (values, None)
+    zeros = torch.zeros(chosen.shape, dtype=logp.dtype, device=hidden.device)
+    if entropy:
+        entropies = zeros.masked_scatter(chosen, entropies)
+    return zeros.masked_scatter(chosen, logp), entropies
 
 
 def _trained(model: Model, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,180 +272,6 @@ def _trained(model: Model, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     index = mask[:, 1:].flatten().nonzero()[:, 0].to(ids.device)
     hidden = model(ids)[:, :-1].flatten(0, 1).index_select(0, index)
     return hidden, ids[:, 1:].flatten()[index]
-
-
-def token_logp(
-    hidden: Tensor,
-    head: Tensor,
-    targets: Tensor,
-    temperature: float = 1.0,
-    chunk: int | None = None,
-    entropy: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-prob of each target under softmax(hidden head^T / temperature).
-
-    | hidden  | (..., D) | output of the model, of any float type                            |
-    | head    | (V, D)   | cast to the type of hidden; its gradient is summed in fp32        |
-    | targets | (...)    | token ids                                                         |
-    | chunk   | tokens   | whose logits are held at once; None = 128 MB of them, on CUDA 1 GB |
-    | returns | (...)    | logp, or with entropy=True (logp, entropy): nats, fp32, differentiable |
-    """
-    flat = hidden.reshape(-1, hidden.shape[-1])  # (N, D)
-    values = TokenLogp.apply(flat, head, targets.reshape(-1), temperature, chunk, entropy)
-    logp, entropies = (x.view(targets.shape) for x in values)
-    return (logp, entropies) if entropy else logp
-
-
-def head_logits(hidden: Tensor, head: Tensor, temperature: float = 1.0) -> Tensor:
-    """hidden (N, D), head (V, D) -> logits (N, V) over the temperature, fp32.
-
-    A sampler that draws from these draws from the distribution that token_logp() scores.
-    """
-    logits = _matmul(hidden, head.to(hidden.dtype).T)
-    return logits if temperature == 1.0 else logits / temperature
-
-
-class SumLogp(torch.autograd.Function):
-    """The sum of token_logp() of all tokens, with the logits of each chunk computed once.
-
-    The gradient of a sum is known up to a factor before the backward, so the forward computes it
-    while the logits are there, and the backward scales it.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, chunk, learning: bool):
-        """hidden (N, D), head (V, D), targets (N,) -> scalar; learning: gradients are wanted."""
-        work = head.to(hidden.dtype)
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        d_hidden = torch.empty_like(hidden) if learning else None
-        d_head = torch.zeros_like(head, dtype=wide) if learning else None
-        for s, log_p, _ in _log_softmax(hidden, work, 1.0, chunk):
-            target = targets[s, None]  # (n, 1)
-            total += log_p.gather(1, target).sum(dtype=torch.float64)
-            if learning:
-                # d logp / d logit_j = [j = target] - p_j
-                d_logits = log_p.exp_().neg_()
-                d_logits.scatter_add_(1, target, torch.ones_like(target, dtype=wide))
-                d_logits = d_logits.to(hidden.dtype)
-                d_hidden[s] = d_logits @ work
-                _matmul(d_logits.T, hidden[s], out=d_head, add=True)
-        ctx.save_for_backward(d_hidden, d_head)
-        ctx.head_dtype = head.dtype
-        return total.to(wide)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g: Tensor):
-        # In place: PyTorch refuses a second backward through the graph anyway.
-        d_hidden, d_head = ctx.saved_tensors
-        return d_hidden.mul_(g), d_head.mul_(g).to(ctx.head_dtype), None, None, None
-
-
-class TokenLogp(torch.autograd.Function):
-    """token_logp() of a flat list of tokens.
-
-    From forward to backward it keeps its inputs, the entropies, and the log-probs of the last
-    chunk. The backward begins with that chunk and computes the logits of the others a second time.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, temperature, chunk, entropy):
-        """hidden (N, D), head (V, D), targets (N,) -> logp (N,), entropy (N,) or zeros."""
-        work = head.to(hidden.dtype)
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        logp = torch.zeros(len(hidden), dtype=wide, device=hidden.device)
-        entropies = torch.zeros_like(logp)
-        ctx.last = None
-        for s, log_p, rows in _log_softmax(hidden, work, temperature, chunk):
-            logp[s] = log_p.gather(1, targets[s, None])[:, 0]
-            if entropy:  # H = -sum_j p_j log p_j
-                parts = [(piece.exp() * piece).sum(-1) for piece in log_p.split(rows)]
-                entropies[s] = -torch.cat(parts)
-            ctx.last = (s, log_p, rows)
-        ctx.save_for_backward(hidden, head, targets, entropies)
-        ctx.settings = (temperature, chunk, entropy)
-        if not entropy:
-            ctx.mark_non_differentiable(entropies)
-        return logp, entropies
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g_logp: Tensor, g_entropy: Tensor):
-        hidden, head, targets, entropies = ctx.saved_tensors
-        temperature, chunk, entropy = ctx.settings
-        work = head.to(hidden.dtype)
-        d_hidden = torch.empty_like(hidden)
-        d_head = torch.zeros_like(head, dtype=entropies.dtype)
-
-        def add(s: slice, log_p: Tensor, rows: int) -> None:
-            """With z = logits / temperature: d logp / d z_j = [j = target] - p_j, and
-            d H / d z_j = -p_j (log p_j + H)."""
-            g = g_logp[s, None] / temperature  # (n, 1)
-            if entropy:
-                g_H = g_entropy[s, None] / temperature
-                columns = (x.split(rows) for x in (log_p, entropies[s, None], g_H, g))
-                for piece, H, g_H, g_own in zip(*columns):
-                    p = piece.exp()
-                    piece.add_(H).mul_(-g_H).sub_(g_own).mul_(p)
-            else:
-                log_p.exp_().mul_(-g)
-            log_p.scatter_add_(1, targets[s, None], g)
-            d_logits = log_p.to(hidden.dtype)
-            d_hidden[s] = d_logits @ work
-            _matmul(d_logits.T, hidden[s], out=d_head, add=True)
-
-        n_left = len(hidden)
-        if ctx.last is not None:  # a second backward through one graph finds None
-            add(*ctx.last)
-            n_left = ctx.last[0].start
-            ctx.last = None  # the chunks below take over its memory
-        for s, log_p, rows in _log_softmax(hidden[:n_left], work, temperature, chunk):
-            add(s, log_p, rows)
-        return d_hidden, d_head.to(head.dtype), None, None, None, None
-
-
-def _log_softmax(
-    hidden: Tensor, head: Tensor, temperature: float, chunk: int | None
-) -> Iterator[tuple[slice, Tensor, int]]:
-    """For each chunk of the tokens: (their slice, their log-probs (n, V) in fp32, rows per piece).
-
-    All chunks share one buffer, which the caller may overwrite: getting fresh pages from the system
-    takes as long as the arithmetic on them. On the CPU, several operations in a row are faster on
-    pieces of a few rows, which stay in the cache; on CUDA a piece is the whole chunk.
-    """
-    N = len(hidden)
-    V = len(head)
-    if chunk is None:
-        chunk = max(1, CHUNK_LOGITS * (8 if hidden.is_cuda else 1) // V)
-    rows = chunk if hidden.is_cuda else max(1, PIECE_LOGITS // V)
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    buffer = hidden.new_empty(min(chunk, N), V, dtype=wide)
-    for start in range(0, N, chunk):
-        s = slice(start, min(start + chunk, N))
-        logits = _matmul(hidden[s], head.T, out=buffer[: s.stop - s.start])
-        for piece in logits.split(rows):
-            if temperature != 1.0:
-                piece.div_(temperature)
-            piece.copy_(F.log_softmax(piece, -1))
-        yield s, logits, rows
-
-
-def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
-    """a (n, m) @ b (m, k) in fp32 (float64 for float64): returned, written to out or added to it.
-
-    On CUDA a product of half-precision matrices keeps its fp32 accumulator. The CPU has no such
-    kernel and rounds once to the type of the inputs, as the logits of transformers are rounded.
-    """
-    half = a.dtype in (torch.bfloat16, torch.float16)
-    if add:
-        return out.add_(_matmul(a, b)) if half else out.addmm_(a, b)
-    if not half:
-        return torch.mm(a, b, out=out)
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32, out=out)
-    product = torch.mm(a, b).float()
-    return product if out is None else out.copy_(product)
 
 
 # ---- Hugging Face folders

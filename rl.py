@@ -26,21 +26,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import core.start  # before torch
+
 import torch
 import torch.nn.functional as F
 
-import ceiling
 import data
 import evaluate
 import losses
 import methods
 import model as model_file
-import rollout
 import tasks
-from core import cli, console, launch, optim, page, ranks
+from core import cli, console, flops, launch, optim, page, ranks, shared
 from core.errors import UserError
 from core.run import Run, whole_groups
 from losses import Batch, Row
+from tasks import scoring
 
 
 @dataclass
@@ -49,6 +50,8 @@ class Config:
     data: str = ""  # problems: prompt, answer, for some methods response; empty = built-in
     val: str = ""  # problems for evaluation; empty = 200 (at most 10%) held out of --data
     reward: str = "math"  # math, text, a task, or FILE.py:FUNCTION with reward(response, row)
+    reward_workers: int = 0  # processes that call the reward while sampling goes on; 0 = none
+    reward_timeout: float = 30.0  # seconds per call in such a process; over it the reward is 0
     out: str = "runs/rl"  # run directory
     overwrite: bool = False  # delete an earlier run in --out
     resume: bool = False  # go on from the newest checkpoint in --out
@@ -102,9 +105,10 @@ class Config:
         self.gen_prompts = self.gen_prompts or 2 * self.prompts
         cli.require_positive(self, "prompts", "update_prompts", "gen_prompts", "max_rounds", "lr")
         cli.require_positive(self, "temperature", "max_new", "max_prompt", "rows", "micro_tokens")
-        cli.require_positive(self, "clip", "eval_every", "eval_n")
+        cli.require_positive(self, "clip", "eval_every", "eval_n", "reward_timeout")
         cli.require_not_negative(self, "steps", "overlong", "save_every", "keep", "gpus")
         cli.require_not_negative(self, "weight_decay", "max_flops", "eval_temperature")
+        cli.require_not_negative(self, "reward_workers")
         cli.require_share(self, "warmup", "until_share")
         if self.prompts % self.update_prompts:
             fits = [d for d in range(1, self.prompts + 1) if self.prompts % d == 0]
@@ -166,17 +170,16 @@ def collect(cfg: Config, method, policy, pool: list, run: Run) -> Round:
                 chosen.append((problem, rows))
         run.position += n_prompts
         n_rounds += 1
-    discarded = len(sampled) - min(len(chosen), cfg.prompts)
-
-    complete = []
-    for problem, rows in chosen[: cfg.prompts]:
-        expert = None
-        if method.demonstrations == "rows" and problem.expert:
-            expert = expert_row(cfg, policy, problem, rows[0].group)
-        complete.append(method.complete(rows, expert))
-    stats = losses.describe_groups(sampled) | {"rounds": n_rounds, "discarded": discarded}
+    chosen = chosen[: cfg.prompts]
+    experts = {}
+    if method.demonstrations == "rows":
+        experts = expert_rows(cfg, policy, {rows[0].group: problem for problem, rows in chosen})
+    complete = [method.complete(rows, experts.get(rows[0].group)) for _, rows in chosen]
+    stats = losses.describe_groups(sampled) | {"rounds": n_rounds}
+    stats["discarded"] = len(sampled) - len(chosen)
     unparsed = sum(record["answer"] is None for record in records)
     stats["unparsed"] = unparsed / (len(records) / 100)
+    stats["unscored"] = scoring.unscored(records)
     stats["score_s"] = round(policy.score_s - scored, 4)
     stats["sample_s"] = round(time.monotonic() - began - stats["score_s"], 4)
     return Round(complete, sampled, records, stats)
@@ -189,12 +192,12 @@ def sample(cfg: Config, method, policy, problems: list, run: Run) -> list:
     for number, problem in enumerate(problems, run.position):
         u = torch.rand((), generator=ranks.generator(cfg.seed, "prefix", number)).item()
         for prefix, count in method.requests(problem.expert, cfg.group, done, u):
-            requests.append(evaluate.Request(problem, prefix, count, number))
+            requests.append(scoring.Request(problem, prefix, count, number))
     seed = ranks.seed_of(cfg.seed, "rollout", run.step, run.position)
     return policy.respond(requests, policy.sampling(cfg.temperature, seed))
 
 
-def score(cfg: Config, request: evaluate.Request, response, record: dict) -> Row:
+def score(cfg: Config, request: scoring.Request, response, record: dict) -> Row:
     """A row from a response and its judged record. A cut response earns nothing."""
     correct = record["reward"] if response.finished else min(record["reward"], 0.0)
     reward = correct
@@ -212,13 +215,16 @@ def score(cfg: Config, request: evaluate.Request, response, record: dict) -> Row
     )
 
 
-def expert_row(cfg: Config, policy, problem, number: int) -> Row:
-    """The demonstration as a row of the group; the same reward judges it, and may give it 0."""
-    ids = problem.expert
-    demonstration = rollout.Response(ids, [0.0] * len(ids), [], True)
-    record = policy.judge(problem, demonstration)
-    row = score(cfg, evaluate.Request(problem, [], 1, number), demonstration, record)
-    return row._replace(reward=row.correct, is_expert=True)
+def expert_rows(cfg: Config, policy, problems: dict) -> dict[int, Row]:
+    """The demonstrations as rows of the groups with these numbers, where a problem has one; the
+    same reward judges them, and may give 0."""
+    numbers = [number for number, problem in problems.items() if problem.expert]
+    shown = [(problems[n], scoring.demonstration(problems[n])) for n in numbers]
+    rows = {}
+    for number, (problem, response), record in zip(numbers, shown, policy.judge(shown)):
+        row = score(cfg, scoring.Request(problem, [], 1, number), response, record)
+        rows[number] = row._replace(reward=row.correct, is_expert=True)
+    return rows
 
 
 # ---- batches -------------------------------------------------------------------------------------
@@ -260,15 +266,13 @@ def make_batches(cfg: Config, method, net, reference, groups: list) -> list[Upda
 
 
 def micro_batches(cfg: Config, rows: list[Row]) -> Iterator:
-    """(indices of rows, ids (b, T), mask (b, T)) of each micro-batch of this rank."""
-    examples = [data.Example(row.prompt, row.response) for row in rows]
-    return data.micro_batches(examples, cfg.micro_tokens, ranks.rank(), ranks.world())
+    """(indices of rows, their line of tokens) of each micro-batch of this rank."""
+    return shared.micro_batches(rows, cfg.micro_tokens, ranks.rank(), ranks.world())
 
 
-def forward(cfg: Config, net, ids, mask, width: int, entropy: bool = True) -> tuple:
+def forward(cfg: Config, net, line: shared.Line, width: int, entropy: bool = True) -> tuple:
     """Log-probs and entropies of the responses at the sampling temperature, both (b, width)."""
-    ids = ids.to(net.head.device)
-    logp, spread, _ = model_file.response_logp(net, ids, mask, cfg.temperature, entropy)
+    logp, spread = model_file.grouped_logp(net, line, cfg.temperature, entropy)
     spread = torch.zeros_like(logp) if spread is None else spread
     missing = width - logp.shape[1]
     return F.pad(logp, (0, missing)), F.pad(spread, (0, missing))
@@ -279,8 +283,8 @@ def logp_now(cfg: Config, net, rows: list[Row], R: int, entropy: bool = False) -
     """Log-probs and entropies (B, R) of all rows under the weights as they are."""
     logp = torch.zeros(len(rows), R, device=net.head.device)
     spread = torch.zeros_like(logp)
-    for part, ids, mask in micro_batches(cfg, rows):
-        values = forward(cfg, net, ids, mask, R, entropy)
+    for part, line in micro_batches(cfg, rows):
+        values = forward(cfg, net, line, R, entropy)
         logp[part] = values[0][: len(part)]
         spread[part] = values[1][: len(part)]
     return ranks.add_up(logp), ranks.add_up(spread)
@@ -296,9 +300,9 @@ def train_on(cfg: Config, method, net, update: Update) -> dict:
     R = batch.mask.shape[1]
     sums = torch.zeros(len(losses.SUMS), dtype=torch.float64, device=batch.mask.device)
     parts = list(micro_batches(cfg, rows))
-    for n, (part, ids, mask) in enumerate(parts, 1):
+    for n, (part, line) in enumerate(parts, 1):
         ranks.reduce_now(net, n == len(parts))
-        logp, entropy = forward(cfg, net, ids, mask, R)  # (b, R)
+        logp, entropy = forward(cfg, net, line, R)  # (b, R)
         if not part:  # only the collectives that the other ranks wait for
             (logp.sum() * 0).backward()
             continue
@@ -309,34 +313,6 @@ def train_on(cfg: Config, method, net, update: Update) -> dict:
             [loss.detach().double(), *losses.token_sums(method, logp, entropy, mine)]
         )
     return dict(zip(losses.SUMS, ranks.add_up(sums).tolist()))
-
-
-# ---- evaluation ----------------------------------------------------------------------------------
-def evaluate_now(cfg: Config, run: Run, step: int, policy, problems: list) -> None:
-    """pass@1 on the validation problems, and the ceiling as it looks now."""
-    sampling = policy.sampling(cfg.eval_temperature, ranks.seed_of(cfg.seed, "eval"))
-    summary, records = evaluate.evaluate(policy, problems, cfg.eval_n, sampling)
-    run.log(step, "eval", **summary)
-    run.log_samples(step, [{**record, "kind": "eval"} for record in records[: 4 * cfg.eval_n]])
-    fit = fit_so_far(run)
-    print(
-        f"step {step:4d}  pass@1 {summary['pass1']:.1f} (se {summary['pass1_se']:.1f})  "
-        f"length {summary['length']:.0f}  cut {summary['truncated']:.1f}%  {ceiling.line(fit)}",
-        flush=True,
-    )
-    run.prune({evaluate.best_step(run.of_kind("eval"), run.saved())[0]})
-
-
-def end_if_reached(cfg: Config, run: Run, step: int) -> None:
-    """--until-share: end the run where its evaluations say so, also those made before a resume."""
-    if cfg.until_share and ranks.any_of((fit_so_far(run).share_low or 0.0) >= cfg.until_share):
-        run.end(f"--until-share {cfg.until_share} is surely reached")
-
-
-def fit_so_far(run: Run) -> ceiling.CeilingFit:
-    points = run.of_kind("eval")
-    flops = [point["flops"] for point in points]
-    return ceiling.fit(flops, [p["pass1"] for p in points], n=[p["n"] for p in points])
 
 
 # ---- the script ----------------------------------------------------------------------------------
@@ -366,7 +342,7 @@ def load_problems(cfg: Config, method, tokenizer) -> tuple[list, list]:
     return pool, val
 
 
-def show_plan(cfg: Config, method, pool: list, tokenizer, folder: Path, device) -> None:
+def show_plan(cfg: Config, method, pool: list, policy, folder: Path, device) -> None:
     """The run in one line, and what it will take."""
     config = model_file.read_config(folder)
     plain = vars(losses.GRPO())
@@ -388,11 +364,12 @@ def show_plan(cfg: Config, method, pool: list, tokenizer, folder: Path, device) 
     launch.show_memory(cfg, config, device, slots=longest, reference=bool(method.kl_coef))
     launch.show_disk(cfg, config, cfg.steps, "adamw")
     if cfg.dry_run:
-        print(f"first prompt: {tokenizer.decode(pool[0].prompt)}\nits answer: {pool[0].gold}")
+        print(
+            f"first prompt: {policy.tokenizer.decode(pool[0].prompt)}\nits answer: {pool[0].gold}"
+        )
     if cfg.dry_run or any(problem.expert for problem in pool):
         limit = 1000 if cfg.dry_run else 32
-        reward = tasks.load_reward(cfg.reward)
-        print(evaluate.check_demonstrations(pool, tokenizer, reward, limit), flush=True)
+        print(scoring.check_demonstrations(pool, policy, limit), flush=True)
 
 
 def main(cfg: Config) -> None:
@@ -401,14 +378,14 @@ def main(cfg: Config) -> None:
     folder = evaluate.find_start(cfg)
     tokenizer = evaluate.open_tokenizer(folder)
     pool, val = load_problems(cfg, method, tokenizer)
-    show_plan(cfg, method, pool, tokenizer, folder, device)
+    policy = scoring.open_policy(cfg, tokenizer)
+    show_plan(cfg, method, pool, policy, folder, device)
     if cfg.dry_run:
         return
     run = Run(cfg, cfg.steps, folder, val_set=data.digest(val))
     model, net, optimizers = evaluate.open_training(cfg, folder, tokenizer, device, run)
     reference = evaluate.open_frozen(cfg, folder, device) if method.kl_coef else None
-    reward = tasks.load_reward(cfg.reward)
-    policy = evaluate.Policy(net, tokenizer, reward, cfg.max_new, cfg.rows)
+    policy.net = net
     # --resume with less --keep than before: room for the next save
     run.prune({evaluate.best_step(run.of_kind("eval"), run.saved())[0]})
 
@@ -417,9 +394,9 @@ def main(cfg: Config) -> None:
             run.end(f"--max-flops {cfg.max_flops:g} are spent")
         run.checkpoint(step)
         if run.due(step, "eval"):
-            evaluate_now(cfg, run, step, policy, val)
+            evaluate.during_rl(cfg, run, step, policy, val)
         if step % cfg.eval_every == 0:
-            end_if_reached(cfg, run, step)
+            evaluate.end_if_reached(cfg, run)
         if run.over(step):
             break
 
@@ -443,51 +420,17 @@ def main(cfg: Config) -> None:
         numbers["logp_s"] = round(planned - began, 4)
         numbers["update_s"] = round(time.monotonic() - planned, 4)
         log_step(cfg, method, run, collected, updates, numbers)
+    policy.close()
     finish(cfg, run)
-
-
-def compute_of(cfg: Config, method, config, collected: Round, updates: list) -> tuple:
-    """(tokens, FLOPs as the paper counts them, FLOPs of the machine) of one round.
-
-    The paper's (24)-(29): a forward per sampled row, three per trained one, and (26) for some
-    methods one more per expert row. The machine reads a prompt once per group.
-    """
-    sampled = [row.length for group in collected.sampled for row in group]
-    drawn = 0
-    cached = []
-    for group in collected.sampled:
-        for i, row in enumerate(group):
-            drawn += len(row.response) - row.n_prefix
-            cached.append(len(row.prompt) if i else 0)
-    work = model_file.flops(config, sampled, drawn, cached)
-    rows = [row for group in collected.groups for row in group]
-    trained = [row.length for row in rows]
-    experts = [row.length for row in rows if row.is_expert and method.expert_forward]
-    paper = work.paper + 3 * model_file.flops(config, trained).paper
-    paper += model_file.flops(config, experts).paper
-    machine = work.blocks + work.head
-    if method.needs_entropy:  # the forward that gives old_logp too
-        n_trained = sum(len(row.response) for row in rows)
-        machine += model_file.hardware_flops(config, trained, n_trained)
-    for n, update in enumerate(updates):
-        lengths = [row.length for row in update.rows]
-        work = model_file.flops(config, lengths, sum(len(row.response) for row in update.rows))
-        passes = 3  # a backward is two forwards
-        if n > 0 and not method.needs_entropy:
-            passes += 1  # old_logp
-        if method.kl_coef:
-            passes += 1  # ref_logp
-        machine += passes * (work.blocks + work.head) + cfg.recompute * work.blocks
-    return sum(sampled), paper, machine
 
 
 def log_step(cfg: Config, method, run: Run, collected: Round, updates: list, numbers: dict) -> None:
     """Compute spent, samples, the step's line in metrics.jsonl, and the printed line."""
-    run.count(*compute_of(cfg, method, run.model.config, collected, updates))
+    run.count(*flops.of_round(cfg, method, run.model.config, collected, updates))
     step = run.step + 1
     trained = {row.group for update in updates for row in update.rows}
     run.log_samples(step, whole_groups(collected.records, trained))
-    run.log(step, "train", **numbers)
+    run.log(step, train=numbers)
     console.print_rl_step(cfg, run, step, numbers)
     console.print_hints(cfg, run, numbers, collected.records)
 

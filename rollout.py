@@ -42,18 +42,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import core.start  # before torch
+
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from core import ranks
 from core.decode import GRAPH_BYTES, MAX_GRAPHS, Cache, Decoder, Graphs, decoder_of
+from core.draw import draw
 from core.errors import UserError
 
 BLOCK = 64  # slots by which the cache grows
 PREFILL = 2048  # prompt tokens read at once, padding included; at least one prompt
-PIECE = 128  # tokens of the vocabulary whose probabilities are summed first, see draw()
-DRAW_LOGITS = 2**18  # logits that draw() takes at once on the CPU: 1 MB, to stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Hooks:
     """Functions that generate() calls on the way."""
 
     progress: Callable | None = None  # (n_done, n_total) whenever responses have ended
-    on_response: Callable | None = None  # (index of the prompt, response) as each one ends
+    on_response: Callable | None = None  # (request, response) as each one ends
     on_forward: Callable | None = None  # ("read" or "step", rows, cache) before each forward
 
 
@@ -160,7 +160,7 @@ def generate(
                 for request, response in ended:
                     responses[request.number] = response
                     if hooks.on_response:
-                        hooks.on_response(request.prompt, response)
+                        hooks.on_response(request, response)
                 n_done += len(ended)
                 if hooks.progress and ended:
                     hooks.progress(n_done, len(mine))
@@ -435,73 +435,6 @@ def cache_budget(decoder: Decoder, rows: int, sampling: Sampling) -> int:
     else:  # macOS: half of the memory counts as available
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return free // (2 * ranks.world())
-
-
-def draw(
-    logits: torch.Tensor,
-    uniform: torch.Tensor,
-    temperature: float,
-    top_p: float = 1.0,
-    top_k: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One token per row: logits (n, V), uniform (n,) float64 in [0, 1) -> token, logp, entropy.
-
-    All three are (n,). The token is the first whose cumulated probability exceeds uniform; see
-    _find(). Temperature 0 is greedy and reports log-probs at temperature 1.
-    """
-    n, V = logits.shape
-    at_once = max(1, DRAW_LOGITS // V) if logits.device.type == "cpu" else n
-    if n > at_once:  # 64 x 32,000 at once: 14 ms, most of it for new pages of memory; in parts 5 ms
-        pairs = zip(logits.split(at_once), uniform.split(at_once))
-        parts = [draw(part, u, temperature, top_p, top_k) for part, u in pairs]
-        token, logp, entropy = (torch.cat(values) for values in zip(*parts))
-        return token, logp, entropy
-    z = logits.float() - logits.amax(-1, keepdim=True)  # (n, V) <= 0
-    if temperature not in (0, 1):
-        z /= temperature
-    p = z.exp()  # not yet divided by its sum
-    pieces = F.pad(p, (0, -V % PIECE)).view(n, -1, PIECE)  # (n, V / 128, 128)
-    mass = pieces.sum(-1).double()  # (n, V / 128)
-    total = mass.sum(-1)
-    # Clamped, because 0 * -inf is NaN.
-    entropy = total.log() - torch.linalg.vecdot(p, z.clamp_min_(-1e4)) / total
-    if temperature == 0:
-        token = logits.argmax(-1)
-    else:
-        if top_p < 1 or top_k:
-            p = _cut(p, total, top_p, top_k)
-            pieces = F.pad(p, (0, -V % PIECE)).view(n, -1, PIECE)
-            mass = pieces.sum(-1).double()
-        token = _find(pieces, mass, uniform)
-    logp = z.gather(1, token[:, None])[:, 0] - total.log()
-    return token, logp.float(), entropy.float()
-
-
-def _find(pieces: torch.Tensor, mass: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The token (n,) at which the cumulated probability exceeds uniform (n,).
-
-    pieces (n, V / 128, 128) are probabilities times any factor, mass (n, V / 128) their sums. The
-    piece is sought first and then the token inside it, so no running sum over V is made. A piece
-    is summed in fp32 and everything else in float64: fp32 alone drifts over 150,000 tokens.
-    """
-    mass = mass.cumsum(-1)
-    aim = uniform[:, None] * mass[:, -1:]
-    piece = torch.searchsorted(mass, aim, right=True).clamp_max(mass.shape[1] - 1)  # (n, 1)
-    inside = pieces.gather(1, piece[:, :, None].expand(-1, 1, PIECE))[:, 0]  # (n, 128)
-    inside = inside.double().cumsum(-1)
-    rest = aim - F.pad(mass, (1, 0)).gather(1, piece)
-    rest = rest.minimum(inside[:, -1:] * (1 - 1e-12))  # rounding must not pass the last possible
-    return (piece * PIECE + torch.searchsorted(inside, rest, right=True))[:, 0]
-
-
-def _cut(p: torch.Tensor, total: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
-    """p (n, V) with 0 outside the top_k likeliest tokens (0 = all) and the fewest with top_p."""
-    ranked, order = p.sort(-1, descending=True)
-    before = ranked.cumsum(-1, dtype=torch.float64) - ranked  # so the first token always stays
-    is_out = before >= top_p * total[:, None]
-    if top_k:
-        is_out[:, top_k:] = True
-    return torch.zeros_like(p).scatter(-1, order, ranked.masked_fill(is_out, 0.0))
 
 
 if __name__ == "__main__":  # the command is a script above this file, which stays a component

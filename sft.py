@@ -18,10 +18,13 @@ Shapes: B rows, T tokens, D model width. Losses in nats per token; compute in FL
 """
 
 import json
+import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+import core.start  # before torch
 
 import numpy as np
 import torch
@@ -32,10 +35,11 @@ import losses
 import model as model_file
 import phases
 import tasks
-from core import cli, estimates, launch, optim, page, ranks
+from core import cli, estimates, flops, launch, memory, optim, page, ranks
 from core.errors import UserError
 from core.files import write_json
-from core.run import Run
+from core.run import CACHE, Run, is_new
+from tasks import scoring
 
 BASE = Path("runs/base")  # the tiny base model
 
@@ -145,19 +149,39 @@ def make_built_in(cfg: Config) -> Config:
 
 
 # ---- data ----------------------------------------------------------------------------------------
-def load_examples(cfg: Config, tokenizer) -> tuple[list, list]:
+def cache_folder(cfg: Config, start: Path) -> Path | None:
+    """Where the ids of all rows are kept: in the run directory. A dry run writes nothing there."""
+    if cfg.dry_run:
+        return None
+    folder = Path(cfg.out) / CACHE
+
+    def prepare():
+        if is_new(cfg, start) and cfg.overwrite:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    ranks.from_first(prepare)
+    return folder
+
+
+def load_examples(cfg: Config, tokenizer, cache: Path | None) -> tuple[data.Rows, data.Rows]:
     """(training examples, validation examples)."""
     reads = tasks.columns(cfg.reward)["reads"]
-    train, n_long = data.sft_examples(cfg.data, tokenizer, cfg.max_len, reads)
+
+    def load(path: str, name: str) -> tuple[data.Rows, int]:
+        folder = cache and cache / name
+        return data.sft_examples(path, tokenizer, cfg.max_len, reads, folder)
+
+    train, n_long = load(cfg.data, "train")
     if cfg.val:
-        val, n_long_val = data.sft_examples(cfg.val, tokenizer, cfg.max_len, reads)
+        val, n_long_val = load(cfg.val, "val")
     else:
         train, val = data.hold_out(train, 199)
         n_long_val = 0
         print(f"no --val: {len(val)} rows of {cfg.data} held out for validation")
+    kept = f"; ids in {cache}, {memory.text(train.n_bytes)}" if cache else ""
     print(
         f"{len(train)} training and {len(val)} validation examples; "
-        f"{n_long + n_long_val} over {cfg.max_len} tokens dropped",
+        f"{n_long + n_long_val} over {cfg.max_len} tokens dropped{kept}",
         flush=True,
     )
     return train, val
@@ -203,14 +227,14 @@ def prepare_resume(cfg: Config, run: Run) -> None:
         )
 
 
-def show_plan(cfg: Config, train: list, tokenizer, folder: Path, device, steps: int) -> None:
+def show_plan(cfg: Config, train: data.Rows, tokenizer, folder: Path, device, steps: int) -> None:
     """The run in one line, the first row as the model sees it, and what it will take."""
     config = model_file.read_config(folder)
-    lengths = [len(row.prompt) + len(row.response) for row in train]
+    lengths = train.lengths
     print(
         f"{steps} steps x {cfg.batch} = {steps * cfg.batch / len(train):.1f} epochs on "
         f"{ranks.world()} x {device}, validates every {cfg.eval_every} steps; "
-        f"mean length {sum(lengths) / len(lengths):.0f} tokens, longest {max(lengths)}"
+        f"mean length {lengths.mean():.0f} tokens, longest {lengths.max()}"
     )
     prompt, (*response, eos) = train[0]
     end = tokenizer.backend.id_to_token(eos)
@@ -223,7 +247,7 @@ def show_plan(cfg: Config, train: list, tokenizer, folder: Path, device, steps: 
     launch.show_disk(cfg, config, steps, cfg.optimizer)
     if cfg.dry_run:
         world = cfg.gpus or ranks.world()
-        first = [lengths[i] for i in data.plan(len(train), cfg.seed, 0, cfg.batch)]
+        first = lengths[data.plan(len(train), cfg.seed, 0, cfg.batch)].tolist()
         n_parts = len(data.deal(first, cfg.micro_tokens, 0, world))
         print(
             f"first step: {sum(first):,} tokens in {n_parts} micro-batches on each of {world} "
@@ -233,10 +257,11 @@ def show_plan(cfg: Config, train: list, tokenizer, folder: Path, device, steps: 
         )
         columns = tasks.columns(cfg.reward) | {"needs_gold": False}
         try:
-            problems, _ = data.problems(cfg.data, tokenizer, cfg.max_len, **columns)
+            problems, _ = data.problems(cfg.data, tokenizer, cfg.max_len, **columns, most=1000)
         except UserError:  # plain text, or conversations that ask nothing
             problems = []
-        print(evaluate.check_demonstrations(problems, tokenizer, tasks.load_reward(cfg.reward)))
+        policy = scoring.Policy(None, tokenizer, tasks.load_reward(cfg.reward), cfg.max_new)
+        print(scoring.check_demonstrations(problems, policy))
 
 
 # ---- loss ----------------------------------------------------------------------------------------
@@ -256,7 +281,7 @@ def batch_loss(net, ids, mask, n_trained: int, alpha: float = 0.0) -> torch.Tens
 @torch.no_grad()
 def validation_loss(net, rows: list, micro_tokens: int) -> float:
     """Mean NLL over all response tokens of the validation set, nats per token, for any --loss."""
-    batch = make_step(rows, micro_tokens)
+    batch = make_step(list(rows), micro_tokens)
     loss = 0.0
     for ids, mask in batch.parts:
         loss += batch_loss(net, ids, mask, batch.n_trained).item()
@@ -278,7 +303,7 @@ def validate(cfg: Config, run: Run, step: int, policy, val: list, problems: list
             lines["eval"] |= readiness(cfg, policy, problems[: cfg.sample_problems])
             found = estimates.readiness_of(lines["eval"], cfg.samples)
             shown += f"  {found.line(cfg.samples)}"
-    run.log_together(step, lines)
+    run.log(step, **lines)
     found = diagnose(run)
     print(f"step {step:5d}  val loss {loss:.4f}  {regime_now(found)}{shown}", flush=True)
     run.prune({found.recommended_step})
@@ -324,7 +349,7 @@ def main(cfg: Config) -> bool:
         cfg = make_built_in(cfg)
     folder = evaluate.find_start(cfg)
     tokenizer = evaluate.open_tokenizer(folder)
-    train, val = load_examples(cfg, tokenizer)
+    train, val = load_examples(cfg, tokenizer, cache_folder(cfg, folder))
     problems = load_problems(cfg, tokenizer)
     steps = cfg.steps or max(1, round(cfg.epochs * len(train) / cfg.batch))
     cfg = replace(cfg, eval_every=cfg.eval_every or max(1, steps // 10))
@@ -384,7 +409,7 @@ def log_step(cfg: Config, run: Run, step: int, numbers: dict, batch: Step, clock
 
     clock: when data, forward and backward, update began, and when the update ended.
     """
-    work = model_file.flops(run.model.config, batch.lengths, batch.n_trained)
+    work = flops.flops(run.model.config, batch.lengths, batch.n_trained)
     run.count(
         tokens=sum(batch.lengths),
         flops=3 * work.paper,  # a backward is two forwards
@@ -393,7 +418,7 @@ def log_step(cfg: Config, run: Run, step: int, numbers: dict, batch: Step, clock
     spent = {}
     for name, began, ended in zip(("data_s", "train_s", "update_s"), clock, clock[1:]):
         spent[name] = round(ended - began, 4)
-    run.log(step, "train", **numbers, **spent)
+    run.log(step, train={**numbers, **spent})
     if step % cfg.log_every == 0:
         rate = run.totals["tokens"] / max(1e-9, run.seconds)
         print(
@@ -415,12 +440,6 @@ def finish(cfg: Config, run: Run) -> None:
     passed = [f"{step} {regime}" for step, regime in zip(end.steps, end.regimes)]
     print(f"regimes: {'  '.join(passed)}")
     if end.recommended_step is not None:
-        group = cfg.samples or phases.GROUP
-        curve = ranks.from_first(lambda: phases.read_run(cfg.out, group))
-        chosen = phases.recommendations(end, curve)
-        if chosen["signal"] is not None:
-            by = ", ".join(f"by {rule} {step}" for rule, step in chosen.items())
-            print(f"where RL would start (phases.py --recommend): {by}")
         print(
             f"start RL from {run.folder(end.recommended_step)}: {end.reason}\n"
             f"next: torchrun rl.py --init {cfg.out}{tasks.flags_for(cfg, data='--data')}"

@@ -3,6 +3,7 @@
     python -m bench rollout     the sampler
     python -m bench sft         a training step, through sft.py itself
     python -m bench rl          a whole step of RL, through rl.py itself
+    python -m bench parity      our losses and gradients beside TRL's own code
     python -m bench gpu         all of it on a GPU, in 8 minutes: right, fast, within memory
     ... --peer --peer-python /path/to/python     beside transformers and TRL in that python
     ... --help                                   all flags
@@ -15,9 +16,11 @@ time: on a shared machine they are the steadier figure. The last line printed is
 import importlib
 import sys
 
+import core.start  # before torch
+
 from core import cli
 
-COMMANDS = ("rollout", "sft", "rl", "gpu")
+COMMANDS = ("rollout", "sft", "rl", "parity", "gpu")
 
 
 def start() -> None:

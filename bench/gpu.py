@@ -29,7 +29,7 @@ import model as model_file
 import rollout as sampler
 from bench import checks, measure, rollout
 from bench.measure import DEVICE
-from core import cli, memory, optim, ranks
+from core import cli, flops, memory, optim, ranks
 from core.errors import UserError
 
 PEERS = ("transformers", "trl", "datasets", "accelerate")
@@ -128,10 +128,10 @@ def training_step(shape: str, recompute: bool, compiled: bool) -> dict:
     seconds = times[2]  # the median
     peak = measure.peak_mb(DEVICE)
     limit = measure.matmul_peak(measure.DTYPES[SIZE.dtype], DEVICE)
-    flops = 3 * model_file.hardware_flops(model.config, [SIZE.tokens] * SIZE.rows)
+    work = 3 * flops.hardware_flops(model.config, [SIZE.tokens] * SIZE.rows)
     return {
         "tokens_per_s": ids.numel() / seconds,
-        "mfu": flops / seconds / limit,
+        "mfu": work / seconds / limit,
         "ms_per_step": 1e3 * seconds,
         "first_step_s": first,
         "peak_mb": peak,
@@ -295,14 +295,11 @@ def run_apart(part: str, limit: float) -> list[dict]:
 
 def as_table(rows: list[dict]) -> str:
     """A Markdown table: part, case, what was found."""
-    lines = ["| part | case | found |", "| --- | --- | --- |"]
+    lines = []
     for row in rows:
-        found = []
-        for key, value in row.items():
-            if key not in ("part", "case"):
-                found.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
-        lines.append(f"| {row['part']} | {row['case']} | {', '.join(found)} |")
-    return "\n".join(lines)
+        found = [f"{k} {measure.as_text(v)}" for k, v in row.items() if k not in ("part", "case")]
+        lines.append({"part": row["part"], "case": row["case"], "found": ", ".join(found)})
+    return measure.as_table(lines)
 
 
 def main(cfg: Config) -> None:

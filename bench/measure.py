@@ -24,6 +24,7 @@ from core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / "bench" / "peers"
+PACKAGES = "transformers 5 (and trl, datasets, accelerate)"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPES = {  # D, layers, query heads, key heads, inner width, V
@@ -50,14 +51,17 @@ class Common:
     def __post_init__(self):
         numbers = [f.name for f in fields(self) if f.type is int and f.name != "seed"]
         cli.require_positive(self, *numbers)
-        if self.peer and shutil.which(self.peer_python) is None:
-            raise UserError(
-                f"--peer-python {self.peer_python}: no such program; name one with transformers 5"
-            )
+        if self.peer:
+            require_program(self.peer_python)
         if self.model not in SHAPES and not (Path(self.model) / "config.json").exists():
             raise UserError(
                 f"--model {self.model}: neither a shape ({', '.join(SHAPES)}) nor a model folder"
             )
+
+
+def require_program(peer_python: str) -> None:
+    if shutil.which(peer_python) is None:
+        raise UserError(f"--peer-python {peer_python}: no such program; name one with {PACKAGES}")
 
 
 def shape(name: str) -> model_file.ModelConfig:
@@ -135,9 +139,16 @@ def run_json(command: list[str], cfg: Common, what: str) -> dict:
     """Run a program whose last line is JSON. A failure is a UserError with its last line."""
     done = subprocess.run(command, capture_output=True, text=True, env=environment(cfg.threads))
     if done.returncode:
-        remedy = "--peer-python names a python with transformers 5 (and trl, datasets, accelerate)"
+        remedy = f"--peer-python names a python with {PACKAGES}"
         raise UserError(f"{what}: {last_line(done.stderr)}; {remedy}")
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def run_peer(script: str, cfg: Common, model, work: Path, *flags) -> dict:
+    """A script of bench/peers on a model folder and the work that it is to do."""
+    command = [cfg.peer_python, PEERS / script, "--model", model, "--work", work]
+    command += ["--dtype", cfg.dtype, "--threads", cfg.threads, *flags]
+    return run_json(list(map(str, command)), cfg, " ".join(map(str, [script, *flags])))
 
 
 def with_rates(found: dict) -> dict:
@@ -202,6 +213,18 @@ def report(bench: str, cfg: Common, result: dict, summary: str) -> None:
             )
     about = {"bench": bench, "model": cfg.model, "dtype": cfg.dtype, "threads": cfg.threads}
     print_json(about | result)
+
+
+def as_table(rows: list[dict]) -> str:
+    """A Markdown table; the keys of the first row are its head."""
+    lines = [list(rows[0]), ["---"] * len(rows[0])]
+    for row in rows:
+        lines.append([as_text(value) for value in row.values()])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def as_text(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def print_json(numbers: dict) -> None:

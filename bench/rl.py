@@ -59,7 +59,7 @@ def main(cfg: Config) -> None:
         write_work(cfg, folder, training.make_folder(cfg, folder / "model"))
         sides = {"ours": partial(run_ours, cfg, folder)}
         if cfg.peer:
-            flags = ["--group", str(cfg.group), "--max-new", str(cfg.max_new)]
+            flags = ["--group", cfg.group, "--max-new", cfg.max_new]
             sides["trl"] = partial(training.run_peer, "grpo_trl.py", cfg, flags, folder)
         found = measure.take_turns(cfg, sides)
     result = found.pop("ours")

@@ -114,14 +114,6 @@ def run_ours(cfg: Config, rows: int) -> dict:
     return {key: value for key, value in found.items() if not isinstance(value, str)}
 
 
-def run_peer(cfg: Config, rows: int, side: str, work: Path) -> dict:
-    """The same requests through transformers, with static or continuous batches."""
-    command = [cfg.peer_python, str(measure.PEERS / "generate_hf.py")]
-    command += ["--model", cfg.model, "--work", str(work), "--mode", side, "--batch", str(rows)]
-    command += ["--dtype", cfg.dtype, "--threads", str(cfg.threads)]
-    return measure.run_json(command, cfg, f"{side}, batch {rows}")
-
-
 def run_all(cfg: Config) -> dict:
     """All sides at all numbers of rows, in turn; each side counts at its best number."""
     sides = {}
@@ -134,10 +126,11 @@ def run_all(cfg: Config) -> dict:
         requests = [prompt for prompt in prompts for _ in range(cfg.group)]
         work = folder / "work.json"
         work.write_text(json.dumps({"prompts": requests, "lengths": lengths}))
+        peer = partial(measure.run_peer, "generate_hf.py", cfg, cfg.model, work)
         for rows in map(int, cfg.batches.split(",")):
             sides[f"ours {rows}"] = partial(run_ours, cfg, rows)
             for side in PEER_SIDES if cfg.peer else ():
-                sides[f"{side} {rows}"] = partial(run_peer, cfg, rows, side, work)
+                sides[f"{side} {rows}"] = partial(peer, "--mode", side, "--batch", rows)
         found = measure.take_turns(cfg, sides)
     ours = {name: numbers for name, numbers in found.items() if name.startswith("ours")}
     result = ours[measure.best_of(ours)]

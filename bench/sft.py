@@ -17,7 +17,7 @@ import torch
 import data
 import model as model_file
 from bench import measure, training
-from core import ranks
+from core import flops, ranks
 
 PARTS = ("data_s", "train_s", "update_s")
 
@@ -61,7 +61,7 @@ def needed_flops(cfg: Config, rows: list[list[int]], config) -> float:
     picked = data.plan(len(rows), cfg.seed, cfg.rows, cfg.rows * cfg.steps)
     lengths = [len(rows[i]) for i in picked]
     n_trained = sum(lengths) - len(lengths)
-    return 3 * model_file.hardware_flops(config, lengths, n_trained)  # a backward is two forwards
+    return 3 * flops.hardware_flops(config, lengths, n_trained)  # a backward is two forwards
 
 
 def main(cfg: Config) -> None:

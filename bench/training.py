@@ -154,15 +154,10 @@ def run_ours(script: str, cfg: Training, flags: dict, folder: Path, means: tuple
     return found
 
 
-def run_peer(script: str, cfg: Training, flags: list[str], folder: Path) -> dict:
+def run_peer(script: str, cfg: Training, flags: list, folder: Path) -> dict:
     """A peer's script on the same rows."""
-    command = [cfg.peer_python, str(measure.PEERS / script)]
-    command += ["--model", str(folder / "model"), "--work", str(folder / "work.json")]
-    command += ["--micro", str(cfg.peer_rows), "--dtype", cfg.dtype]
-    command += ["--threads", str(cfg.threads), *flags]
-    if cfg.recompute:
-        command.append("--checkpointing")
-    return measure.run_json(command, cfg, " ".join([script, *flags]))
+    flags = [*flags, "--micro", cfg.peer_rows, *["--checkpointing"] * cfg.recompute]
+    return measure.run_peer(script, cfg, folder / "model", folder / "work.json", *flags)
 
 
 def add_mfu(cfg: Training, result: dict) -> None:

@@ -2,7 +2,11 @@
 
 import math
 import sys
+import time
 from collections import Counter
+from collections.abc import Iterator
+
+from core.pool import LOST
 
 
 def number(value, form: str) -> str:
@@ -20,8 +24,11 @@ def print_rl_step(cfg, run, step: int, row: dict) -> None:
         f"rounds {row['rounds']}  length {row['length']:4.0f}  cut {row['truncated']:4.1f}%  "
         f"unparsed {row['unparsed']:4.1f}%  "
     )
+    if row["unscored"]:
+        line += f"unscored {row['unscored']:.1f}%  "
     if row["updates"]:
-        seconds = f"{row['sample_s']:.1f}+{row['logp_s'] + row['update_s']:.1f} s"
+        collecting = row["sample_s"] + row["score_s"]
+        seconds = f"{collecting:.1f}+{row['logp_s'] + row['update_s']:.1f} s"
         line += (
             f"entropy {number(row['entropy'], '.3f')}  "
             f"grad {row['grad_norm']:.2f}  {seconds}  {run.eta(step, last)}"
@@ -66,6 +73,14 @@ def is_stuck(run, steps: int = 10) -> bool:
 
 def print_hints(cfg, run, row: dict, records: list[dict]) -> None:
     """What is odd in a step of RL, once per run, with the flag that helps. records: its samples."""
+    if row["unscored"]:
+        lost = next(record for record in records if record["reason"] in LOST)
+        run.hint(
+            "unscored",
+            f"{row['unscored']:.1f}% of the rewards earn 0 because a call took over "
+            f"--reward-timeout {cfg.reward_timeout:g} s or ended its process; the first: "
+            f"{lost['reason']}, gold {lost['gold'][:60]!r}, response {lost['response'][-60:]!r}",
+        )
     if row["truncated"] > 25:
         run.hint(
             "cut",
@@ -104,8 +119,11 @@ def print_hints(cfg, run, row: dict, records: list[dict]) -> None:
 
 def print_summary(summary: dict, seconds: float) -> None:
     rest = []
+    left_out = {"pass1", "pass1_se", "n", "problems", "reward"}
+    if not summary["unscored"]:
+        left_out.add("unscored")
     for name, value in summary.items():
-        if name not in ("pass1", "pass1_se", "n", "problems", "reward"):
+        if name not in left_out:
             rest.append(f"{name.replace('pass_at_', 'pass@')} {value:.1f}")
     print(
         f"pass@1 {summary['pass1']:.1f} (standard error {summary['pass1_se']:.1f})  "
@@ -126,6 +144,28 @@ def print_comparison(names: list[str], summaries: list[dict], differences: list[
     for row in differences:
         interval = f"[{number(row['low'], '+.1f')}, {number(row['high'], '+.1f')}]"
         print(f"  {row['from']} -> {row['to']}  {row['difference']:+.1f} {interval}")
+
+
+def show_rows(rows: Iterator, total: int, what: str) -> Iterator:
+    """Hand the rows on; a bar with their rate on a terminal, a line per half minute in a log."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(rows, desc=what, total=total, unit=" rows", leave=False)
+        return
+    began = time.monotonic()
+    printed = began
+    for n, row in enumerate(rows, 1):
+        yield row
+        now = time.monotonic()
+        if now - printed > 30:
+            printed = now
+            rate = n / (now - began)
+            left = (total - n) / rate / 60
+            print(
+                f"{what}: {n:,} of {total:,} rows, {rate:,.0f} per s, {left:.0f} minutes left",
+                flush=True,
+            )
 
 
 def show_progress(what: str):

@@ -29,7 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import ModelConfig, head_logits, rotate
+from core.softmax import head_logits
+from model import ModelConfig, rotate
 
 MAX_GRAPHS = 64  # recorded at once
 GRAPH_BYTES = 2**16  # allowed per layer of a recorded step, apart from the shared scratch

@@ -1,7 +1,8 @@
 """JSON files: written whole or not at all, read with the place of what is wrong."""
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from core.errors import UserError
@@ -16,6 +17,21 @@ def write_aside(path: Path, text: str) -> None:
 
 def write_json(path: Path, value) -> None:
     write_aside(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def identity(path: Path) -> list:
+    """[path, size, time of the last change]: known without reading a file of many GB."""
+    found = path.resolve()
+    about = found.stat()
+    return [str(found), about.st_size, about.st_mtime_ns]
+
+
+def fingerprint(paths: Iterable) -> str:
+    """A hash of what is in these files."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(Path(path).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def read_jsonl(path: Path, broken_tail: bool = False, make_object=None) -> Iterator[dict]:

@@ -68,3 +68,45 @@ def hardware_flops(
     """What a machine computes."""
     work = flops(config, lengths, n_head, cached)
     return work.blocks + work.head
+
+
+def of_round(cfg, method, config: ModelConfig, collected, updates: list) -> tuple:
+    """(tokens, FLOPs as the paper counts them, FLOPs of the machine) of one round of rl.py.
+
+    The paper's (24)-(29): a forward per sampled row, three per trained one, and (26) for some
+    methods one more per expert row. The machine reads a prompt once per group.
+    """
+    sampled = [row for group in collected.sampled for row in group]
+    trained = [row for group in collected.groups for row in group]
+    experts = [row.length for row in trained if row.is_expert and method.expert_forward]
+    drawn = sum(len(row.response) - row.n_prefix for row in sampled)
+    work = _read_once(config, sampled, drawn)
+    paper = work.paper + 3 * flops(config, [row.length for row in trained]).paper
+    paper += flops(config, experts).paper
+    machine = work.blocks + work.head
+    if method.needs_entropy:  # the forward that gives old_logp too
+        work = _read_once(config, trained)
+        machine += work.blocks + work.head
+    for n, update in enumerate(updates):
+        work = _read_once(config, update.rows)
+        passes = 3  # a backward is two forwards
+        if n > 0 and not method.needs_entropy:
+            passes += 1  # old_logp
+        if method.kl_coef:
+            passes += 1  # ref_logp
+        machine += passes * (work.blocks + work.head) + cfg.recompute * work.blocks
+    return sum(row.length for row in sampled), paper, machine
+
+
+def _read_once(config: ModelConfig, rows: list, n_head: int | None = None) -> Flops:
+    """A forward over rows, those of a group side by side, that reads a prompt once per group.
+
+    n_head: as in flops(); None = the tokens of all responses.
+    """
+    if n_head is None:
+        n_head = sum(len(row.response) for row in rows)
+    cached = []
+    for before, row in zip([None, *rows], rows):
+        is_read = before is not None and before.group == row.group
+        cached.append(len(row.prompt) if is_read else 0)
+    return flops(config, [row.length for row in rows], n_head, cached)

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from core.folder import ModelConfig
 
-CHUNK_LOGITS = 2**25  # of model.py; a test compares
+CHUNK_LOGITS = 2**25  # of core/softmax.py; a test compares
 
 
 class Part(NamedTuple):

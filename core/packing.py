@@ -1,7 +1,58 @@
-"""Which rows share a micro-batch: rows of like length, under a token budget, alike on all ranks."""
+"""Which rows are trained when: those held out, the order of an epoch, micro-batches of like length
+under a token budget. Alike on all ranks."""
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from core import ranks
+from core.cache import Rows, prompt_key
+
+
+def hold_out(found: Sequence, most: int) -> tuple[Sequence, Sequence]:
+    """(rows to train on, rows held out) of examples or problems, split by prompt.
+
+    `most` prompts, or a tenth of the distinct ones if that is less, are held out: the first row of
+    each is for validation, and its other rows are trained nowhere. The same prompts whatever the
+    seed of the run is.
+    """
+    if isinstance(found, Rows):
+        keys = found.prompt_keys
+    else:
+        keys = np.array([prompt_key(row) for row in found], np.uint64)
+    _, first = np.unique(keys, return_index=True)
+    first.sort()  # places of the first row of each prompt, in the order of the file
+    n_held = min(most, max(1, len(first) // 10))
+    picked = plan(len(first), ranks.seed_of("held out"), 0, n_held)
+    held = first[sorted(picked)]
+    kept = np.flatnonzero(~np.isin(keys, keys[held]))
+    if not len(kept):
+        kept = np.arange(len(found))
+    return _pick(found, kept), _pick(found, held)
+
+
+def _pick(found: Sequence, places: np.ndarray) -> Sequence:
+    if isinstance(found, Rows):
+        return found.pick(places)
+    return [found[i] for i in places]
+
+
+def plan(n: int, seed: int, start: int, count: int) -> list[int]:
+    """`count` row numbers from position `start` of the endless stream: permutations of range(n)."""
+    picked = []
+    while len(picked) < count:
+        epoch, offset = divmod(start + len(picked), n)
+        missing = count - len(picked)
+        picked += _permutation(n, seed, epoch)[offset : offset + missing].tolist()
+    return picked
+
+
+@lru_cache(maxsize=2)  # a million rows take longer to shuffle than a small step to train
+def _permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
+    return torch.randperm(n, generator=ranks.generator(seed, "epoch", epoch)).int()
 
 
 def cut(lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -18,6 +18,7 @@ With one process every function returns its own value, so the training loops nee
 import hashlib
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -31,6 +32,7 @@ from core.errors import UserError
 # Timeout of a collective: one rank may decode long after the others are done. A rank that dies is
 # noticed at once all the same, because its connections close.
 PATIENCE = timedelta(hours=12)
+LOST = 30  # seconds without a sign of life from another machine, see watch_connections
 
 
 # ---- the group -----------------------------------------------------------------------------------
@@ -60,10 +62,58 @@ def start() -> torch.device:
         # cuDNN attention would plan, up to a second, for each new (rows, tokens)
         torch.backends.cuda.enable_cudnn_sdp(False)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        choose_interface()
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+        watch_connections()
         if rank():
             sys.stdout = open(os.devnull, "w")  # rank 0 prints for all
     return device
+
+
+def choose_interface() -> None:
+    """Several machines: gloo listens where the first one is reached, unless the user says where.
+
+    It would take the address of this machine's own name, which Debian gives as 127.0.1.1.
+    """
+    if os.environ.get("LOCAL_WORLD_SIZE") in (None, os.environ["WORLD_SIZE"]):
+        return
+    name = interface_to(os.environ["MASTER_ADDR"])
+    if name:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def interface_to(host: str) -> str:
+    """The network interface of the longest IPv4 route to this host; "" where none is known."""
+    try:
+        address = socket.inet_aton(socket.gethostbyname(host))
+        with open("/proc/net/route") as table:
+            routes = [line.split() for line in table][1:]
+    except OSError:
+        return ""
+    target = int.from_bytes(address, sys.byteorder)
+    found = [(0, "")]
+    for name, network, _, _, _, _, _, mask, *_ in routes:
+        if target & int(mask, 16) == int(network, 16):
+            found.append((int(mask, 16).bit_count(), name))
+    return max(found)[1]
+
+
+def watch_connections() -> None:
+    """The connections of this process fail after LOST seconds in which nothing comes from the other
+    machine, not even its kernel's answers. Without this, a cable pulled is never noticed."""
+    if sys.platform != "linux":
+        return
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            connection = socket.socket(fileno=int(number))
+        except OSError:  # it is no socket
+            continue
+        if connection.type == socket.SOCK_STREAM and connection.family != socket.AF_UNIX:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, LOST // 3)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, LOST // 3)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * LOST)
+        connection.detach()  # gloo goes on with it
 
 
 def stop() -> None:

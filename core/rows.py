@@ -99,19 +99,31 @@ def each_row(path: str | Path) -> Iterator[tuple[str, dict]]:
 
     path: a .jsonl or .parquet file or, where there is no such path, data of the hub by its name.
     """
+    for file in files_of(path):
+        yield from _rows_of_file(file)
+
+
+def files_of(path: str | Path) -> list[Path]:
+    """The files that each_row() reads."""
+    if Path(path).is_file():
+        return [Path(path)]
     if hub.DATA_NAME.fullmatch(str(path)) and not Path(path).exists():
-        for file in hub.data_files(path):
-            yield from _rows_of_file(file)
-    else:
-        yield from _rows_of_file(Path(path))
+        return hub.data_files(path)
+    raise UserError(
+        f"{path}: no such file; give a .jsonl or .parquet file, or OWNER/NAME:CONFIG/SPLIT "
+        "of the hub"
+    )
+
+
+def count_rows(file: Path) -> int:
+    """The rows of a file, for a progress bar: blank lines count, as nothing is parsed."""
+    if file.suffix == ".parquet":
+        return _open_parquet(file).metadata.num_rows
+    with open(file, "rb", buffering=0) as lines:
+        return sum(block.count(b"\n") for block in iter(lambda: lines.read(2**20), b""))
 
 
 def _rows_of_file(path: Path) -> Iterator[tuple[str, dict]]:
-    if not path.is_file():
-        raise UserError(
-            f"{path}: no such file; give a .jsonl or .parquet file, or OWNER/NAME:CONFIG/SPLIT "
-            "of the hub"
-        )
     if path.suffix == ".parquet":
         rows = enumerate(_parquet_rows(path), 1)
     else:
@@ -144,7 +156,7 @@ def _object(pairs: list[tuple]) -> dict:
     return row
 
 
-def _parquet_rows(path: Path) -> Iterator[dict]:
+def _open_parquet(path: Path):
     try:
         import pyarrow.parquet
     except ImportError:
@@ -159,7 +171,11 @@ def _parquet_rows(path: Path) -> Iterator[dict]:
     for name, n in Counter(file.schema_arrow.names).items():
         if n > 1:
             raise UserError(f"{path}: {n} columns are named {name!r}; rename or remove one of them")
-    for batch in file.iter_batches(AT_ONCE):
+    return file
+
+
+def _parquet_rows(path: Path) -> Iterator[dict]:
+    for batch in _open_parquet(path).iter_batches(AT_ONCE):
         yield from batch.to_pylist()
 
 
@@ -374,6 +390,7 @@ class Notes:
         self.counts = Counter()
         self.examples = {}  # the first of each, where it says more
         self.columns = set()
+        self.n_long = 0  # rows over the limit of tokens
 
     def of(self, row: dict, reading: Reading) -> None:
         self.columns |= not_used(row, reading) - self.ignore
@@ -393,12 +410,22 @@ class Notes:
     def dropped(self) -> str:
         return ", ".join(f"{n} {text}" for text, n in self.counts.items() if "dropped" in text)
 
-    def print(self) -> None:
+    def told(self) -> dict:
+        """All of it as JSON."""
+        return {"lines": self.lines(), "n_long": self.n_long}
+
+    def lines(self) -> list[str]:
+        told = []
         for text, n in self.counts.items():
             example = f" (the first: {self.examples[text]})" if self.examples[text] else ""
-            print(f"{self.path}: {n} {text}{example}")
+            told.append(f"{self.path}: {n} {text}{example}")
         if self.columns:
-            print(f"{self.path}: columns not used: {', '.join(sorted(self.columns))}")
+            told.append(f"{self.path}: columns not used: {', '.join(sorted(self.columns))}")
+        return told
+
+    def print(self) -> None:
+        for line in self.lines():
+            print(line)
 
 
 # ------------------------------------------------------------------------------------------- gold

@@ -4,14 +4,15 @@
     run.attach(model, optimizers, write_model)   loads the checkpoint it goes on from; begins
     for step in run.steps():                     the number of steps done so far
         run.checkpoint(step)                     saves when an evaluation, a signal or a flag asks
-        if run.due(step, "eval"): ...            evaluate, then run.log(step, "eval", ...)
+        if run.due(step, "eval"): ...            evaluate, then run.log(step, eval=numbers)
         if run.over(step): break
-        ...                                      one training step, then run.log(step + 1, "train")
+        ...                                      one step, then run.log(step + 1, train=numbers)
 
     runs/sft/run.json         every field as used, argv, number of ranks, versions
     runs/sft/metrics.jsonl    one object per line: step kind tokens flops seconds ...
     runs/sft/samples.jsonl    what the model wrote, and how it was judged
     runs/sft/checkpoints/     see checkpoint.py
+    runs/sft/cache/           tokenized rows (SFT), see cache.py
 
 Rank 0 writes the directory and prints; all ranks know its contents and decide alike. On several
 nodes it has to lie on a file system that all of them see.
@@ -36,6 +37,7 @@ from core.errors import UserError
 from core.files import write_aside, write_json
 
 LOCK = ".lock"  # held by the process that writes in the directory
+CACHE = "cache"  # the folder of tokenized rows, which may be there before the run begins
 FIXED = ("init", "data", "val", "reward", "algo")  # settings that a resumed run cannot change
 PER_CALL = ("resume", "overwrite", "dry_run", "out")  # settings that belong to one call
 KEPT_GROUPS = 4  # groups per step in samples.jsonl
@@ -81,16 +83,8 @@ class Run:
     # ---- the directory ---------------------------------------------------------------------------
     def _examine(self) -> dict | None:
         """trainer.json of the checkpoint to go on from, or None; on rank 0. Changes nothing."""
-        if not self.dir.exists() or all(path.name == LOCK for path in self.dir.iterdir()):
+        if is_new(self.cfg, self.start):
             return None
-        if self.cfg.overwrite:
-            self._check_overwrite()
-            return None
-        if not self.cfg.resume:
-            raise UserError(
-                f"{self.dir} exists already: --resume goes on with it, --overwrite starts anew, "
-                "--out names another"
-            )
         self._compare(recorded(self.dir))
         resumed = checkpoint.newest_whole(self.checkpoints)
         log = self.dir / "metrics.jsonl"
@@ -100,24 +94,6 @@ class Run:
                 "or start anew with --overwrite"
             )
         return resumed
-
-    def _check_overwrite(self) -> None:
-        """Refuse to empty a folder that is no run's, or that this run reads from."""
-        if not (self.dir / "run.json").exists():
-            raise UserError(
-                f"{self.dir} is not a run directory (no run.json): --overwrite leaves it alone; "
-                "pick another --out"
-            )
-        read = [str(self.start)]
-        for name in ("data", "val", "problems", "reward"):
-            read.append(getattr(self.cfg, name, "").partition(".py:")[0])
-        for path in filter(None, read):
-            for place in (Path(path).absolute(), Path(path).resolve()):
-                if place.is_relative_to(self.dir.resolve()):
-                    raise UserError(
-                        f"--overwrite would delete {path}, which this run starts from; "
-                        "pick another --out"
-                    )
 
     def _compare(self, before: dict) -> None:
         """Refuse to go on with other data or another model; say which settings are now others."""
@@ -223,7 +199,7 @@ class Run:
     def due(self, step: int, kind: str) -> bool:
         """Whether a line of this kind ("val", "eval") is to be made now: every eval_every steps and
         at the end, unless a run that was killed had made it already."""
-        if step % self.cfg.eval_every and not self._at_end(step):
+        if step % self.cfg.eval_every and step != self.last:
             return False
         return not any(row["step"] == step for row in self.of_kind(kind))
 
@@ -231,22 +207,20 @@ class Run:
         """Save where an evaluation follows, where --save-every asks, and on a signal."""
         self.interrupted = ranks.any_of(self._signals)
         on_schedule = self.cfg.save_every and step % self.cfg.save_every == 0
-        evaluated = step % self.cfg.eval_every == 0 or self._at_end(step)
+        evaluated = step % self.cfg.eval_every == 0 or step == self.last
         if evaluated or on_schedule or self.interrupted:
             self.save(step)
 
     def over(self, step: int) -> bool:
         """Whether the run ends here: its last step, end(), or a signal."""
         self._charge_time("evaluations")
-        return self._at_end(step) or self.interrupted
+        return step == self.last or self.interrupted
 
     def end(self, reason: str) -> None:
         """Make the present step the run's last one."""
         self.ended = reason
+        self.last = self.step
         print(f"step {self.step} is the last one: {reason}", flush=True)
-
-    def _at_end(self, step: int) -> bool:
-        return step == self.last or bool(self.ended)
 
     def watch(self, norm: float, step: int) -> None:
         """Name a skipped update (gradient norm NaN or infinite); five in a row stop the run."""
@@ -297,19 +271,19 @@ class Run:
     def of_kind(self, kind: str) -> list[dict]:
         return [row for row in self.metrics if row["kind"] == kind]
 
-    def log(self, step: int, kind: str, **numbers) -> None:
-        """Append one line to metrics.jsonl. Infinite and NaN become null, which JSON knows."""
-        self.log_together(step, {kind: numbers})
+    def log(self, step: int, **kinds: dict) -> None:
+        """Append lines to metrics.jsonl: run.log(40, val={"val_loss": 1.2}, eval={"pass1": 30.0}).
 
-    def log_together(self, step: int, kinds: dict[str, dict]) -> None:
-        """Append a line of each kind in one write: a kill leaves all of them or none."""
-        peak = {}
+        One write, so a kill leaves all of them or none. Infinite and NaN become null, which JSON
+        knows. A train line charges the time since the last one to the steps.
+        """
         if "train" in kinds:
             self._charge_time("steps")
-            peak = peak_memory()
         rows = []
         for kind, numbers in kinds.items():
-            row = {"step": step, "kind": kind, **self.totals, **numbers, **peak}
+            row = {"step": step, "kind": kind, **self.totals, **numbers}
+            if kind == "train" and torch.cuda.is_available():
+                row["peak_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
             for name, value in row.items():
                 if isinstance(value, float) and not math.isfinite(value):
                     row[name] = None
@@ -332,7 +306,7 @@ class Run:
         kind "hint", with the step whose numbers show it."""
         if all(row["key"] != key for row in self.of_kind("hint")):
             print(f"hint: {text}", flush=True)
-            self.log(self.step + 1, "hint", key=key, text=text)
+            self.log(self.step + 1, hint={"key": key, "text": text})
 
     # ---- checkpoints -----------------------------------------------------------------------------
     def folder(self, step: int) -> Path:
@@ -365,6 +339,41 @@ class Run:
                 spare.append(step)
         for step in spare[: max(0, len(whole) - self.cfg.keep)]:
             shutil.rmtree(folders[step])
+
+
+def is_new(cfg, start: Path) -> bool:
+    """Whether a run begins in cfg.out, rather than goes on there. Refuses a folder in which it may
+    do neither; changes nothing."""
+    folder = Path(cfg.out)
+    if not folder.exists() or {path.name for path in folder.iterdir()} <= {LOCK, CACHE}:
+        return True
+    if not cfg.overwrite and not cfg.resume:
+        raise UserError(
+            f"{folder} exists already: --resume goes on with it, --overwrite starts anew, "
+            "--out names another"
+        )
+    if cfg.overwrite:
+        _check_overwrite(cfg, folder, start)
+    return cfg.overwrite
+
+
+def _check_overwrite(cfg, folder: Path, start: Path) -> None:
+    """Refuse to empty a folder that is no run's, or that this run reads from."""
+    if not (folder / "run.json").exists():
+        raise UserError(
+            f"{folder} is not a run directory (no run.json): --overwrite leaves it alone; "
+            "pick another --out"
+        )
+    read = [str(start)]
+    for name in ("data", "val", "problems", "reward"):
+        read.append(getattr(cfg, name, "").partition(".py:")[0])
+    for path in filter(None, read):
+        for place in (Path(path).absolute(), Path(path).resolve()):
+            if place.is_relative_to(folder.resolve()):
+                raise UserError(
+                    f"--overwrite would delete {path}, which this run starts from; "
+                    "pick another --out"
+                )
 
 
 def whole_groups(records: list[dict], trained: set[int]) -> list[dict]:
@@ -438,10 +447,3 @@ def catch_signals() -> list:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, remember)
     return caught
-
-
-def peak_memory() -> dict:
-    """{"peak_mb": the most that tensors have taken on this GPU}; nothing on the CPU."""
-    if not torch.cuda.is_available():
-        return {}
-    return {"peak_mb": round(torch.cuda.max_memory_allocated() / 2**20)}

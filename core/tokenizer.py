@@ -5,6 +5,7 @@ One BOS and one EOS, whatever the folder says: `encode` adds the tokenizer's own
 opens the sequence and lacks it, and never an EOS; the EOS behind a response is the caller's.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -213,6 +214,12 @@ class Tokenizer:
             return self.backend.token_to_id(marker) is not None
         around = "".join((*self.template.around, self.template.end_of_turn))
         return marker in around + self.eos_text
+
+    def fingerprint(self) -> str:
+        """A hash of all that decides which ids a row gets."""
+        sources = self.template.sources if self.template else {}
+        parts = [self.backend.to_str(), self.specials, self.eos, sources, tokenizers.__version__]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     @cached_property
     def markers(self) -> list[str]:

@@ -47,18 +47,18 @@ def grpo_round(cfg, pool: list, policy, optimizers) -> dict[str, str]:
     made = {"rollouts": "\n".join(["reward      A   response", *rows])}
     rl.train_on(cfg, method, policy.net, first)
     optim.update(policy.net, optimizers, 1e-3, clip=1.0)
-    ((part, ids, mask),) = rl.micro_batches(cfg, second.rows)
+    ((part, line),) = rl.micro_batches(cfg, second.rows)
     batch = losses.take(second.batch, part)
-    logp, entropy = rl.forward(cfg, policy.net, ids, mask, batch.mask.shape[1])  # (B, R)
+    logp, entropy = rl.forward(cfg, policy.net, line, batch.mask.shape[1])  # (B, R)
     ratio = losses.log_ratio(logp, batch.old_logp, batch.is_rollout).exp()
     ell = method.token_loss(logp, entropy, batch)
     far = (ratio - 1)[batch.mask].abs().topk(3).indices
-    words = [policy.tokenizer.decode([i]) for i in ids[mask][far]]
+    words = [policy.tokenizer.decode([i]) for i in line.ids[0, line.targets][far]]
     numbers = (batch.old_logp, logp, ratio, ratio.clamp(0.8, 1.2), batch.advantages, ell)
     columns = [number[batch.mask][far] for number in numbers]
     made["grpo"] = table("token old_logp logp ratio clipped A loss", words, *columns)
     loss = losses.update_loss(method, logp, entropy, batch)
-    made["grpo"] += f"\nN {int(mask.sum())}  loss {loss:.4f}"
+    made["grpo"] += f"\nN {int(batch.mask.sum())}  loss {loss:.4f}"
     return made
 
 

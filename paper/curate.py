@@ -26,6 +26,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import core.start  # before torch
+
 import data
 from core import files
 from core.errors import UserError

@@ -36,6 +36,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import core.start  # before torch
+
 from core import cli, files
 from core.errors import UserError
 from paper import report, results, sets

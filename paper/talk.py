@@ -95,7 +95,8 @@ class Printer:
         self.problems = problems
         self.counts = Counter()  # responses so far, by number of the problem
 
-    def __call__(self, number: int, response: rollout.Response) -> None:
+    def __call__(self, request: rollout.Request, response: rollout.Response) -> None:
+        number = request.prompt
         problem = self.problems[number]
         self.counts[number] += 1
         n_tokens = len(response.ids)
@@ -106,7 +107,7 @@ class Printer:
             f"entropy {math.fsum(response.entropy) / n_tokens:.3f} per token",
         ]
         if problem.gold:
-            record = self.policy.judge(problem, response)
+            (record,) = self.policy.judge([(problem, response)])
             verdict = "right" if record["correct"] else "wrong"
             about.append(f"{verdict} ({record['reason']}), reward {record['reward']:g}")
         if len(self.problems) > 1 and self.counts[number] == 1:

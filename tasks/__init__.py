@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from core.errors import UserError
+from verify import Verdict
 
 HERE = Path(__file__).parent
 BUILT_IN = "countdown"  # what the scripts run on without --data
@@ -108,6 +109,20 @@ def load_reward(name: str) -> Callable:
     if not callable(getattr(module, function, None)):
         raise UserError(f"--reward {name}: {path} has no function {function}(response, row)")
     return getattr(module, function)
+
+
+def scorer(name: str) -> Callable:
+    """score() with the reward of this name, for a worker of core/pool.py."""
+    return partial(score, load_reward(name))
+
+
+def score(reward: Callable, response: str, row: dict) -> tuple[float, Verdict]:
+    """(number, verdict): a Verdict counts 1 or 0; a number is right above one half."""
+    answer = reward(response, row)
+    if isinstance(answer, Verdict):
+        return float(answer.correct), answer
+    value = float(answer)
+    return value, Verdict(value > 0.5, value > 0.5, "", "scored")
 
 
 def columns(name: str) -> dict:

@@ -1,7 +1,7 @@
 """The reward for mathematics: is the answer in the response equal to the row's gold answer?"""
 
-import data
 import verify
+from core import golds
 
 
 def reward(response: str, row: dict) -> verify.Verdict:
@@ -9,6 +9,6 @@ def reward(response: str, row: dict) -> verify.Verdict:
 
     Raises UserError for a gold answer that is not text, and for a row without one.
     """
-    prompt = data.prompt_text(row)  # an answer that only repeats it earns nothing
-    verdicts = [verify.verify(response, gold, prompt) for gold in data.golds_of(row)]
+    prompt = golds.prompt_text(row)  # an answer that only repeats it earns nothing
+    verdicts = [verify.verify(response, gold, prompt) for gold in golds.golds_of(row)]
     return max(verdicts, key=lambda verdict: (verdict.correct, verdict.lenient))

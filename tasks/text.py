@@ -1,6 +1,6 @@
 """The reward for answers that are text: is the response the gold answer, character by character?"""
 
-import data
+from core import golds
 from verify import Verdict
 
 
@@ -9,5 +9,5 @@ def reward(response: str, row: dict) -> Verdict:
     answer = response.rpartition("</think>")[2].strip()
     if "<think>" in answer:
         return Verdict(False, False, None, "unfinished thinking")
-    right = answer in data.golds_of(row)
+    right = answer in golds.golds_of(row)
     return Verdict(right, right, answer, "correct" if right else "wrong answer")

@@ -192,6 +192,6 @@ def groups_for(algo: str, policy, problems: list) -> list[list[losses.Row]]:
             )
             rows.append(row)
         if algo in ("luffy", "srft", "upt"):
-            rows.append(rl.expert_row(rl.Config(), policy, problem, number))
+            rows += rl.expert_rows(rl.Config(), policy, {number: problem}).values()
         groups.append(rows)
     return groups

@@ -1,6 +1,9 @@
 """The benchmark: a workload fixed by the configuration, JSON at the end, mistakes in one line."""
 
 import ast
+import contextlib
+import importlib.util
+import io
 import json
 import sys
 from dataclasses import replace
@@ -9,7 +12,7 @@ import pytest
 
 import data
 from bench import __main__ as bench
-from bench import gpu, measure, rl, rollout, sft, training
+from bench import gpu, measure, parity, rl, rollout, sft, training
 
 
 def last_json(capsys) -> dict:
@@ -62,7 +65,7 @@ def test_each_side_counts_at_its_best_and_the_ratios_are_ours_over_theirs():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["sampler"], "error: sampler to measure; give one of: rollout, sft, rl, gpu"),
+        (["sampler"], "error: sampler to measure; give one of: rollout, sft, rl, parity, gpu"),
         (["rollout", "--batches", "8,x"], "error: --batches 8,x: give numbers"),
         (["rollout", "--group", "0"], "error: --group is 0; it must be above 0"),
         (
@@ -176,3 +179,25 @@ def test_a_peers_script_imports_nothing_of_ours(script):
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module.split(".")[0])
     assert not imported & ours
+
+
+@pytest.fixture(scope="module")
+def parity_rows():
+    if importlib.util.find_spec("trl") is None:
+        pytest.skip("trl is not installed")
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        parity.main(parity.Config(json=True))
+    return json.loads(out.getvalue().splitlines()[-1])["rows"]
+
+
+@pytest.mark.parametrize("name", [name for name in parity.CASES if name != "BNPO"])
+def test_losses_and_gradients_are_those_of_trl_but_for_a_constant_beside_the_deviation(
+    name, parity_rows
+):
+    rows = [row for row in parity_rows if row["case"] == name]
+    assert len(rows) == (1 if "trainer" in parity.CASES[name].theirs else 2)
+    for row in rows:
+        assert row["like_theirs"] < 1e-5
+        assert row["difference"] < (1e-3 if parity.CASES[name].why else 1e-5)
+        assert row["loss"] == pytest.approx(row["their_loss"], rel=1e-3, abs=1e-6)
+        assert (row["clipped"] > 0) == (row["step"] == 2)

@@ -263,7 +263,9 @@ def test_a_planted_bug_keeps_its_traceback_in_the_real_command(small_task, tmp_p
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert re.search(r'reward.py", line 2, in reward', done.stderr)
-    assert done.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
+    *_, error, row = done.stderr.splitlines()
+    assert error == "ZeroDivisionError: division by zero"
+    assert row.startswith("in --reward, for the row {'prompt': 'Make ")
 
 
 # ---- lists of words ------------------------------------------------------------------------------

@@ -28,9 +28,10 @@ def record(answer="3", gold="4", reason="wrong answer", correct=False, response=
 def hints(numbers, records, steps=()):
     said = Said()
     said.steps = steps
-    row = {"truncated": 0.0, "unparsed": 0.0, "signal": 50.0, "right": 50.0, "updates": 0}
-    row |= numbers
-    console.print_hints(SimpleNamespace(max_new=16, reward="math"), said, row, records)
+    row = dict.fromkeys(("truncated", "unparsed", "unscored"), 0.0)
+    row |= {"signal": 50.0, "right": 50.0, "updates": 0, **numbers}
+    cfg = SimpleNamespace(max_new=16, reward="math", reward_timeout=30.0)
+    console.print_hints(cfg, said, row, records)
     return said
 
 
@@ -56,6 +57,12 @@ def hints(numbers, records, steps=()):
             [record(answer="", reason="scored", response="three")],
             "wrong",
             "(1 scored one half or less): there is little to learn from. A wrong one: answer 'th",
+        ),
+        (
+            {"unscored": 1.6},
+            [record(correct=True), record(reason="reward timed out", answer="")],
+            "unscored",
+            "1.6% of the rewards earn 0 because a call took over --reward-timeout 30 s",
         ),
         ({"signal": 0.0, "right": 80.0}, [record()], "signal", "80% are right: raise --group"),
     ],

@@ -172,7 +172,10 @@ def test_rows_are_the_same_however_many_are_read_at_once(small, tmp_path, monkey
     for batch in (1, 5, 1000):
         monkeypatch.setattr(rows, "AT_ONCE", batch)
         found.append(
-            (data.sft_examples(trained, small[1], 20)[0], data.problems(asked, small[1], 20)[0])
+            (
+                list(data.sft_examples(trained, small[1], 20)[0]),
+                data.problems(asked, small[1], 20)[0],
+            )
         )
     assert found[0] == found[1] == found[2]
     texts = [small[1].decode([*example.prompt, *example.response]) for example in found[0][0]]
@@ -350,9 +353,11 @@ def test_parquet_rows_are_read_as_json_rows_are(small, tmp_path):
     rows = [{"prompt": "Make 3", "response": "1 + 2"}, {"prompt": "Make 4", "response": "2 + 2"}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     write(tmp_path / "a.jsonl", *rows)
-    assert data.sft_examples(str(tmp_path / "a.parquet"), small[1], 20) == data.sft_examples(
-        str(tmp_path / "a.jsonl"), small[1], 20
-    )
+    found = []
+    for kind in ("parquet", "jsonl"):
+        examples, _ = data.sft_examples(str(tmp_path / f"a.{kind}"), small[1], 20)
+        found.append(list(examples))
+    assert found[0] == found[1]
 
 
 def test_problems_with_an_empty_answer_are_dropped_and_said(small, tmp_path, capsys):

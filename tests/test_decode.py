@@ -6,7 +6,7 @@ import torch
 from test_model import BASE, CONFIGS, random_ids, random_model
 
 import model as m
-from core import decode
+from core import decode, softmax
 
 # 4 panels of 160 columns, and 2 of 200
 WIDE = CONFIGS | {"panels": m.ModelConfig(**BASE | {"vocab_size": 640, "intermediate_size": 200})}
@@ -44,7 +44,7 @@ def test_bf16_weights_give_the_logits_of_the_bf16_network():
     model = random_model(CONFIGS["qwen3"]).to(torch.bfloat16)
     ids = random_ids(2, 9)
     with torch.no_grad(), decode.decoder_of(model) as decoder:
-        expected = m.head_logits(model(ids).flatten(0, 1), model.head).view(2, 9, -1)
+        expected = softmax.head_logits(model(ids).flatten(0, 1), model.head).view(2, 9, -1)
         cache = decode.Cache(model.config, 2, 9, torch.bfloat16)
         decoder.read(ids[:, :8], cache)
         logits = decoder.step(ids[:, 8], torch.full((2,), 8), cache, 9)

@@ -29,6 +29,7 @@ def test_the_best_of_k_is_estimated_without_bias(n, k, right):
 
 def record(correct: bool, **changes) -> dict:
     plain = dict(correct=correct, lenient=correct, reward=float(correct), length=4, truncated=False)
+    plain["reason"] = "scored"
     return {**plain, **changes}
 
 

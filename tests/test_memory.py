@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as m
-from core import checkpoint, memory, optim, ranks
+from core import checkpoint, memory, optim, ranks, softmax
 
 SHAPES = {
     "qwen2": m.ModelConfig(
@@ -109,8 +109,8 @@ def test_activations_are_those_that_autograd_keeps(name, bf16, recompute):
     assert abs(counted / found - 1) < 0.1, (counted, found)
 
 
-def test_the_chunk_of_logits_is_the_models():
-    assert memory.CHUNK_LOGITS == m.CHUNK_LOGITS
+def test_the_chunk_of_logits_is_that_of_the_softmax():
+    assert memory.CHUNK_LOGITS == softmax.CHUNK_LOGITS
 
 
 SHARDED = ("weights, fp32", "optimizer state, adamw", "gradients, fp32")
@@ -179,7 +179,7 @@ class LiveBytes(TorchDispatchMode):
 
 @pytest.mark.parametrize("entropy", [False, True])
 def test_a_chunk_of_logits_on_cuda_takes_what_its_operations_hold_at_once(entropy, monkeypatch):
-    monkeypatch.setattr(m, "PIECE_LOGITS", 2**40)  # the whole chunk at once, as on CUDA
+    monkeypatch.setattr(softmax, "PIECE_LOGITS", 2**40)  # the whole chunk at once, as on CUDA
     N, V = 64, 5000
     hidden = torch.randn(N, 4, requires_grad=True)
     head = torch.randn(V, 4, requires_grad=True)

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as m
-from core import decode, rope
+from core import decode, rope, softmax
 
 BASE = dict(
     vocab_size=61,
@@ -253,7 +253,7 @@ def naive(hidden, head, targets, temperature):
     "chunk, piece", [(1, 8), (3, 22), (100, 2**20), (100, 22)]
 )  # piece 22: two rows of 11 logits
 def test_token_logp_and_entropy_have_exact_values_and_gradients(chunk, piece, monkeypatch):
-    monkeypatch.setattr(m, "PIECE_LOGITS", piece)
+    monkeypatch.setattr(softmax, "PIECE_LOGITS", piece)
     hidden, head, targets = draw(7, 5, 11, torch.float64)
     for ours, theirs in zip(
         m.token_logp(hidden, head, targets, 0.7, chunk, entropy=True),
@@ -415,11 +415,13 @@ def test_logits_of_all_tokens_are_never_held():
 
 def test_the_default_chunk_bounds_the_logits_for_any_vocabulary(monkeypatch):
     hidden, head, targets = draw(64, 4, 100, torch.float32)
-    monkeypatch.setattr(m, "CHUNK_LOGITS", 800)
+    monkeypatch.setattr(softmax, "CHUNK_LOGITS", 800)
     with Sizes() as sizes:
         m.token_logp(hidden, head, targets).sum().backward()
     assert max(sizes.made) == 800
-    monkeypatch.setattr(m, "CHUNK_LOGITS", 8)  # less than one row of logits: one token at a time
+    monkeypatch.setattr(
+        softmax, "CHUNK_LOGITS", 8
+    )  # less than one row of logits: one token at a time
     torch.testing.assert_close(
         m.token_logp(hidden, head, targets).double(),
         naive(hidden, head, targets, 1.0)[0],
@@ -431,7 +433,7 @@ def test_the_default_chunk_bounds_the_logits_for_any_vocabulary(monkeypatch):
 def test_a_sampler_sees_the_distribution_that_is_scored():
     hidden, head, targets = draw(6, 5, 11, torch.bfloat16)
     with torch.no_grad():
-        logits = m.head_logits(hidden, head, 0.6)
+        logits = softmax.head_logits(hidden, head, 0.6)
         expected = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
         torch.testing.assert_close(
             m.token_logp(hidden, head, targets, 0.6), expected, atol=1e-6, rtol=1e-6
@@ -609,7 +611,7 @@ def peer_model(transformers, name, folder):
 
 def logits_of(model, ids, positions=None):
     hidden = model(ids, positions)
-    return m.head_logits(hidden.flatten(0, 1), model.head).unflatten(0, ids.shape)
+    return softmax.head_logits(hidden.flatten(0, 1), model.head).unflatten(0, ids.shape)
 
 
 def relative(ours, theirs):

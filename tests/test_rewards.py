@@ -89,7 +89,8 @@ def judged(small_task, reward, finished=True) -> dict:
     problem = data.problems(f"{small_task}/eval.jsonl", policy.tokenizer, 64)[0][0]
     ids = [5, 6, 0]
     response = rollout.Response(ids, [0.0] * 3, [0.0] * 3, finished)
-    return policy.judge(problem._replace(opened="<think>"), response)
+    (record,) = policy.judge([(problem._replace(opened="<think>"), response)])
+    return record
 
 
 @pytest.mark.parametrize(

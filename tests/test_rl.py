@@ -13,9 +13,9 @@ import data
 import evaluate
 import losses
 import methods
-import model as model_file
 import rl
 import rollout
+from core import flops
 from core.errors import UserError
 from core.run import Run
 
@@ -202,7 +202,8 @@ def row_of(folder, reward: float, n_tokens=4, finished=True, prefix=(), **settin
     response = rollout.Response([5] * n_tokens, [-0.5] * n_tokens, [0.0] * n_tokens, finished)
     request = evaluate.Request(problem, list(prefix), 2, number=7)
     cfg = rl_config(folder, "never written", **settings)
-    return rl.score(cfg, request, response, policy.judge(problem, response))
+    (record,) = policy.judge([(problem, response)])
+    return rl.score(cfg, request, response, record)
 
 
 def test_a_cut_response_earns_nothing_and_keeps_a_negative_reward(small_task):
@@ -239,7 +240,7 @@ def test_a_demonstration_that_the_reward_calls_wrong_earns_nothing(small_task):
     values = []
     for value in (1.0, 0.0):
         policy.reward = lambda text, row, value=value: value
-        row = rl.expert_row(rl_config(small_task, "never written"), policy, problem, 3)
+        row = rl.expert_rows(rl_config(small_task, "never written"), policy, {3: problem})[3]
         assert row.is_expert
         assert row.response == problem.expert
         assert row.logp == [0.0] * len(problem.expert)
@@ -253,7 +254,7 @@ def test_a_demonstration_is_not_punished_for_its_length(small_task):
     policy.reward = lambda text, row: 1.0
     n = len(problem.expert)
     cfg = rl_config(small_task, "never written", max_new=n, overlong=n)
-    assert rl.expert_row(cfg, policy, problem, 3).reward == 1
+    assert rl.expert_rows(cfg, policy, {3: problem})[3].reward == 1
 
 
 # ---- what is sampled -----------------------------------------------------------------------------
@@ -335,7 +336,7 @@ def test_the_machines_flops_of_a_round_are_those_counted_by_hand(
     groups = [pair(0, (1.0, 0.0)), pair(1, (0.0, 1.0))]
     updates = rl.make_batches(cfg, method, net, net if kl_coef else None, groups)
     collected = rl.Round(groups, groups, [], {})
-    tokens, _, machine = rl.compute_of(cfg, method, net.config, collected, updates)
+    tokens, _, machine = flops.of_round(cfg, method, net.config, collected, updates)
     assert tokens == 2 * (7 + 6)
     # 2 layers of 3 x 32 x 64 + 2 x 32 x (32 + 16) weights; 4 x 32 FLOPs per query and key
     per_token = 2 * 2 * 9216
@@ -343,9 +344,8 @@ def test_the_machines_flops_of_a_round_are_those_counted_by_hand(
     head = 2 * net.config.vocab_size * 32
     # A group reads its prompt once, with its first response; half of the queries see a key
     sampled = 9 * per_token + (7**2 + 6**2 - 4**2) / 2 * per_pair + 5 * head
-    blocks = 13 * per_token + (7**2 + 6**2) / 2 * per_pair
     # Per update: forward, backward (two), and with a KL the reference; before the second: old_logp
-    expected = 2 * sampled + n_forwards * (blocks + 5 * head) + 2 * blocks  # recomputed blocks
+    expected = (2 + n_forwards) * sampled + 2 * (sampled - 5 * head)  # recomputed blocks
     assert machine == expected
 
 
@@ -359,8 +359,8 @@ def test_the_forward_that_ranks_prefixes_reads_all_rows_and_the_update_those_tha
     updates = rl.make_batches(cfg, method, net, None, groups)
     assert len(updates) == 2
     collected = rl.Round(groups, [], [], {})
-    _, _, machine = rl.compute_of(cfg, method, net.config, collected, updates)
-    forward = model_file.hardware_flops(net.config, [7, 6], n_head=5)
+    _, _, machine = flops.of_round(cfg, method, net.config, collected, updates)
+    forward = flops.hardware_flops(net.config, [7, 6], n_head=5, cached=[0, 4])
     assert machine == pytest.approx(3 * forward + 2 * 3 * forward)
 
 

@@ -288,7 +288,7 @@ def test_an_interrupt_leaves_the_finished_responses_and_the_model_as_it_was(smal
         if n_done >= 5:
             raise KeyboardInterrupt
 
-    hooks = Hooks(interrupt, on_response=lambda prompt, response: kept.append((prompt, response)))
+    hooks = Hooks(interrupt, on_response=lambda request, one: kept.append((request.prompt, one)))
     with pytest.raises(KeyboardInterrupt):
         generate(model, prompts_of(4), 4, sampling, hooks)
     whole = generate(model, prompts_of(4), 4, sampling)

@@ -9,6 +9,7 @@ from chat_folders import FAMILIES, byte_level, write_family, write_folder
 
 import data
 import tasks
+from core import ranks
 from core.errors import UserError
 from tasks import countdown, math, text
 
@@ -861,7 +862,7 @@ def test_held_out_prompts_are_not_trained_however_often_they_are_repeated(
 def test_without_repeated_prompts_the_held_out_rows_are_those_of_the_plan(small):
     found, _ = data.problems(str(small[2] / "rl.jsonl"), small[1], 64)
     kept, held = data.hold_out(found, 200)
-    picked = set(data.plan(len(found), data.ranks.seed_of("held out"), 0, len(found) // 10))
+    picked = set(data.plan(len(found), ranks.seed_of("held out"), 0, len(found) // 10))
     assert held == [found[i] for i in sorted(picked)]
     assert kept == [row for i, row in enumerate(found) if i not in picked]
 

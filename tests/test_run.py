@@ -71,7 +71,7 @@ def test_a_used_directory_is_refused_and_both_remedies_are_named(cfg):
 def test_overwrite_deletes_the_earlier_run(cfg):
     found = opened(cfg)
     found.save(1)
-    found.log(1, "train", loss=1.0)
+    found.log(1, train={"loss": 1.0})
     again = opened(replace(cfg, overwrite=True))
     assert again.first == 0
     assert again.metrics == []
@@ -159,7 +159,7 @@ def written(found: Run) -> dict:
 def test_a_directory_in_which_another_process_writes_is_refused_and_stays_as_it_is(cfg):
     found = opened(cfg)
     found.save(1)
-    found.log(1, "train", loss=1.0)
+    found.log(1, train={"loss": 1.0})
     found._lock.close()
     before = written(found)
     words = [sys.executable, "-c", HOLD, str(ROOT), cfg.out]
@@ -207,7 +207,7 @@ def test_resume_passes_over_a_truncated_checkpoint_and_says_so(cfg, capsys):
     found = opened(cfg)
     for step in (1, 2):
         found.save(step)
-        found.log(step, "train", loss=1.0)
+        found.log(step, train={"loss": 1.0})
         found.log_samples(step, [{"response": "x"}])
     file = state_file(found.folder(2))
     file.write_bytes(file.read_bytes()[:-9])
@@ -308,7 +308,7 @@ def test_what_is_odd_in_a_run_directory_neither_ends_a_run_nor_is_deleted(cfg, n
 def test_lines_that_are_no_rows_are_named_and_left_out(cfg, tail, capsys):
     found = opened(cfg)
     found.save(1)
-    found.log(1, "train", loss=1.0)
+    found.log(1, train={"loss": 1.0})
     with open(found.dir / "metrics.jsonl", "ab") as file:
         file.write(tail)
     again = opened(replace(cfg, resume=True))
@@ -328,7 +328,7 @@ def test_a_damaged_run_json_is_named(cfg, text):
 def test_resume_never_throws_metrics_away(cfg):
     found = opened(cfg)
     found.save(1)
-    found.log(1, "train", loss=1.0)
+    found.log(1, train={"loss": 1.0})
     shutil.rmtree(found.folder(1))
     with pytest.raises(UserError, match="no whole checkpoint"):
         opened(replace(cfg, resume=True))
@@ -338,7 +338,7 @@ def test_resume_never_throws_metrics_away(cfg):
 def test_a_half_written_checkpoint_and_a_half_written_line_are_passed_over(cfg):
     found = opened(cfg)
     found.save(1)
-    found.log(1, "train", loss=1.0)
+    found.log(1, train={"loss": 1.0})
     (found.checkpoints / "step_000002.tmp").mkdir()
     with open(found.dir / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "ki')
@@ -364,13 +364,13 @@ def run_loop(found: Run, until: int | None = None) -> list[tuple]:
         if found.saved() != saved:
             events.append((step, "save"))
         if found.due(step, "eval"):
-            found.log(step, "eval", pass1=1.0)
+            found.log(step, eval={"pass1": 1.0})
             events.append((step, "eval"))
         if step == until:
             found.end("enough")
         if found.over(step):
             break
-        found.log(step + 1, "train", loss=1.0)
+        found.log(step + 1, train={"loss": 1.0})
     return events
 
 
@@ -448,10 +448,10 @@ def test_the_time_left_counts_steps_and_evaluations_at_their_own_pace(cfg, monke
     for step in found.steps():
         if found.due(step, "eval"):
             now[0] += 5
-            found.log(step, "eval")
+            found.log(step, eval={})
         found.over(step)
         now[0] += 1
-        found.log(step + 1, "train")
+        found.log(step + 1, train={})
         if step == 2:
             break
         if step == 0:  # the evaluation of step 0 is no part of a step's pace
@@ -465,12 +465,12 @@ def test_the_time_left_counts_steps_and_evaluations_at_their_own_pace(cfg, monke
 def test_a_line_has_step_kind_totals_and_the_time_of_the_whole_run(cfg):
     found = opened(cfg)
     found.count(tokens=7, flops=2.0, flops_hw=3.0)
-    found.log(1, "train", loss=0.5)
+    found.log(1, train={"loss": 0.5})
     (row,) = [json.loads(line) for line in (found.dir / "metrics.jsonl").read_text().splitlines()]
     assert {"step", "kind", "tokens", "flops", "flops_hw", "seconds", "loss"} <= set(row)
     assert (row["step"], row["kind"], row["tokens"]) == (1, "train", 7)
     found.save(1)
-    found.log(1, "val", val_loss=1.0)
+    found.log(1, val={"val_loss": 1.0})
     again = opened(replace(cfg, resume=True))
     assert again.seconds >= row["seconds"]
 
@@ -478,13 +478,13 @@ def test_a_line_has_step_kind_totals_and_the_time_of_the_whole_run(cfg):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_metrics_hold_no_number_that_json_lacks(cfg, value):
     found = opened(cfg)
-    found.log(1, "val", val_loss=value)
+    found.log(1, val={"val_loss": value})
     assert json.loads((found.dir / "metrics.jsonl").read_text())["val_loss"] is None
 
 
 def test_lines_that_belong_together_are_written_at_once(cfg):
     found = opened(cfg)
-    found.log_together(2, {"val": {"val_loss": 1.0}, "eval": {"pass1": 50.0}})
+    found.log(2, val={"val_loss": 1.0}, eval={"pass1": 50.0})
     assert [row["kind"] for row in found.metrics] == ["val", "eval"]
     assert found.of_kind("eval")[0]["pass1"] == 50.0
     assert len((found.dir / "metrics.jsonl").read_text().splitlines()) == 2

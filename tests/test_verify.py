@@ -26,6 +26,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from core.boxes import is_answer  # noqa: E402
 from core.equality import MAX_WORK, Comparison  # noqa: E402
 from core.mathexpr import MAX_DEPTH, parse  # noqa: E402
 from core.mathtext import MAX_CHARS, Unread, tokenize  # noqa: E402
@@ -33,7 +34,6 @@ from core.mathvalue import evaluate  # noqa: E402
 from core.reading import read  # noqa: E402
 from verify import (  # noqa: E402
     extract_answer,
-    is_answer,
     is_equivalent,
     main,
     verify,

@@ -1,0 +1,133 @@
+"""Responses to shared prompts in one line of tokens, so that an update reads each prompt once.
+
+    rows     a group of three                     the line, N = 4 + 2 + 3 + 1 tokens
+             p p p p a a                          p p p p a a b b b c
+             p p p p b b b
+             p p p p c
+
+Norms, projections and the MLP see the line as it is: no prompt twice and no padding. Attention
+looks tokens up in it: a prompt attends to itself, a response to its prompt and itself
+(model.attend_shared).
+
+Shapes: G prompts of at most P tokens, B responses of at most R tokens, N tokens of all.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from core.packing import deal
+
+
+class Places(NamedTuple):
+    """Where the tokens are in the line; what is padded points at its first token."""
+
+    prompts: Tensor  # (G, P) the tokens of each prompt
+    rows: Tensor  # (B, R) the tokens of each response
+    group: Tensor  # (B,) the prompt of each response
+    visible: Tensor  # (B, 1, R, P + R) bool: keys that a query sees, of the prompt and its response
+    back: Tensor  # (N,) for each token its place in prompts, rows, both flattened
+
+    def to(self, device) -> "Places":
+        return Places(*(x.to(device, non_blocking=True) for x in self))
+
+
+class Line(NamedTuple):
+    """The rows of one micro-batch."""
+
+    ids: Tensor  # (1, N)
+    positions: Tensor  # (1, N) of each token in its row
+    places: Places
+    sources: Tensor  # (n,) places of the hidden states that choose the response tokens
+    targets: Tensor  # (n,) places of those tokens, in the order of the rows
+    chosen: Tensor  # (B, R) bool: whether there is a token
+
+
+def lay_out(groups: list[list]) -> Line:
+    """groups: of rows (prompt and response: token ids) that share their prompt."""
+    ids = []
+    positions = []
+    prompts = []
+    rows = []
+    group = []
+    for number, members in enumerate(groups):
+        prompt = members[0].prompt
+        prompts.append(range(len(ids), len(ids) + len(prompt)))
+        ids += prompt
+        positions += range(len(prompt))
+        for row in members:
+            rows.append(range(len(ids), len(ids) + len(row.response)))
+            group.append(number)
+            ids += row.response
+            positions += range(len(prompt), len(prompt) + len(row.response))
+    sources = []
+    targets = []
+    for place, number in zip(rows, group):
+        sources += [prompts[number][-1], *place[:-1]]
+        targets += place
+    prompt_places, in_prompt = _padded(prompts)
+    row_places, chosen = _padded(rows)
+    group = torch.tensor(group)
+    R = row_places.shape[1]
+    of_prompt = in_prompt[group][:, None, :].expand(-1, R, -1)  # (B, R, P)
+    of_row = torch.ones(R, R, dtype=torch.bool).tril().expand(len(rows), -1, -1)  # (B, R, R)
+    back = torch.empty(len(ids), dtype=torch.long)
+    there = torch.cat((prompt_places[in_prompt], row_places[chosen]))
+    padded = torch.cat((in_prompt.flatten(), chosen.flatten()))
+    back[there] = padded.nonzero()[:, 0]
+    return Line(
+        ids=torch.tensor([ids]),
+        positions=torch.tensor([positions]),
+        places=Places(
+            prompt_places,
+            row_places,
+            group,
+            torch.cat((of_prompt, of_row), 2)[:, None],
+            back,
+        ),
+        sources=torch.tensor(sources),
+        targets=torch.tensor(targets),
+        chosen=chosen,
+    )
+
+
+def _padded(ranges: list[range]) -> tuple[Tensor, Tensor]:
+    """(places (n, longest), padded with 0 on the right; which of them are not padding)."""
+    starts = torch.tensor([places.start for places in ranges])[:, None]
+    lengths = torch.tensor([len(places) for places in ranges])[:, None]
+    steps = torch.arange(max(1, int(lengths.max())))
+    there = steps < lengths
+    return (starts + steps) * there, there
+
+
+def micro_batches(rows: list, budget: int, rank: int, world: int) -> Iterator[tuple]:
+    """(indices of rows, their Line) of each micro-batch of this rank: parts of groups, of `budget`
+    tokens together. Every rank gets as many; one that is short of rows takes part with no index and
+    a line that trains nothing."""
+    units = _units(rows, budget)
+    lengths = []
+    for unit in units:
+        lengths.append(len(rows[unit[0]].prompt) + sum(len(rows[i].response) for i in unit))
+    for part in deal(lengths, budget, rank, world):
+        chosen = [units[n] for n in part]
+        members = [[rows[i] for i in unit] for unit in chosen]
+        yield sum(chosen, []), lay_out(members or [[rows[0]]])
+
+
+def _units(rows: list, budget: int) -> list[list[int]]:
+    """Indices of rows that follow one another with the same prompt, cut where they and the prompt
+    are over the budget."""
+    units = []
+    size = 0
+    for i, row in enumerate(rows):
+        more = len(row.response)
+        joins = units and rows[units[-1][0]].prompt == row.prompt and size + more <= budget
+        if joins:
+            units[-1].append(i)
+            size += more
+        else:
+            units.append([i])
+            size = len(row.prompt) + more
+    return units
