@@ -314,7 +314,7 @@ def readiness(cfg: Config, policy, problems: list) -> dict:
 
     As in RL's reward, a cut answer is not right.
     """
-    requests = [evaluate.Request(problem, [], cfg.samples) for problem in problems]
+    requests = [scoring.Request(problem, [], cfg.samples) for problem in problems]
     sampling = policy.sampling(cfg.temperature, ranks.seed_of(cfg.seed, "readiness"))
     answers = policy.respond(requests, sampling)
     right = [record["correct"] and record["finished"] for _, _, record in answers]
