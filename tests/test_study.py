@@ -369,7 +369,8 @@ def end_of(name: str) -> float:
     kind, *rest = name.split("-")
     level = LEVEL.get(rest[0] if rest else "", 18)
     if kind in ("sft", "late"):
-        return level - (10 if kind == "late" and rest[0] == "sort" else 0)
+        late = {"sort": -10, "chain": 8}.get(rest[0], 0)
+        return level + (late if kind == "late" else 0)
     if kind == "rl":
         shift = {"adaptive": -6, "late": 6, "signal": 6}.get(rest[1], 0)
         return level * 1.4 + (shift if rest[0] not in results.EXACT else 0)
@@ -466,7 +467,7 @@ def test_planted_effects_get_the_verdicts_they_deserve(made):
     assert found["RL's gain carries over to unseen kinds"].verdict == "holds"
     accuracy = "SFT's accuracy is higher at the minimum of the loss than at the end"
     assert found[f"{accuracy}: sort"].verdict == "holds"
-    assert found[f"{accuracy}: chain"].verdict != "holds"
+    assert found[f"{accuracy}: chain"].verdict == "opposite"
     best = found["The lower the minimum validation loss, the higher the ceiling"]
     assert best.verdict == "holds" and 0.9 < best.effect <= 1
     assert 20 <= len(found) <= 24
