@@ -586,7 +586,7 @@ def test_report_has_each_claim_on_a_line_with_its_verdict_and_the_papers_number(
         "ceilings after SFT are identified",
         "the best predictor of",
         "arrives on the unseen kinds",
-        "What follows for starting RL at the minimum: Overfitting costs accuracy on sort",
+        "Overfitting costs accuracy on sort: there RL has less",
         "RL after SFT | upt | ",
         "10 rows, 1 duplicate",
         "not made twice: rl-fixed-accuracy-0",
