@@ -405,11 +405,12 @@ def predictors(rows: list[Ready], outcome: str, names) -> list[Predictor]:
         if None not in values:
             draws.append(values)
     table = np.array(draws) if draws else np.full((1, len(names)), math.nan)
-    winners = np.abs(np.nan_to_num(table)).argmax(1)
+    strength = np.abs(np.nan_to_num(table))
+    is_best = strength >= strength.max(1, keepdims=True) - 1e-9  # equal ones are best together
     found = []
     for i, name in enumerate(names):
         low, high = interval(table[:, i])
-        share = float((winners == i).mean())
+        share = float(is_best[:, i].mean())
         found.append(Predictor(name, outcome, correlate(rows, name, outcome), low, high, share))
     return found
 
