@@ -151,7 +151,8 @@ def _object(pairs: list[tuple]) -> dict:
     """A JSON object; a key that is written twice is refused, as one of its values would be lost."""
     row = dict(pairs)
     if len(row) < len(pairs):
-        twice = [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]
+        keys = Counter([key for key, _ in pairs])
+        twice = [key for key, n in keys.items() if n > 1]
         raise UserError(f"the key {twice[0]!r} is written twice; rename or remove one of them")
     return row
 

@@ -228,5 +228,7 @@ def suspects(a: tuple, b: tuple, survey: Survey, natural: bool) -> tuple[list[di
             gaps.append((gap / (abs(p) + abs(q)), n))
     gaps.sort(reverse=True)
     worst = [n for _, n in gaps[:CONFIRMED]]
-    points = [{name: Fraction(values[n]) for name, values in at.items()} for n in worst]
+    points = []
+    for n in worst:
+        points.append({name: Fraction(values[n]) for name, values in at.items()})
     return points, n_nodes * n_points

@@ -111,9 +111,12 @@ def micro_batches(rows: list, budget: int, rank: int, world: int) -> Iterator[tu
     for unit in units:
         lengths.append(len(rows[unit[0]].prompt) + sum(len(rows[i].response) for i in unit))
     for part in deal(lengths, budget, rank, world):
-        chosen = [units[n] for n in part]
-        members = [[rows[i] for i in unit] for unit in chosen]
-        yield sum(chosen, []), lay_out(members or [[rows[0]]])
+        indices = []
+        members = []
+        for n in part:
+            indices += units[n]
+            members.append([rows[i] for i in units[n]])
+        yield indices, lay_out(members or [[rows[0]]])
 
 
 def _units(rows: list, budget: int) -> list[list[int]]:

@@ -20,8 +20,10 @@ SHAPE = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_at
 
 
 def table(head: str, *columns) -> str:
-    rows = [f"{word:>10}" + "".join(f"{v:10.4f}" for v in rest) for word, *rest in zip(*columns)]
-    return "\n".join(["".join(f"{name:>10}" for name in head.split()), *rows])
+    lines = ["".join(f"{name:>10}" for name in head.split())]
+    for word, *numbers in zip(*columns):
+        lines.append(f"{word:>10}" + "".join(f"{number:10.4f}" for number in numbers))
+    return "\n".join(lines)
 
 
 def sft_step(examples: list, policy, optimizers) -> dict[str, str]:

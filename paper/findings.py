@@ -80,8 +80,8 @@ def bootstrap(values, rng) -> np.ndarray:
 
 def is_same(study: Study, pair) -> bool:
     """Whether both arms of a pair are the same runs."""
-    a, b = (sorted(study.real(name) for name in arm) for arm in pair)
-    return a == b
+    a, b = pair
+    return sorted(map(study.real, a)) == sorted(map(study.real, b))
 
 
 def seed_draws(study: Study, pairs, rng) -> np.ndarray:
@@ -139,13 +139,17 @@ def by_draws(study: Study, claim: str, test: str, pairs, value, **more) -> Findi
     pairs = [(a, b) for a, b in pairs if a and b]
     if not pairs:
         return None
+
+    def fitted(arm):
+        return [name for name in arm if value(name) is not None]
+
     lost = 0
     known = []
-    for pair in pairs:
-        fitted = tuple([name for name in arm if value(name) is not None] for arm in pair)
-        lost += sum(map(len, pair)) - sum(map(len, fitted))
-        if all(fitted):
-            known.append(fitted)
+    for a, b in pairs:
+        pair = (fitted(a), fitted(b))
+        lost += len(a) + len(b) - len(pair[0]) - len(pair[1])
+        if all(pair):
+            known.append(pair)
     if lost:
         test += f" ({lost} runs without a fit left out)"
     if not known:

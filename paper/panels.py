@@ -246,7 +246,11 @@ def merge_same(study: Study, runs) -> list[tuple]:
     by_real = {}
     for s in sorted(runs, key=lambda s: STARTS.index(s.start)):
         by_real.setdefault(study.real(s.name), []).append(s)
-    return [(" = ".join(s.start for s in same), same[0]) for same in by_real.values()]
+    found = []
+    for same in by_real.values():
+        names = [s.start for s in same]
+        found.append((" = ".join(names), same[0]))
+    return found
 
 
 # --------------------------------------------------------------------------- scale, loss, RL curves
@@ -336,7 +340,8 @@ def readiness_figure(study: Study, found, pyplot):
         axes.set_xlabel(text, fontsize=8)
         clear(axes)
     panels[0].set_ylabel("pass@1 on test after RL", fontsize=SMALL)
-    starts = [start for start in STARTS if start in {row.start for row in rows}]
+    known = {row.start for row in rows}
+    starts = [start for start in STARTS if start in known]
     for i, start in enumerate(starts):
         style = dict(color=COLOURS[start], fontsize=SMALL, transform=panels[0].transAxes)
         panels[0].text(0.03, 0.97 - 0.09 * i, start, va="top", **style)

@@ -432,7 +432,7 @@ def fill(word: str, cfg) -> str:
         which = "best"
         limit = float(fill(f"@total:{name}", cfg))
     if rest[1:] == ["half"]:
-        set_name, seed = name.split("-")[1], name.rpartition("-")[2]
+        _, set_name, *_, seed = name.split("-")
         limit = rl_flops(cfg, out / f"sft-{set_name}-{seed}") / 2
     step = results.start_step(run, which, limit)
     return str(run / "checkpoints" / f"step_{step:06d}")
