@@ -182,7 +182,7 @@ def _example_texts(row: dict, tokenizer: Tokenizer, notes: rows.Notes) -> list[t
                 return [(text, True)]
             notes.drop("an empty text")
             return []
-        if reading is None or reading.turns:
+        if reading is None or reading.turns:  # else an empty conversation, dropped below
             raise UserError(
                 "no prompt and response; a row needs messages, prompt and response, or text "
                 f"(found: {sorted(row)})"
