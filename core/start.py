@@ -48,7 +48,6 @@ class StandIn(type):
 
 
 def start_again(*error) -> None:
-    """Run the same command once more, with torch."""
     os.environ[WITH_TORCH] = "1"
     os.execv(sys.executable, sys.orig_argv)
 
@@ -72,4 +71,4 @@ if is_command():
     asked = {"-h", "--help"} & set(sys.argv[1:]) and "--" not in sys.argv
     if asked and WITH_TORCH not in os.environ and "torch" not in sys.modules:
         sys.meta_path.insert(0, Finder())
-        sys.excepthook = start_again
+        sys.excepthook = start_again  # the same command, with torch
