@@ -2,10 +2,10 @@
 
     row -> (prompt ids, response ids)   the response and its EOS are trained, nothing else
     rows -> Example (SFT) | Problem (RL, evaluation)
-    plan: which rows make the batch of step s, from (number of rows, seed, position) alone
-    cut:  that batch in micro-batches of like length under a token budget
+    plan: which rows make the batch of a step, from (number of rows, seed, position) alone
+    deal: that batch in micro-batches of similar length under a token budget (core/packing.py)
 
-Choices: 1) Prompt and response are tokenized apart and joined as ids, so the response's ids never
+Choices: 1) Prompt and response are tokenized separately, joined as ids, so the response's ids never
 depend on the prompt and the mask is a position. `joint_mismatch` counts what that changes.
 2) The response ends with the tokenizer's EOS, which is trained: a model that never learns to stop
 is the classic silent fault.
@@ -40,7 +40,7 @@ from core.packing import cut, deal, hold_out, padding, plan
 from core.rows import Reading, read_rows
 from core.tokenizer import Tokenizer
 
-# For the scripts, beside its own
+# The scripts use these as data.Tokenizer, data.plan ...
 __all__ = ["Tokenizer", "cut", "deal", "hold_out", "padding", "plan", "prompt_text", "read_rows"]
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -82,7 +82,7 @@ def _note_golds(row: dict, golds: list[str], notes: rows.Notes) -> None:
 
 
 def _prompt(reading: Reading, tokenizer: Tokenizer) -> tuple[str, bool]:
-    """A prompt as (text, start) for encode: in the chat template, or as it stands without one."""
+    """(prompt text, start), in the chat template if there is one; start: encode() may add a BOS."""
     turns = reading.turns
     template = tokenizer.template
     tokenizer.refuse_rendered(turns, reading.plain, rows.said(reading))
@@ -106,9 +106,9 @@ def _prompt(reading: Reading, tokenizer: Tokenizer) -> tuple[str, bool]:
 
 
 def _response(reading: Reading, prompt: str, tokenizer: Tokenizer, notes: rows.Notes) -> str:
-    """The response behind a prompt: thinking and tool calls as the template writes them.
+    """The response after a prompt: thinking and tool calls as the template writes them.
 
-    Where the prompt opens <think>, the response does not, and closes it in any case.
+    Where the prompt ends with <think>, the response drops its own <think> and always has </think>.
     """
     answer = reading.answer
     if tokenizer.template:
@@ -149,8 +149,8 @@ def _tokenized(
 ) -> Iterator[tuple[tuple, list, list[list[int]]]]:
     """(facts, texts, their ids) of each row, tokenized many rows at a time.
 
-    source: of (place, row). texts_of(row) -> (facts, [(text, start), ...]), no texts to drop the
-    row; what it refuses is raised with its place.
+    source: (place in the file, row) pairs. texts_of(row) -> (facts, [(text, start), ...]), facts
+    passed on as they are, [] to drop the row. A UserError of it is raised again with the place.
     """
     while batch := list(itertools.islice(source, rows.AT_ONCE)):
         found = []
@@ -158,7 +158,7 @@ def _tokenized(
             try:
                 found.append(texts_of(row))
                 for text, _ in found[-1][1]:
-                    text.encode()
+                    text.encode()  # raises where the text is not valid Unicode
             except UserError as error:
                 raise UserError(f"{place}: {error}") from None
             except UnicodeEncodeError as error:
@@ -182,7 +182,7 @@ def _example_texts(row: dict, tokenizer: Tokenizer, notes: rows.Notes) -> list[t
                 return [(text, True)]
             notes.drop("an empty text")
             return []
-        if reading is None or reading.turns:
+        if reading is None or reading.turns:  # else an empty conversation, dropped below
             raise UserError(
                 "no prompt and response; a row needs messages, prompt and response, or text "
                 f"(found: {sorted(row)})"
@@ -206,8 +206,8 @@ def sft_examples(
 ) -> tuple[Rows, int]:
     """(examples, number dropped as longer than max_len tokens) of an SFT file.
 
-    reads: columns that a reward reads, so that they are not named as not used. folder: where the
-    ids are kept for the next start (core/cache.py); None: in files that end with this process.
+    reads: columns that a reward reads, so that no note calls them unused. folder: where the ids
+    are kept for the next start (core/cache.py); None: in temporary files of this process.
     """
     notes = rows.Notes(path, reads)
     found = _examples(path, tokenizer, max_len, notes)  # nothing is read yet
@@ -237,7 +237,7 @@ def _examples(
 
     n_kept = 0
     for _, _, ids in _tokenized(source, tokenizer, texts_of):
-        prompt, response = ids if len(ids) == 2 else (ids[0][:1], ids[0][1:])
+        prompt, response = ids if len(ids) == 2 else (ids[0][:1], ids[0][1:])  # else plain text
         example = Example(prompt, [*response, tokenizer.eos])
         if len(example.prompt) + len(example.response) > max_len:
             notes.n_long += 1
@@ -252,7 +252,7 @@ def _examples(
 
 
 def joint_mismatch(path: str, tokenizer: Tokenizer, limit: int = 500) -> float:
-    """% of the first rows whose ids would differ if prompt and response were tokenized as one."""
+    """% of the first rows whose ids would differ if prompt and response were tokenized together."""
     notes = rows.Notes(path)
     n_rows = 0
     n_differ = 0
@@ -268,9 +268,9 @@ def joint_mismatch(path: str, tokenizer: Tokenizer, limit: int = 500) -> float:
 
 
 def _problem_texts(row, tokenizer, notes: rows.Notes, needs_gold: bool) -> tuple[tuple, list]:
-    """((row, question, gold), texts) of a problem: the texts of its prompt and demonstration.
+    """((row, question, gold), texts) of a problem; texts are its prompt and its demonstration.
 
-    No texts drop the row; a problem without a demonstration has one.
+    Without a demonstration texts is the prompt alone; [] drops the row.
     """
     reading = rows.understand(row, answer_is_gold=True)
     try:
@@ -317,10 +317,10 @@ def problems(
 ) -> tuple[list[Problem], int]:
     """(problems, number dropped as longer than max_prompt tokens) of an RL or evaluation file.
 
-    needs_gold: rows need a gold answer that is text, as verify.py does; other rewards may not, and
-    get rows with any gold or none. reads: columns that the reward reads, which are not named as
-    not used. check: raises UserError for a row that the reward cannot read. most: all rows are read
-    and counted, and so many problems with a demonstration are kept; 0 keeps every problem.
+    needs_gold: each row must have a gold answer that is text, which verify.py needs; other rewards
+    may read any gold or none. reads: columns that the reward reads, so that no note calls them
+    unused. check: raises UserError for a row that the reward cannot read. most: keep only the first
+    `most` problems with a demonstration, though all rows are read and counted; 0 = keep all.
     """
     notes = rows.Notes(path, reads)
     found = []
@@ -332,16 +332,16 @@ def problems(
             check(row)
         return _problem_texts(row, tokenizer, notes, needs_gold)
 
-    source = rows.each_row(path)
-    for facts, ((text, _), *_), (ids, *expert) in _tokenized(source, tokenizer, texts_of):
+    for facts, texts, (ids, *expert) in _tokenized(rows.each_row(path), tokenizer, texts_of):
         row, question, gold = facts
+        opened = _opened(texts[0][0])
         if len(ids) > max_prompt:
             n_long += 1
         elif not ids:
             notes.drop("no tokens in their prompt")
         else:
             demonstration = [*expert[0], tokenizer.eos] if expert else None
-            problem = Problem(question, ids, gold, row, demonstration, _opened(text))
+            problem = Problem(question, ids, gold, row, demonstration, opened)
             prompt_keys.append(cache.prompt_key(problem))
             if not most or demonstration and len(found) < most:
                 found.append(problem)
@@ -372,7 +372,7 @@ def prefetch(make: Callable, keys: Iterable) -> Iterator:
 def collate(rows: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
     """ids (B, T), padded with 0 on the right, and mask (B, T): True where a token is trained.
 
-    No rows make one row with nothing to train, for a process that only takes part.
+    No rows: one row of padding that trains nothing, for a rank that only joins the collectives.
     """
     T = max((len(row.prompt) + len(row.response) for row in rows), default=2)
     B = max(1, len(rows))
@@ -387,8 +387,8 @@ def collate(rows: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def micro_batches(rows: list[Example], budget: int, rank: int, world: int) -> Iterator[tuple]:
-    """(indices of rows, ids (b, T), mask (b, T)) of each micro-batch of this rank. Every rank gets
-    as many; one that is short of rows takes part with no index and a row that trains nothing."""
+    """(indices of rows, ids (b, T), mask (b, T)) of each micro-batch of this rank. All ranks get
+    the same number; one with too few rows gets ([], a row that trains nothing) for the rest."""
     lengths = [len(row.prompt) + len(row.response) for row in rows]
     for part in deal(lengths, budget, rank, world):
         ids, mask = collate([rows[i] for i in part])
@@ -396,7 +396,7 @@ def micro_batches(rows: list[Example], budget: int, rank: int, world: int) -> It
 
 
 def drop_long_experts(problems: list[Problem], most: int) -> tuple[list[Problem], int]:
-    """The problems, without demonstrations of more than `most` tokens; and how many those were."""
+    """(the problems, demonstrations of more than `most` tokens removed; how many were removed)."""
     long = [bool(problem.expert) and len(problem.expert) > most for problem in problems]
     kept = [
         problem._replace(expert=None) if cut else problem for problem, cut in zip(problems, long)

@@ -15,7 +15,7 @@ They differ by fields of ModelConfig; core/folder.py reads the folders and refus
 5) differs: no dropout; attention_dropout in config.json is not read.
 
 Shapes: B rows, T tokens, V vocabulary, D hidden width, H query heads, Hkv key and value heads,
-K head width, L layers, N tokens of all rows in one list, n tokens of one chunk.
+K head width, Q queries, n keys, N tokens of all rows in one list.
 """
 
 from collections.abc import Iterator
@@ -52,7 +52,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Te
     v = v.transpose(1, 2)
     group = q.shape[1] // k.shape[1]
     if q.is_cuda and (q.dtype == torch.float32 or visible is not None):
-        # No fused kernel of CUDA shares key heads among query heads then
+        # In these cases CUDA has no fused kernel in which query heads share key heads: repeat them
         k = k.repeat_interleave(group, 1)
         v = v.repeat_interleave(group, 1)
         group = 1
@@ -62,7 +62,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Te
 
 
 def attend_shared(q: Tensor, k: Tensor, v: Tensor, places: Places) -> Tensor:
-    """q (N, H, K), k and v (N, Hkv, K) of a line of core/shared.py -> (N, H, K)."""
+    """q (N, H, K), k and v (N, Hkv, K) of a line of core/shared.py -> (N, H, K): prompts attend to
+    themselves, responses to their prompt and themselves."""
     prompt_k = k[places.prompts]  # (G, P, Hkv, K)
     prompt_v = v[places.prompts]
     of_prompts = attend(q[places.prompts], prompt_k, prompt_v)
@@ -87,20 +88,20 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, kv_width, bias=config.attention_bias)
         self.v_proj = nn.Linear(D, kv_width, bias=config.attention_bias)
         self.o_proj = nn.Linear(q_width, D, bias=config.output_bias)
-        # Width of a norm over q, and over k: one head, or all of them
+        # How many numbers one norm covers: those of one head, or of all heads
         self.q_norm_width = q_width if config.joint_qk_norm else K
-        self.k_normed = kv_width if config.joint_qk_norm else K
+        self.k_norm_width = kv_width if config.joint_qk_norm else K
         self.q_norm = nn.Identity()
         self.k_norm = nn.Identity()
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(self.q_norm_width, config.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(self.k_normed, config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(self.k_norm_width, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, places: Places | None) -> Tensor:
         B, T, _ = x.shape
         heads = (B, T, -1, self.head_dim)
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.q_norm_width)).view(heads)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.k_normed)).view(heads)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.k_norm_width)).view(heads)
         v = self.v_proj(x).view(heads)
         if self.rotary:
             q = rotate(q, cos, sin)
@@ -130,12 +131,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. ranks.compute sets the two attributes, ranks.shard makes it a unit of FSDP2."""
+    """One layer. ranks.compute sets `recompute` and `compiled`; FSDP2 shards block by block."""
 
     def __init__(self, config: ModelConfig, i: int):
         super().__init__()
         D = config.hidden_size
-        # differs: transformers rounds before it multiplies by the weight of a norm; in bf16 only
+        # differs, in bf16 only: transformers rounds before it multiplies by the norm's weight
         if not config.post_norm:
             self.input_layernorm = nn.RMSNorm(D, config.rms_norm_eps)
         self.self_attn = Attention(config, not config.rotary_layers or config.rotary_layers[i])
@@ -147,18 +148,18 @@ class Block(nn.Module):
         self.recompute = False  # keep only x for the backward, which runs the block once more
         self.compiled = None  # torch.compile of _run, where it is used
 
-    def forward(self, x: Tensor, *where) -> Tensor:
+    def forward(self, x: Tensor, *context) -> Tensor:
         run = self.compiled or self._run
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(run, x, *where, use_reentrant=False, preserve_rng_state=False)
-        return run(x, *where)
+            return checkpoint(run, x, *context, use_reentrant=False, preserve_rng_state=False)
+        return run(x, *context)
 
-    def _run(self, x: Tensor, *where) -> Tensor:
-        """x (B, T, D); where: cos, sin and places, for attention."""
+    def _run(self, x: Tensor, cos: Tensor, sin: Tensor, places: Places | None) -> Tensor:
+        """x (B, T, D) -> (B, T, D); cos, sin and places: as in Attention."""
         if self.post_norm:
-            x = x + self.post_attention_layernorm(self.self_attn(x, *where))
+            x = x + self.post_attention_layernorm(self.self_attn(x, cos, sin, places))
             return x + self.post_feedforward_layernorm(self.mlp(x))
-        x = x + self.self_attn(self.input_layernorm(x), *where)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, places)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -168,13 +169,13 @@ class Model(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.model = nn.Module()  # a level that the names of Hugging Face have
+        self.model = nn.Module()  # for Hugging Face's names: model.layers.0 ...
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.model.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # No buffer: it is not saved or sharded, and is real while the parameters are on meta.
+        # Not buffers: these are not saved or sharded, nor on meta while the parameters are
         self.inv_freq = rope_frequencies(config)
         self.magnitude = rope_magnitude(config)
 
@@ -191,7 +192,7 @@ class Model(nn.Module):
         """ids (B, T) -> hidden (B, T, D), after the final norm.
 
         positions (B or 1, T) only rotate queries and keys; None = 0..T-1 in each row. Attention is
-        causal along the row in any case, or, with places, within the groups of one line (B = 1).
+        causal within each row; with places, ids are a line of core/shared.py (B = 1).
         """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
@@ -229,16 +230,16 @@ def response_logp(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Log-probs of the tokens that mask trains, moved to the left of each row.
 
-    | ids, mask | (B, T) | mask is True where the model chose the token                        |
-    | logp      | (B, R) | nats; R = the most such tokens of a row; 0 behind the row's last    |
-    | entropy   | (B, R) | nats, of the distribution it was chosen from; None if not asked for |
-    | chosen    | (B, R) | bool: whether there is a token                                      |
+    | ids, mask | (B, T) | mask is True where a token is trained                               |
+    | logp      | (B, R) | nats; R = most trained tokens in a row; 0 where a row has fewer     |
+    | entropy   | (B, R) | nats, of the distribution at that token; None if not asked for      |
+    | chosen    | (B, R) | bool: True for tokens, False for padding                            |
     """
     lengths = mask[:, 1:].sum(1)
     chosen = torch.arange(int(lengths.max()), device=mask.device) < lengths[:, None]
     chosen = chosen.to(ids.device)
     hidden, targets = _trained(model, ids, mask)
-    return (*_rows(hidden, model.head, targets, chosen, temperature, entropy), chosen)
+    return (*_logp_in_rows(hidden, model.head, targets, chosen, temperature, entropy), chosen)
 
 
 def grouped_logp(
@@ -250,11 +251,11 @@ def grouped_logp(
     hidden = model(ids, line.positions.to(device), line.places.to(device))[0]
     hidden = hidden.index_select(0, line.sources.to(device))
     targets = ids[0, line.targets.to(device)]
-    return _rows(hidden, model.head, targets, line.chosen.to(device), temperature, entropy)
+    return _logp_in_rows(hidden, model.head, targets, line.chosen.to(device), temperature, entropy)
 
 
-def _rows(hidden, head, targets, chosen, temperature: float, entropy: bool) -> tuple:
-    """Log-probs and entropies of the N targets, at their places in rows: both (B, R), or None."""
+def _logp_in_rows(hidden, head, targets, chosen, temperature: float, entropy: bool) -> tuple:
+    """Log-probs and entropies (or None) of N targets, put where chosen (B, R) is True: (B, R)."""
     values = token_logp(hidden, head, targets, temperature, entropy=entropy)
     logp, entropies = values if entropy else (values, None)
     zeros = torch.zeros(chosen.shape, dtype=logp.dtype, device=hidden.device)
@@ -264,10 +265,10 @@ def _rows(hidden, head, targets, chosen, temperature: float, entropy: bool) -> t
 
 
 def _trained(model: Model, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states (N, D) that choose the trained tokens, and the ids (N,) of those tokens.
+    """Hidden states (N, D) that predict the trained tokens, and the ids (N,) of those tokens.
 
-    The state at t - 1 chooses the token at t. States that choose no trained token never reach the
-    head. Where the mask is on the CPU, nothing here waits for the device.
+    The state at t - 1 predicts the token at t. States that predict no trained token never reach
+    the head. Where the mask is on the CPU, nothing here waits for the device.
     """
     index = mask[:, 1:].flatten().nonzero()[:, 0].to(ids.device)
     hidden = model(ids)[:, :-1].flatten(0, 1).index_select(0, index)

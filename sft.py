@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import core.start  # before torch
+import core.start  # must run before torch is imported
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ class Config:
     max_len: int = 16384  # tokens per example; longer ones are dropped and counted
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: on the matrices, AdamW on the rest
     loss: Literal["nll", "dft", "trsft"] = "nll"  # of a token, see losses.imitation_loss
-    trust_alpha: float = 0.1  # trsft: tokens less likely than this pull no harder (our choice)
+    trust_alpha: float = 0.1  # trsft: a token with p below this has weight p / this (our choice)
     lr: float = 1e-5  # learning rate
     schedule: Literal["cosine", "constant"] = "cosine"  # after warm-up
     warmup: float = 0.1  # share of the steps with a rising learning rate
@@ -86,7 +86,7 @@ class Config:
     samples: int = 8  # per problem, besides: what RL in groups of so many would find; 0 = none
     sample_problems: int = 64  # the first so many of --problems, for those samples
     temperature: float = 1.0  # of those samples: RL's
-    betas = (0.9, 0.95)  # of AdamW, as the paper's
+    betas = (0.9, 0.95)  # of AdamW, as the paper's; no flag, as it has no annotation
 
     def __post_init__(self):
         cli.require_positive(self, "batch", "micro_tokens", "max_len", "log_every", "max_new")
@@ -99,12 +99,12 @@ class Config:
 
     @property
     def alpha(self) -> float:
-        """The trust region of losses.imitation_loss."""
+        """alpha of losses.imitation_loss: 0 = NLL, 1 = DFT, between them a trust region."""
         return {"nll": 0.0, "dft": 1.0, "trsft": self.trust_alpha}[self.loss]
 
 
 def preset(given: dict) -> dict:
-    """What the built-in task uses instead of the defaults for real models."""
+    """The built-in task's settings, where they differ from Config; {} for other data."""
     settings = tasks.preset("sft", given)
     if not settings and "init" not in given:
         raise UserError(
@@ -124,14 +124,14 @@ def base_config() -> Config:
 
 
 def write_built_in(task) -> None:
+    """The task's rows and tokenizer, and config.json: the shape of the tiny base model."""
     task.write(task.FOLDER)
     vocabulary = json.loads((task.FOLDER / "tokenizer.json").read_text())["model"]["vocab"]
     write_json(task.FOLDER / "config.json", {**task.BASE_MODEL, "vocab_size": len(vocabulary)})
 
 
 def make_built_in(cfg: Config) -> Config:
-    """Write the built-in problems and train the tiny base model, each once. Returns cfg with the
-    base model as its init."""
+    """cfg with the tiny base model as its init; writes its problems and trains it on first use."""
     task = tasks.load(tasks.BUILT_IN)
     marker = task.FOLDER / f"{tasks.BUILT_IN}.json"
     if not ranks.from_first(marker.exists):
@@ -143,7 +143,7 @@ def make_built_in(cfg: Config) -> Config:
             print(f"no base model in {BASE}: a run would make it first, from plain text (a minute)")
             return replace(cfg, init=str(task.FOLDER))  # its shape and its tokenizer
         print(f"no base model in {BASE}: making it once, from plain text (about a minute)")
-        if not main(base):
+        if not main(base):  # the same script with another config
             raise SystemExit(0)  # Ctrl-C: the base is saved and will be resumed
         print(f"the base model is made; now SFT -> {cfg.out}\n", flush=True)
     return replace(cfg, init=str(BASE))
@@ -151,7 +151,7 @@ def make_built_in(cfg: Config) -> Config:
 
 # ---- data ----------------------------------------------------------------------------------------
 def cache_folder(cfg: Config, start: Path) -> Path | None:
-    """Where the ids of all rows are kept: in the run directory. A dry run writes nothing there."""
+    """The folder for tokenized rows, emptied by --overwrite; None for a dry run."""
     if cfg.dry_run:
         return None
     folder = Path(cfg.out) / CACHE
@@ -166,7 +166,7 @@ def cache_folder(cfg: Config, start: Path) -> Path | None:
 
 def load_examples(cfg: Config, tokenizer, cache: Path | None) -> tuple[data.Rows, data.Rows]:
     """(training examples, validation examples)."""
-    reads = tasks.columns(cfg.reward)["reads"]
+    reads = tasks.columns(cfg.reward)["reads"]  # the reward's own columns
 
     def load(path: str, name: str) -> tuple[data.Rows, int]:
         folder = cache and cache / name
@@ -198,15 +198,15 @@ def load_problems(cfg: Config, tokenizer) -> list:
 
 
 class Step(NamedTuple):
-    """The rows of one optimizer step, cut for this rank."""
+    """The batch of one optimizer step: its micro-batches on this rank, and totals of all ranks."""
 
-    parts: list  # (ids (B, T), mask (B, T)) of each micro-batch
+    parts: list  # this rank's micro-batches: (ids (B, T), mask (B, T)) each
     lengths: list[int]  # tokens of all rows, on all ranks
     n_trained: int  # response tokens of all rows, on all ranks
 
 
 def make_step(rows: list, micro_tokens: int, pin: bool = False) -> Step:
-    """Micro-batches of like length; every rank gets as many. pin: for asynchronous copies."""
+    """The Step of these rows. pin: ids in page-locked memory, for asynchronous copies."""
     parts = []
     for _, ids, mask in data.micro_batches(rows, micro_tokens, ranks.rank(), ranks.world()):
         parts.append((ids.pin_memory() if pin else ids, mask))
@@ -215,8 +215,7 @@ def make_step(rows: list, micro_tokens: int, pin: bool = False) -> Step:
 
 
 def prepare_resume(cfg: Config, run: Run) -> None:
-    """Room for the next save where --keep is less than before; a learning rate that is used up is
-    named."""
+    """Apply a --keep that is now smaller, and warn where the schedule has ended."""
     if run.of_kind("val"):
         run.prune({diagnose(run).recommended_step})
     rate = optim.lr_at(run.first, run.last, cfg.lr, cfg.schedule, cfg.warmup)
@@ -261,14 +260,14 @@ def show_plan(cfg: Config, train: data.Rows, tokenizer, folder: Path, device, st
             problems, _ = data.problems(cfg.data, tokenizer, cfg.max_len, **columns, most=1000)
         except UserError:  # plain text, or conversations that ask nothing
             problems = []
-        policy = scoring.Policy(None, tokenizer, tasks.load_reward(cfg.reward), cfg.max_new)
+        policy = evaluate.Policy(None, tokenizer, tasks.load_reward(cfg.reward), cfg.max_new)
         print(scoring.check_demonstrations(problems, policy))
 
 
 # ---- loss ----------------------------------------------------------------------------------------
 def batch_loss(net, ids, mask, n_trained: int, alpha: float = 0.0) -> torch.Tensor:
     """Scalar: minus the summed log-prob of a micro-batch's response tokens, over the response
-    tokens of the whole step (nats per token). alpha: weights of losses.imitation_loss.
+    tokens of the whole step (nats per token). alpha: see losses.imitation_loss.
 
     # differs: equation 10 of the paper sums over a response; ours is a mean over the step's tokens.
     """
@@ -296,7 +295,7 @@ def validate(cfg: Config, run: Run, step: int, policy, val: list, problems: list
     lines = {"val": {"val_loss": loss}}
     shown = ""
     if problems:
-        sampling = policy.sampling(0.7, ranks.seed_of(cfg.seed, "eval"))
+        sampling = policy.sampling(temperature=0.7, seed=ranks.seed_of(cfg.seed, "eval"))
         lines["eval"], records = evaluate.evaluate(policy, problems, 1, sampling)
         shown = f"  pass@1 {lines['eval']['pass1']:.1f} (se {lines['eval']['pass1_se']:.1f})"
         run.log_samples(step, records[:20])
@@ -332,7 +331,8 @@ def regime_now(found: phases.Diagnosis) -> str:
     regime = found.regimes[-1]
     if regime != "stable" or found.saturated:
         return regime
-    return ("stable" if "stable" in found.regimes[:-1] else "adaptive") + ", still improving"
+    before = "stable" if "stable" in found.regimes[:-1] else "adaptive"
+    return f"{before}, still improving"
 
 
 def diagnose(run: Run) -> phases.Diagnosis:
@@ -367,8 +367,8 @@ def main(cfg: Config) -> bool:
         rows = [train[i] for i in data.plan(len(train), cfg.seed, position, cfg.batch)]
         return make_step(rows, cfg.micro_tokens, pin=device.type == "cuda")
 
-    end_position = run.position + (steps - run.first) * cfg.batch  # in rows
-    coming = data.prefetch(prepare, range(run.position, end_position, cfg.batch))
+    end = run.position + (steps - run.first) * cfg.batch  # rows taken when the run is over
+    batches = data.prefetch(prepare, range(run.position, end, cfg.batch))
 
     for step in run.steps():
         run.checkpoint(step)
@@ -379,12 +379,12 @@ def main(cfg: Config) -> bool:
         if run.over(step):
             break
 
-        clock = [time.monotonic()]
-        batch = next(coming)  # made while the one before was trained
+        clock = [time.monotonic()]  # where the parts of a step begin, see log_step
+        batch = next(batches)  # made while the one before was trained
         clock.append(time.monotonic())
         loss = wide(torch.zeros((), device=device))
         for n, (ids, mask) in enumerate(batch.parts, 1):
-            ranks.reduce_now(net, n == len(batch.parts))  # ranks sum gradients in the last part
+            ranks.reduce_now(net, n == len(batch.parts))  # gradients: once per step
             part = batch_loss(net, ids, mask, batch.n_trained, cfg.alpha)
             part.backward()
             loss += part.detach()
@@ -393,8 +393,7 @@ def main(cfg: Config) -> bool:
 
         lr = optim.lr_at(step, steps, cfg.lr, cfg.schedule, cfg.warmup)
         norm = optim.update(model, optimizers, lr, cfg.clip)
-        if net is not model:
-            ranks.refresh(net, model)
+        ranks.refresh(net, model)  # net may be a bfloat16 copy of model
         run.watch(norm, step + 1)
         clock.append(time.monotonic())
 
@@ -408,7 +407,7 @@ def main(cfg: Config) -> bool:
 def log_step(cfg: Config, run: Run, step: int, numbers: dict, batch: Step, clock: list) -> None:
     """The step's line in metrics.jsonl and, every --log-every steps, on the terminal.
 
-    clock: when data, forward and backward, update began, and when the update ended.
+    clock: 4 times: when data, forward and backward, and update began, and when the update ended.
     """
     work = flops.flops(run.model.config, batch.lengths, batch.n_trained)
     run.count(

@@ -1,16 +1,16 @@
 """Tokenized rows on disk: written once, then read by their number, so that no process holds them.
 
-    rows, told = cache.keep(folder, facts, examples, tell)    written if need be, then opened
+    rows, told = cache.keep(folder, facts, examples, tell)    written if not there yet, then opened
     rows[7]                 Example(prompt ids, response ids)
     rows.pick(places)       some of them, in this order
 
     runs/sft/cache/train/ids.bin     ids of all rows, one after the other (uint16, or int32 where
                                      the vocabulary is larger)
     runs/sft/cache/train/rows.bin    an ENTRY per row
-    runs/sft/cache/train/about.json  what the rows were made of, what is to be said of them, sizes
+    runs/sft/cache/train/about.json  facts: what the rows were made from; told: notes on them; sizes
 
-Written as train.tmp, flushed to disk and renamed: a folder without .tmp is whole. Rows of other
-facts or with files of another size are written again; a row with another checksum is refused.
+Written as train.tmp, flushed to disk and renamed: a folder without .tmp is whole. Where facts or
+file sizes differ, the rows are written again; a row whose checksum differs is refused.
 Ids are read by position, not mapped: mapped pages count as memory of each process that touched
 them, and a file that is cut short would kill the process instead of being refused.
 """
@@ -54,9 +54,9 @@ class Example(NamedTuple):
 
 
 def prompt_key(row) -> int:
-    """A number per distinct prompt (64 bits of a hash); plain text has none and counts whole."""
+    """64 bits of a hash of the prompt; plain text has no prompt, so all of it is hashed."""
     ids = row.prompt
-    if isinstance(row, Example) and len(row.prompt) == 1:
+    if isinstance(row, Example) and len(row.prompt) == 1:  # plain text
         ids = [*row.prompt, *row.response]
     digest = hashlib.blake2b(array("i", ids).tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
@@ -85,7 +85,7 @@ class Rows(Sequence):
 
     @property
     def n_bytes(self) -> int:
-        """The size of the files, with the rows that are not among these."""
+        """The size of the files, which hold the rows that pick() left out, too."""
         return os.fstat(self._ids.fileno()).st_size + self._entries.nbytes
 
     @property
@@ -109,12 +109,12 @@ class Rows(Sequence):
 
 
 def keep(folder: Path | None, facts: dict, examples: Iterator, tell: Callable) -> tuple[Rows, dict]:
-    """(rows, what tell() said of them), as they lie in `folder` or, where that is missing, damaged
-    or made of other facts, written anew by rank 0 while the other ranks wait.
+    """(rows, what tell() returned). Where `folder` is missing, damaged or made from other facts,
+    rank 0 writes it first, while the other ranks wait.
 
-    folder: None for files that nobody else sees and that end with the rows. facts: all that decides
-    the ids, as JSON, and their typecode. examples: (Example, prompt key) of each row, read only if
-    they are needed. tell: called after the last of them; returns JSON.
+    folder: None = temporary files of this process. facts: everything that decides the ids, as JSON,
+    and their typecode. examples: (Example, prompt key) of each row, read only to write them. tell:
+    called after the last example; returns notes for the user, as JSON.
     """
     if folder is None:
         with tempfile.TemporaryDirectory() as place:
@@ -125,7 +125,7 @@ def keep(folder: Path | None, facts: dict, examples: Iterator, tell: Callable) -
     def write_if_needed():
         if _open(folder, facts) is None:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with lock(folder.parent):  # let go by a process that is killed, too
+            with lock(folder.parent):  # a process that is killed releases it, too
                 _write(folder, facts, examples, tell)
 
     ranks.from_first(write_if_needed)
@@ -138,7 +138,7 @@ def keep(folder: Path | None, facts: dict, examples: Iterator, tell: Callable) -
 
 
 def _open(folder: Path, facts: dict) -> tuple[Rows, dict] | None:
-    """The rows and what is to be said of them; None where they are of other facts or damaged."""
+    """The rows and the notes on them; None where they are damaged or made from other facts."""
     try:
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         sizes = {name: (folder / name).stat().st_size for name in about["sizes"]}
@@ -155,7 +155,7 @@ def _open(folder: Path, facts: dict) -> tuple[Rows, dict] | None:
 def _write(folder: Path, facts: dict, examples: Iterator, tell: Callable) -> None:
     """Write the rows to `folder`, whole or not at all."""
     aside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(aside, ignore_errors=True)  # left by a process that was killed
     aside.mkdir()
     try:
         about = {"facts": facts, "checksum": 0, "sizes": {}}

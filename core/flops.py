@@ -1,10 +1,10 @@
-"""The compute of a forward, counted from shapes: as the paper counts it, and as a machine does it.
+"""FLOPs of a forward, counted from shapes: as the paper counts them, and as the machine does them.
 
 work = flops(config, lengths=[412, 87], n_head=310)     # an SFT step: 310 tokens are trained
 paper = 3 * work.paper                                  # a backward is two forwards
-machine = 3 * (work.blocks + work.head)                 # recompute: one more of the blocks
+machine = 3 * (work.blocks + work.head)                 # recompute: + 1 x work.blocks
 
-prompts = hardware_flops(config, [100, 60], n_head=2)   # read once per group
+prompts = hardware_flops(config, [100, 60], n_head=2)   # each prompt read once per group
 rows = hardware_flops(config, lengths, n_head=sum(drawn), cached=prompt_lengths)
 """
 
@@ -17,9 +17,9 @@ from core.folder import ModelConfig
 class Flops(NamedTuple):
     """FLOPs of a forward; a backward is twice as much, and recompute one more forward of blocks."""
 
-    paper: float  # the paper's count: the whole head for every token, and the embedding as well
-    blocks: float  # what a machine computes in the blocks
-    head: float  # and in the head
+    paper: float  # the paper's count: head and embedding for every token
+    blocks: float  # what the machine computes in the blocks
+    head: float  # and in the head, for n_head tokens
 
 
 def flops(
@@ -33,8 +33,8 @@ def flops(
     n_head: tokens of all rows whose logits are computed; None = all. cached: tokens of each row
     that the machine finds in the key-value cache; None = 0.
 
-    The paper counts the sum of S F_fwd(S), with F_fwd(S) = 2 [L (P_mlp + P_attn) + P_vocab] +
-    4 S L D_q (20, 21). A machine computes the causal half of the attention core.
+    Equations 20 and 21 of the paper: the sum of S F_fwd(S) over rows of S tokens, with F_fwd(S) =
+    2 [L (P_mlp + P_attn) + P_vocab] + 4 S L D_q. Causal, the machine does half of the last term.
     """
     lengths = list(lengths)
     cached = [0] * len(lengths) if cached is None else list(cached)
@@ -55,7 +55,7 @@ def flops(
 
 
 def forward_flops(config: ModelConfig, lengths: Iterable[int]) -> float:
-    """The paper's count."""
+    """FLOPs of one forward, as the paper counts them."""
     return flops(config, lengths).paper
 
 
@@ -65,7 +65,7 @@ def hardware_flops(
     n_head: int | None = None,
     cached: Iterable[int] | None = None,
 ) -> float:
-    """What a machine computes."""
+    """FLOPs of one forward that the machine computes."""
     work = flops(config, lengths, n_head, cached)
     return work.blocks + work.head
 
@@ -73,8 +73,8 @@ def hardware_flops(
 def of_round(cfg, method, config: ModelConfig, collected, updates: list) -> tuple:
     """(tokens, FLOPs as the paper counts them, FLOPs of the machine) of one round of rl.py.
 
-    The paper's (24)-(29): a forward per sampled row, three per trained one, and (26) for some
-    methods one more per expert row. The machine reads a prompt once per group.
+    Equations 24 to 29 of the paper: a forward per sampled row, three per trained row and, for some
+    methods, one more per expert row (26). The machine reads a prompt once per group.
     """
     sampled = [row for group in collected.sampled for row in group]
     trained = [row for group in collected.groups for row in group]
@@ -99,7 +99,7 @@ def of_round(cfg, method, config: ModelConfig, collected, updates: list) -> tupl
 
 
 def _read_once(config: ModelConfig, rows: list, n_head: int | None = None) -> Flops:
-    """A forward over rows, those of a group side by side, that reads a prompt once per group.
+    """A forward that reads a prompt once per group; rows of a group must follow one another.
 
     n_head: as in flops(); None = the tokens of all responses.
     """
@@ -107,6 +107,6 @@ def _read_once(config: ModelConfig, rows: list, n_head: int | None = None) -> Fl
         n_head = sum(len(row.response) for row in rows)
     cached = []
     for before, row in zip([None, *rows], rows):
-        is_read = before is not None and before.group == row.group
-        cached.append(len(row.prompt) if is_read else 0)
+        is_cached = before is not None and before.group == row.group
+        cached.append(len(row.prompt) if is_cached else 0)
     return flops(config, [row.length for row in rows], n_head, cached)

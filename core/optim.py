@@ -1,4 +1,4 @@
-"""Optimizers: AdamW, or Muon on the matrices; the learning rate of a step; clip and step."""
+"""Optimizers: AdamW, or Muon on the matrices; the learning rate of a step; the update itself."""
 
 import math
 
@@ -51,9 +51,9 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[p]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(p)
-                average = state["momentum_buffer"].lerp_(p.grad, 1 - beta)
-                ahead = p.grad.lerp(average, beta)  # Nesterov momentum
-                direction = orthogonal(ranks.whole(ahead))
+                momentum = state["momentum_buffer"].lerp_(p.grad, 1 - beta)
+                nesterov = p.grad.lerp(momentum, beta)
+                direction = orthogonal(ranks.whole(nesterov))
                 size = lr * 0.2 * max(p.shape) ** 0.5
                 p.mul_(1 - lr * group["weight_decay"])
                 ranks.add_rows(p, direction, alpha=-size)
@@ -74,8 +74,8 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
 
 
 def lr_at(step: int, steps: int, lr: float, schedule: str, warmup: float) -> float:
-    """The learning rate of the update after `step`: a linear warm-up over warmup * steps, then
-    constant, or a cosine that reaches 0 at `steps`."""
+    """The learning rate of the update after `step` steps: a linear warm-up over warmup * steps,
+    then constant, or a cosine that reaches 0 at `steps`."""
     n_warm = int(warmup * steps)
     if step < n_warm:
         return lr * (step + 1) / n_warm
@@ -86,7 +86,7 @@ def lr_at(step: int, steps: int, lr: float, schedule: str, warmup: float) -> flo
 
 
 def update(model, optimizers, lr: float, clip: float) -> float:
-    """Clip, step, clear the gradients. Returns the gradient norm before clipping.
+    """Clip gradients, step, clear gradients. Returns the gradient norm before clipping.
 
     A NaN or infinite norm skips the step: weights and optimizer state stay as they were.
     """

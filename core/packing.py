@@ -1,5 +1,5 @@
-"""Which rows are trained when: those held out, the order of an epoch, micro-batches of like length
-under a token budget. Alike on all ranks."""
+"""Which rows are trained when: the held-out split, the order of an epoch, micro-batches of rows of
+similar length under a token budget. Every rank computes the same."""
 
 import math
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ def hold_out(found: Sequence, most: int) -> tuple[Sequence, Sequence]:
     """(rows to train on, rows held out) of examples or problems, split by prompt.
 
     `most` prompts, or a tenth of the distinct ones if that is less, are held out: the first row of
-    each is for validation, and its other rows are trained nowhere. The same prompts whatever the
-    seed of the run is.
+    each is for validation, and its other rows are not used. The seed of the run does not change
+    which prompts these are.
     """
     if isinstance(found, Rows):
         keys = found.prompt_keys
@@ -41,7 +41,7 @@ def _pick(found: Sequence, places: np.ndarray) -> Sequence:
 
 
 def plan(n: int, seed: int, start: int, count: int) -> list[int]:
-    """`count` row numbers from position `start` of the endless stream: permutations of range(n)."""
+    """`count` row numbers from position `start` of an endless stream: shuffled epochs of n rows."""
     picked = []
     while len(picked) < count:
         epoch, offset = divmod(start + len(picked), n)
@@ -59,13 +59,13 @@ def cut(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Cut rows into micro-batches of at most `budget` tokens, padding included.
 
     Returns lists of indices into `lengths`, the longest rows first; a row over the budget gets a
-    micro-batch of its own. Of all ways to cut the rows in order of length this is the cheapest,
-    where a micro-batch costs its tokens and a 64th of the budget besides, as many small ones cost
-    time too. On geometric lengths 1 to 5% is padding.
+    micro-batch of its own. Of all ways to cut the sorted rows this is the cheapest (dynamic
+    programming). The cost of a micro-batch is its tokens with padding, plus 1/64 of the budget for
+    its overhead. On geometric lengths 1 to 5% is padding.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    cost = [0.0] + [math.inf] * len(order)  # of the first n rows
-    first = [0] * (len(order) + 1)  # where the last micro-batch of the first n rows begins
+    cost = [0.0] + [math.inf] * len(order)  # cost[n]: lowest cost of the n longest rows
+    first = [0] * (len(order) + 1)  # first[n]: where their last micro-batch begins
     for i, row in enumerate(order):
         width = lengths[row]
         most = min(max(1, budget // width), len(order) - i)
@@ -85,8 +85,8 @@ def cut(lengths: Sequence[int], budget: int) -> list[list[int]]:
 def deal(lengths: list[int], budget: int, rank: int, world: int) -> list[list[int]]:
     """The micro-batches of one of `world` processes, as lists of indices into `lengths`.
 
-    Rows are dealt by length, there and back (0 1 2 2 1 0 ...), so that all get alike. Every
-    process gets as many micro-batches, as each is a collective; the missing ones are [].
+    Rows are dealt from the longest to the shortest, to processes 0 1 2 2 1 0 ..., so that all get
+    similar work. Each micro-batch is a collective, so all get the same number: [] fills up.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     own = []

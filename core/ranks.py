@@ -1,4 +1,4 @@
-"""Several processes as one: who I am, sums over all ranks, seeds, and FSDP2 sharding.
+"""Several processes as one: rank and world size, sums over all ranks, seeds, FSDP2 sharding.
 
     device = ranks.start()                 # under torchrun: joins the group; alone: only a device
     net = ranks.compute(model, bf16)       # runs forward and backward; gradients arrive in `model`
@@ -9,7 +9,7 @@ With one process every function returns its own value, so the training loops nee
      0. The model is built on the meta device, so no rank ever holds it whole.
   2) Gradients are summed, not averaged: a loss is divided by the tokens of the whole step already.
   3) bf16: weights, optimizer and gradients stay fp32; forward and backward run in bfloat16. FSDP2
-     casts when it gathers; one process has a bfloat16 copy that hands its gradients over.
+     casts when it gathers; a single process computes with a bfloat16 copy of the model.
   4) What one rank decides (a stop, a file that exists) reaches the others as numbers or JSON.
   5) No random state is kept. Each draw has a generator seeded from (seed, use, step, row), never
      from the rank, so a resumed run, or one on another number of ranks, draws the same.
@@ -29,8 +29,8 @@ import torch.nn.functional as F
 
 from core.errors import UserError
 
-# Timeout of a collective: one rank may decode long after the others are done. A rank that dies is
-# noticed at once all the same, because its connections close.
+# Timeout of a collective: long, as one rank may decode long after the others are done. A rank that
+# dies is noticed at once, because its connections close.
 PATIENCE = timedelta(hours=12)
 LOST = 30  # seconds without a sign of life from another machine, see watch_connections
 
@@ -47,17 +47,17 @@ def rank() -> int:
 
 
 def start() -> torch.device:
-    """Join the processes that torchrun started, if several. Returns this one's device."""
+    """Join the processes that torchrun started, if several. Returns this process's device."""
     cuda = torch.cuda.is_available()
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     apple = torch.backends.mps.is_available() and not several
     device = torch.device("mps" if apple else "cpu")
     if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        there = torch.cuda.device_count()
-        if device.index >= there:
+        n_gpus = torch.cuda.device_count()
+        if device.index >= n_gpus:
             raise UserError(
-                f"process {device.index} of this node has no GPU: it has {there}; "
+                f"process {device.index} of this node has no GPU: it has {n_gpus}; "
                 "use --nproc_per_node of that number at most"
             )
         torch.cuda.set_device(device)
@@ -73,9 +73,8 @@ def start() -> torch.device:
 
 
 def choose_interface() -> None:
-    """Several machines: gloo listens where the first one is reached, unless the user says where.
-
-    It would take the address of this machine's own name, which Debian gives as 127.0.1.1.
+    """Several machines: gloo gets the network interface that leads to MASTER_ADDR, unless the user
+    chose one. By itself it takes the address of this host's name: 127.0.1.1 on Debian.
     """
     if os.environ.get("LOCAL_WORLD_SIZE") in (None, os.environ["WORLD_SIZE"]):
         return
@@ -101,8 +100,8 @@ def interface_to(host: str) -> str:
 
 
 def watch_connections() -> None:
-    """The connections of this process fail after LOST seconds in which nothing comes from the other
-    machine, not even its kernel's answers. Without this, a cable pulled is never noticed."""
+    """Let connections fail after LOST seconds without an answer from the other machine, not even
+    from its kernel. Otherwise a pulled cable is never noticed."""
     if sys.platform != "linux":
         return
     for number in os.listdir("/proc/self/fd"):
@@ -121,8 +120,8 @@ def watch_connections() -> None:
 def stop() -> None:
     """Leave the group, if there is one, and end this process at once.
 
-    While the interpreter is taken down, torch's threads reach for it and abort about 1 in 80
-    processes that had finished.
+    A normal exit aborts about 1 in 80 finished processes, because torch's threads still use the
+    interpreter while it shuts down.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -212,13 +211,13 @@ def rows_of(n: int, sharded: bool = True) -> tuple[int, int]:
 
 
 def shard(model, bf16: bool, offload: bool = False, sums_first: bool = True) -> None:
-    """FSDP2 over all ranks, in place: each block is a group; embedding, last norm and head another.
+    """FSDP2 over all ranks, in place: a group per block, and one of embedding, last norm and head.
 
     model: on the meta device. offload: parameters, gradients and optimizer state wait in the CPU's
-    memory. sums_first: a rank keeps whole gradients until the step's last micro-batch, which sends
-    less and holds 4 more bytes per parameter.
+    memory. sums_first: a rank first sums whole gradients over the step's micro-batches, and the
+    ranks exchange them once: less traffic, 4 more bytes per parameter.
     """
-    # Imported here: a second that one process need not wait
+    # Imported here: it takes a second, and a single process does not need it
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
         CPUOffloadPolicy,
@@ -249,7 +248,7 @@ def shard_groups(model) -> list:
 
 
 def reshard(model) -> None:
-    """Let go of parameters that a forward without a backward has gathered."""
+    """Free the parameters that a forward without a backward has gathered."""
     for module in shard_groups(model):
         module.reshard()
 
@@ -267,12 +266,12 @@ def local(p: torch.Tensor) -> torch.Tensor:
 def whole(p: torch.Tensor) -> torch.Tensor:
     """All rows, on every rank. Sharded: a collective, so all ranks must ask for the same one."""
     p = p.detach()
-    return p.full_tensor() if hasattr(p, "full_tensor") else p
+    return p.full_tensor() if is_sharded(p) else p
 
 
 def add_rows(p: torch.Tensor, rows: torch.Tensor, alpha: float) -> None:
     """p += alpha * rows, of which each rank takes those that it keeps."""
-    if hasattr(p, "to_local"):
+    if is_sharded(p):
         first, end = rows_of(len(rows))
         p.to_local().add_(rows[first:end], alpha=alpha)
     else:
@@ -289,10 +288,10 @@ def shard_like(p: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def reduce_now(net, last: bool) -> None:
-    """Sum gradients over the ranks in the step's last backward only, where shard() was told so."""
-    if world() > 1:
-        for module in shard_groups(net)[:1]:
-            module.set_requires_gradient_sync(last or not net.sums_first)  # the blocks follow
+    """Before a backward: with sums_first, ranks exchange gradients only in the step's last one."""
+    if world() > 1 and shard_groups(net):
+        root = shard_groups(net)[0]
+        root.set_requires_gradient_sync(last or not net.sums_first)  # and its blocks
 
 
 # ---- what runs -----------------------------------------------------------------------------------

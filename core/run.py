@@ -1,8 +1,8 @@
-"""What surrounds a training loop: the run directory, metrics, checkpoints, signals, the time left.
+"""What both training loops share: the run directory, metrics, checkpoints, signals, the ETA.
 
-    run = Run(cfg, steps, start, ...)            looks at the directory cfg.out, refuses, or resumes
-    run.attach(model, optimizers, write_model)   loads the checkpoint it goes on from; begins
-    for step in run.steps():                     the number of steps done so far
+    run = Run(cfg, steps, start, ...)            checks cfg.out: new run, resumed run or error
+    run.attach(model, optimizers, write_model)   loads the checkpoint to resume; opens the directory
+    for step in run.steps():                     step: the number of steps done so far
         run.checkpoint(step)                     saves when an evaluation, a signal or a flag asks
         if run.due(step, "eval"): ...            evaluate, then run.log(step, eval=numbers)
         if run.over(step): break
@@ -52,8 +52,8 @@ class Run:
         """Read the directory, if there is one; nothing is written before attach().
 
         cfg: out, resume, overwrite, eval_every, save_every, keep ... last: the step it ends at.
-        start: the model folder that the run begins from. facts: more for run.json; a resumed run
-        must have the same ones.
+        start: the model folder that the run begins from. facts: more entries of run.json, which
+        must be the same when the run is resumed.
         """
         self.cfg = cfg
         self.last = last
@@ -96,7 +96,7 @@ class Run:
         return resumed
 
     def _compare(self, before: dict) -> None:
-        """Refuse to go on with other data or another model; say which settings are now others."""
+        """Refuse to go on with other data or another model; print the settings that changed."""
         for name, fact in self.facts.items():
             if before.get(name, fact) != fact:
                 raise UserError(
@@ -147,7 +147,7 @@ class Run:
         """Keep the lines up to step `last` (a killed run may have written more); return them."""
         path = self.dir / name
         kept = []
-        n_odd = 0
+        n_odd = 0  # lines that are no rows
         for line in path.read_bytes().splitlines() if path.exists() else []:
             try:
                 row = json.loads(line)
@@ -162,8 +162,8 @@ class Run:
 
     # ---- the loop --------------------------------------------------------------------------------
     def attach(self, model, optimizers: list, write_model) -> None:
-        """Begin: weights, optimizer state and counters of a resumed run are put in place, then the
-        directory is made ready. write_model(folder) writes the Hugging Face folder."""
+        """Load weights, optimizer state and counters of a resumed run, then prepare the directory.
+        write_model(folder) writes the Hugging Face folder."""
         self.model = model
         self._optimizers = optimizers
         self._write_model = write_model
@@ -180,7 +180,7 @@ class Run:
         if self.resumed:
             print(f"resuming {self.dir} after step {self.first}", flush=True)
         self._opened = time.monotonic()
-        self._before = self.metrics[-1].get("seconds", 0.0) if self.metrics else 0.0
+        self._seconds_before = self.metrics[-1].get("seconds", 0.0) if self.metrics else 0.0
         self._clock = self._opened  # when time was last charged
         self._spent = {"steps": 0.0, "evaluations": 0.0}  # seconds of this process
 
@@ -197,8 +197,8 @@ class Run:
         return max(self.step / self.last, by_compute)
 
     def due(self, step: int, kind: str) -> bool:
-        """Whether a line of this kind ("val", "eval") is to be made now: every eval_every steps and
-        at the end, unless a run that was killed had made it already."""
+        """Whether to validate ("val") or evaluate ("eval") now: every eval_every steps and at the
+        end, unless the run did so before it was killed."""
         if step % self.cfg.eval_every and step != self.last:
             return False
         return not any(row["step"] == step for row in self.of_kind(kind))
@@ -217,7 +217,7 @@ class Run:
         return step == self.last or self.interrupted
 
     def end(self, reason: str) -> None:
-        """Make the present step the run's last one."""
+        """Make the current step the run's last one."""
         self.ended = reason
         self.last = self.step
         print(f"step {self.step} is the last one: {reason}", flush=True)
@@ -243,13 +243,13 @@ class Run:
         last = last or self.last
         every = self.cfg.eval_every
         pace = self._spent["steps"] / max(1, step - self.first)
-        behind = step // every - (self.first - 1) // every  # evaluations made by this process
-        evaluation = self._spent["evaluations"] / max(1, behind)
+        n_evaluated = step // every - (self.first - 1) // every  # by this process
+        evaluation = self._spent["evaluations"] / max(1, n_evaluated)
         left = pace * (last - step) + evaluation * (last // every - step // every)
         return f"ETA {int(left // 60)}m{int(left % 60):02d}s"
 
     def _charge_time(self, use: str) -> None:
-        """The time since the last call went into this: "steps" or "evaluations" (and saving)."""
+        """Add the time since the last call to "steps" or to "evaluations" (saving included)."""
         now = time.monotonic()
         self._spent[use] += now - self._clock
         self._clock = now
@@ -266,7 +266,7 @@ class Run:
     @property
     def seconds(self) -> float:
         """Wall time of the run so far, its earlier parts included."""
-        return self._before + time.monotonic() - self._opened
+        return self._seconds_before + time.monotonic() - self._opened
 
     def of_kind(self, kind: str) -> list[dict]:
         return [row for row in self.metrics if row["kind"] == kind]
@@ -274,8 +274,8 @@ class Run:
     def log(self, step: int, **kinds: dict) -> None:
         """Append lines to metrics.jsonl: run.log(40, val={"val_loss": 1.2}, eval={"pass1": 30.0}).
 
-        One write, so a kill leaves all of them or none. Infinite and NaN become null, which JSON
-        knows. A train line charges the time since the last one to the steps.
+        One write, so a kill leaves all of them or none. Infinite and NaN become null, as JSON has
+        neither. A train line adds the time since the last one to the time spent on steps.
         """
         if "train" in kinds:
             self._charge_time("steps")
@@ -302,8 +302,8 @@ class Run:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
 
     def hint(self, key: str, text: str) -> None:
-        """Say once in a run what is odd but not wrong, with the flag that helps; also in a line of
-        kind "hint", with the step whose numbers show it."""
+        """Print once per run what is odd but not wrong, with the flag that helps, and log it as a
+        line of kind "hint" with the step whose numbers show it."""
         if all(row["key"] != key for row in self.of_kind("hint")):
             print(f"hint: {text}", flush=True)
             self.log(self.step + 1, hint={"key": key, "text": text})
@@ -325,8 +325,8 @@ class Run:
         self.prune(self._protected)
 
     def prune(self, protected: set) -> None:
-        """Delete the oldest checkpoints so that --keep stay (0 = all), now and after each save.
-        Never the newest, the `protected` steps, the run's start or a folder that is not whole."""
+        """Delete the oldest checkpoints so that --keep stay (0 = all), now and after each save. The
+        newest, `protected` steps, the run's start and incomplete folders are never deleted."""
         self._protected = protected
         if not self.cfg.keep or ranks.rank():
             return
@@ -342,8 +342,8 @@ class Run:
 
 
 def is_new(cfg, start: Path) -> bool:
-    """Whether a run begins in cfg.out, rather than goes on there. Refuses a folder in which it may
-    do neither; changes nothing."""
+    """Whether cfg.out is for a new run, rather than one to resume. A UserError where it may be
+    neither; changes nothing."""
     folder = Path(cfg.out)
     if not folder.exists() or {path.name for path in folder.iterdir()} <= {LOCK, CACHE}:
         return True
@@ -358,7 +358,7 @@ def is_new(cfg, start: Path) -> bool:
 
 
 def _check_overwrite(cfg, folder: Path, start: Path) -> None:
-    """Refuse to empty a folder that is no run's, or that this run reads from."""
+    """Refuse to empty a folder that is not a run directory, or that this run reads from."""
     if not (folder / "run.json").exists():
         raise UserError(
             f"{folder} is not a run directory (no run.json): --overwrite leaves it alone; "
@@ -377,7 +377,7 @@ def _check_overwrite(cfg, folder: Path, start: Path) -> None:
 
 
 def whole_groups(records: list[dict], trained: set[int]) -> list[dict]:
-    """The samples of a step of RL that are kept: whole groups, the trained ones first, at most
+    """The samples of an RL step for samples.jsonl: whole groups, the trained ones first; at most
     KEPT_GROUPS of them and, beyond the first, about KEPT_TEXT characters of responses.
 
     records: of all samples, each with the number of its group. trained: numbers of the groups that

@@ -22,13 +22,13 @@ from core.packing import deal
 
 
 class Places(NamedTuple):
-    """Where the tokens are in the line; what is padded points at its first token."""
+    """Where the tokens are in the line, as indices into it; padding has index 0."""
 
     prompts: Tensor  # (G, P) the tokens of each prompt
     rows: Tensor  # (B, R) the tokens of each response
-    group: Tensor  # (B,) the prompt of each response
-    visible: Tensor  # (B, 1, R, P + R) bool: keys that a query sees, of the prompt and its response
-    back: Tensor  # (N,) for each token its place in prompts, rows, both flattened
+    group: Tensor  # (B,) the number of each response's prompt
+    visible: Tensor  # (B, 1, R, P + R) bool: keys that a query sees: prompt, then response
+    back: Tensor  # (N,) index of each token in prompts.flatten() followed by rows.flatten()
 
     def to(self, device) -> "Places":
         return Places(*(x.to(device, non_blocking=True) for x in self))
@@ -40,13 +40,13 @@ class Line(NamedTuple):
     ids: Tensor  # (1, N)
     positions: Tensor  # (1, N) of each token in its row
     places: Places
-    sources: Tensor  # (n,) places of the hidden states that choose the response tokens
+    sources: Tensor  # (n,) places of the hidden states that predict the response tokens
     targets: Tensor  # (n,) places of those tokens, in the order of the rows
-    chosen: Tensor  # (B, R) bool: whether there is a token
+    chosen: Tensor  # (B, R) bool: True for tokens, False for padding
 
 
 def lay_out(groups: list[list]) -> Line:
-    """groups: of rows (prompt and response: token ids) that share their prompt."""
+    """The Line of these groups, each a list of rows (prompt, response: token ids) of one prompt."""
     ids = []
     positions = []
     prompts = []
@@ -69,21 +69,21 @@ def lay_out(groups: list[list]) -> Line:
         targets += place
     prompt_places, in_prompt = _padded(prompts)
     row_places, chosen = _padded(rows)
-    group = torch.tensor(group)
+    group_B = torch.tensor(group)
     R = row_places.shape[1]
-    of_prompt = in_prompt[group][:, None, :].expand(-1, R, -1)  # (B, R, P)
+    of_prompt = in_prompt[group_B][:, None, :].expand(-1, R, -1)  # (B, R, P)
     of_row = torch.ones(R, R, dtype=torch.bool).tril().expand(len(rows), -1, -1)  # (B, R, R)
     back = torch.empty(len(ids), dtype=torch.long)
-    there = torch.cat((prompt_places[in_prompt], row_places[chosen]))
-    padded = torch.cat((in_prompt.flatten(), chosen.flatten()))
-    back[there] = padded.nonzero()[:, 0]
+    places = torch.cat((prompt_places[in_prompt], row_places[chosen]))
+    is_token = torch.cat((in_prompt.flatten(), chosen.flatten()))
+    back[places] = is_token.nonzero()[:, 0]
     return Line(
         ids=torch.tensor([ids]),
         positions=torch.tensor([positions]),
         places=Places(
             prompt_places,
             row_places,
-            group,
+            group_B,
             torch.cat((of_prompt, of_row), 2)[:, None],
             back,
         ),
@@ -94,34 +94,34 @@ def lay_out(groups: list[list]) -> Line:
 
 
 def _padded(ranges: list[range]) -> tuple[Tensor, Tensor]:
-    """(places (n, longest), padded with 0 on the right; which of them are not padding)."""
+    """(places (n, longest), padded with 0 on the right; bool mask, True where not padding)."""
     starts = torch.tensor([places.start for places in ranges])[:, None]
     lengths = torch.tensor([len(places) for places in ranges])[:, None]
     steps = torch.arange(max(1, int(lengths.max())))
-    there = steps < lengths
-    return (starts + steps) * there, there
+    is_token = steps < lengths
+    return (starts + steps) * is_token, is_token
 
 
 def micro_batches(rows: list, budget: int, rank: int, world: int) -> Iterator[tuple]:
-    """(indices of rows, their Line) of each micro-batch of this rank: parts of groups, of `budget`
-    tokens together. Every rank gets as many; one that is short of rows takes part with no index and
-    a line that trains nothing."""
+    """(indices of rows, their Line) of each micro-batch of this rank, of at most `budget` tokens.
+    All ranks get the same number of them; one with too few rows gets ([], a line that trains
+    nothing) for the rest."""
     units = _units(rows, budget)
     lengths = []
     for unit in units:
         lengths.append(len(rows[unit[0]].prompt) + sum(len(rows[i].response) for i in unit))
     for part in deal(lengths, budget, rank, world):
         indices = []
-        members = []
+        groups = []
         for n in part:
             indices += units[n]
-            members.append([rows[i] for i in units[n]])
-        yield indices, lay_out(members or [[rows[0]]])
+            groups.append([rows[i] for i in units[n]])
+        yield indices, lay_out(groups or [[rows[0]]])
 
 
 def _units(rows: list, budget: int) -> list[list[int]]:
-    """Indices of rows that follow one another with the same prompt, cut where they and the prompt
-    are over the budget."""
+    """Lists of indices of consecutive rows with the same prompt; a list ends where the prompt and
+    its responses would exceed the budget."""
     units = []
     size = 0
     for i, row in enumerate(rows):

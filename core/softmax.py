@@ -66,21 +66,21 @@ class SumLogp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, chunk, learning: bool):
-        """hidden (N, D), head (V, D), targets (N,) -> scalar; learning: gradients are wanted."""
-        work = head.to(hidden.dtype)
-        exact = torch.promote_types(hidden.dtype, torch.float32)
+    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, chunk, needs_grad: bool):
+        """hidden (N, D), head (V, D), targets (N,) -> scalar."""
+        cast_head = head.to(hidden.dtype)
+        exact = torch.promote_types(hidden.dtype, torch.float32)  # at least fp32
         total = wide(torch.zeros((), device=hidden.device))
-        d_hidden = torch.empty_like(hidden) if learning else None
-        d_head = torch.zeros_like(head, dtype=exact) if learning else None
-        for s, log_p, _ in _log_softmax(hidden, work, 1.0, chunk):
+        d_hidden = torch.empty_like(hidden) if needs_grad else None
+        d_head = torch.zeros_like(head, dtype=exact) if needs_grad else None
+        for s, log_p, _ in _log_softmax(hidden, cast_head, 1.0, chunk):
             target = targets[s, None]  # (n, 1)
             total += wide(log_p.gather(1, target)).sum()
-            if learning:
-                d_logits = log_p.exp_().neg_()
+            if needs_grad:
+                d_logits = log_p.exp_().neg_()  # -p_j in place; the next line adds [j = t]
                 d_logits.scatter_add_(1, target, torch.ones_like(target, dtype=exact))
                 d_logits = d_logits.to(hidden.dtype)
-                d_hidden[s] = d_logits @ work
+                d_hidden[s] = d_logits @ cast_head
                 _matmul(d_logits.T, hidden[s], out=d_head, add=True)
         ctx.save_for_backward(d_hidden, d_head)
         ctx.head_dtype = head.dtype
@@ -104,17 +104,17 @@ class TokenLogp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, temperature, chunk, entropy):
         """hidden (N, D), head (V, D), targets (N,) -> logp (N,), entropy (N,) or zeros."""
-        work = head.to(hidden.dtype)
+        cast_head = head.to(hidden.dtype)
         exact = torch.promote_types(hidden.dtype, torch.float32)
         logp = torch.zeros(len(hidden), dtype=exact, device=hidden.device)
         entropies = torch.zeros_like(logp)
         ctx.last = None
-        for s, log_p, rows in _log_softmax(hidden, work, temperature, chunk):
+        for s, log_p, size in _log_softmax(hidden, cast_head, temperature, chunk):
             logp[s] = log_p.gather(1, targets[s, None])[:, 0]
             if entropy:  # H = -sum_j p_j log p_j
-                parts = [(piece.exp() * piece).sum(-1) for piece in log_p.split(rows)]
+                parts = [(piece.exp() * piece).sum(-1) for piece in log_p.split(size)]
                 entropies[s] = -torch.cat(parts)
-            ctx.last = (s, log_p, rows)
+            ctx.last = (s, log_p, size)
         ctx.save_for_backward(hidden, head, targets, entropies)
         ctx.settings = (temperature, chunk, entropy)
         if not entropy:
@@ -126,60 +126,59 @@ class TokenLogp(torch.autograd.Function):
     def backward(ctx, g_logp: Tensor, g_entropy: Tensor):
         hidden, head, targets, entropies = ctx.saved_tensors
         temperature, chunk, entropy = ctx.settings
-        work = head.to(hidden.dtype)
+        cast_head = head.to(hidden.dtype)
         d_hidden = torch.empty_like(hidden)
         d_head = torch.zeros_like(head, dtype=entropies.dtype)
 
-        def add(s: slice, log_p: Tensor, rows: int) -> None:
+        def add(s: slice, log_p: Tensor, size: int) -> None:
             """Gradients of one chunk, written over its log-probs."""
             g = g_logp[s, None] / temperature  # (n, 1)
             if entropy:
-                g_H = g_entropy[s, None] / temperature
-                columns = (x.split(rows) for x in (log_p, entropies[s, None], g_H, g))
-                for piece, H, g_H, g_own in zip(*columns):
+                tensors = (log_p, entropies[s, None], g_entropy[s, None] / temperature, g)
+                for piece, H, g_H, g_p in zip(*(x.split(size) for x in tensors)):
                     p = piece.exp()
-                    piece.add_(H).mul_(-g_H).sub_(g_own).mul_(p)
+                    piece.add_(H).mul_(-g_H).sub_(g_p).mul_(p)  # p (-g_H (log p + H) - g_p)
             else:
                 log_p.exp_().mul_(-g)
             log_p.scatter_add_(1, targets[s, None], g)
             d_logits = log_p.to(hidden.dtype)
-            d_hidden[s] = d_logits @ work
+            d_hidden[s] = d_logits @ cast_head
             _matmul(d_logits.T, hidden[s], out=d_head, add=True)
 
         n_left = len(hidden)
-        if ctx.last is not None:  # a second backward through one graph finds None
+        if ctx.last is not None:  # None in a second backward through the same graph
             add(*ctx.last)
             n_left = ctx.last[0].start
             ctx.last = None  # the chunks below take over its memory
-        for s, log_p, rows in _log_softmax(hidden[:n_left], work, temperature, chunk):
-            add(s, log_p, rows)
+        for s, log_p, size in _log_softmax(hidden[:n_left], cast_head, temperature, chunk):
+            add(s, log_p, size)
         return d_hidden, d_head.to(head.dtype), None, None, None, None
 
 
 def _log_softmax(
     hidden: Tensor, head: Tensor, temperature: float, chunk: int | None
 ) -> Iterator[tuple[slice, Tensor, int]]:
-    """For each chunk of the tokens: (their slice, their log-probs (n, V) in fp32, rows per piece).
+    """For each chunk of tokens: (their slice, their log-probs (n, V) in fp32, tokens per piece).
 
     All chunks share one buffer, which the caller may overwrite: getting fresh pages from the system
-    takes as long as the arithmetic on them. On the CPU, several operations in a row are faster on
-    pieces of a few rows, which stay in the cache; on CUDA a piece is the whole chunk.
+    takes as long as the arithmetic on them. On the CPU, consecutive operations are faster on pieces
+    of a few tokens, which stay in the processor's cache; on CUDA a piece is the whole chunk.
     """
     N = len(hidden)
     V = len(head)
     if chunk is None:
         chunk = max(1, CHUNK_LOGITS * (8 if hidden.is_cuda else 1) // V)
-    rows = chunk if hidden.is_cuda else max(1, PIECE_LOGITS // V)
+    size = chunk if hidden.is_cuda else max(1, PIECE_LOGITS // V)
     exact = torch.promote_types(hidden.dtype, torch.float32)
     buffer = hidden.new_empty(min(chunk, N), V, dtype=exact)
     for start in range(0, N, chunk):
         s = slice(start, min(start + chunk, N))
         logits = _matmul(hidden[s], head.T, out=buffer[: s.stop - s.start])
-        for piece in logits.split(rows):
+        for piece in logits.split(size):
             if temperature != 1.0:
                 piece.div_(temperature)
             piece.copy_(F.log_softmax(piece, -1))
-        yield s, logits, rows
+        yield s, logits, size
 
 
 def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:

@@ -1,11 +1,11 @@
 """What has to happen before torch is loaded: every command imports this file first.
 
-1) The threads of an operation wait for each other in a loop (OpenMP). Where another program wants
-   the same cores, a thread that loops keeps out the one that it waits for. So they give up the
-   core soon, unless the user has said how they wait or how many they are.
-2) Loading torch takes 2 seconds, and --help needs no tensor: a stand-in is imported in its place.
-   Where that does not do, as in a method's file that computes while it is imported, the command
-   starts once more with torch.
+1) OpenMP's threads wait for each other in a busy loop. Where other programs use the same cores, a
+   waiting thread can occupy the core that the thread it waits for needs. So the loop is made short,
+   unless the user has set how threads wait or how many there are.
+2) Loading torch takes 2 seconds and --help needs no tensor, so --help imports a stand-in for torch.
+   Where that fails, as with a method's file that computes while it is imported, the command starts
+   once more with torch.
 """
 
 import os
@@ -13,8 +13,8 @@ import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
-SPIN = "300"  # turns of the waiting loop; 300,000 unless said otherwise
-SAID = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # a user's own choice
+SPIN = "300"  # iterations of the waiting loop; libgomp's default is 300,000
+SAID = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # with one of these set: no change
 HEAVY = ("torch", "safetensors")
 WITH_TORCH = "HELP_WITH_TORCH"  # set for the command that starts once more
 
@@ -26,14 +26,14 @@ def is_command() -> bool:
 
 
 def wait_briefly(environment) -> None:
-    """Bound the waiting loop of OpenMP's threads, which read this once, when torch is loaded."""
+    """Shorten the waiting loop of OpenMP, which reads the variable once, when torch is loaded."""
     if not any(name in environment for name in SAID):
         environment["GOMP_SPINCOUNT"] = SPIN
 
 
 class StandIn(type):
-    """A class of this kind is its own attributes and the result of a call, and is false: it serves
-    as a module, a type, a base class, a decorator."""
+    """Metaclass of the stand-in. Its attributes and calls return the stand-in itself, so it serves
+    as a module, a type, a base class or a decorator; it is false."""
 
     def __getattr__(cls, name):
         if name.startswith("__"):
@@ -71,4 +71,4 @@ if is_command():
     asked = {"-h", "--help"} & set(sys.argv[1:]) and "--" not in sys.argv
     if asked and WITH_TORCH not in os.environ and "torch" not in sys.modules:
         sys.meta_path.insert(0, Finder())
-        sys.excepthook = start_again
+        sys.excepthook = start_again  # the same command, with torch

@@ -1,4 +1,4 @@
-"""A reward of one's own with partial credit, for the built-in task: how near the answer comes.
+"""Your own reward, with partial credit for the built-in task: how near the answer comes.
 
     python rl.py --reward examples/closeness.py:reward --out runs/closeness
 
@@ -9,7 +9,7 @@ from tasks import arithmetic, countdown
 
 
 def reward(response: str, row: dict) -> float:
-    """1 for a right answer; for one with the right numbers 0.5 at the target, less with distance.
+    """1 for a right answer. A wrong value made of the right numbers earns 0.5 / (1 + distance).
 
     row: the data row, with its columns numbers and answer.
     """

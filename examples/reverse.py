@@ -1,4 +1,4 @@
-"""A task of one's own: spell a word backwards. Its rows, its model's shape, its reward.
+"""Your own task: spell a word backwards. Its rows, tokenizer, model shape and reward.
 
 python examples/reverse.py      writes data/reverse: rows, tokenizer, config.json
 """

@@ -4,8 +4,8 @@
     python examples/gsm8k/prepare.py --train gsm8k_train.jsonl --test gsm8k_test.jsonl --out DIR
 
 GSM8K writes each calculation of a solution as <<3*20=60>> and ends with "#### 60". A trajectory
-here is those calculations and the answer in a box, which is what the verifier reads: a third of the
-tokens of the whole solution, so three times the rollouts in an hour of a laptop.
+here is those calculations and the answer in a box, which is what the verifier reads. That is a
+third of the solution's tokens, so a laptop samples three times as many rollouts per hour.
 
     sft.jsonl        800 trajectories for SFT, of those whose last result is the answer (90%)
     problems.jsonl   all 2,379 training problems, of which RL reads only question and answer
@@ -47,6 +47,7 @@ def problems(source: str) -> list[dict]:
 
 
 def ends_in_answer(row: dict) -> bool:
+    """Whether the last calculation's result is the answer."""
     *_, last, _ = row["response"].split("\n")
     result = last.rpartition("=")[2]
     return math.isclose(float(result), float(row["answer"]))
