@@ -198,7 +198,7 @@ def sample(cfg: Config, method, policy, problems: list, run: Run) -> list:
 
 
 def score(cfg: Config, request: scoring.Request, response, record: dict) -> Row:
-    """A row from a response and its judged record. A cut response earns nothing."""
+    """A row from a response and its judged record. A cut response earns at most 0."""
     correct = record["reward"] if response.finished else min(record["reward"], 0.0)
     reward = correct
     if cfg.overlong:
