@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from core.errors import UserError
+from core.wide import wide
 
 
 # ---- rows and batches ----------------------------------------------------------------------------
@@ -112,9 +113,9 @@ def take(batch: Batch, index) -> Batch:
 # ---- advantages ----------------------------------------------------------------------------------
 def group_mean(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
     """(mean, size) of each row's group, both (B,) float64."""
-    same = (groups[:, None] == groups).double()  # (B, B): at most a few thousand rows
+    same = wide(groups[:, None] == groups)  # (B, B): at most a few thousand rows
     count = same.sum(1)
-    return same @ values.double() / count.clamp(min=1), count
+    return same @ wide(values) / count.clamp(min=1), count
 
 
 def is_informative(rewards: Tensor, groups: Tensor) -> Tensor:
@@ -132,7 +133,7 @@ def group_advantages(
     Exactly 0 where all rewards of the group agree. ddof: 1 = unbiased standard deviation.
     """
     mean, count = group_mean(rewards, groups)
-    advantages = (rewards.double() - mean) * is_informative(rewards, groups)
+    advantages = (rewards - mean) * is_informative(rewards, groups)
     if normalize_std:
         mean_square, _ = group_mean(advantages**2, groups)
         variance = mean_square * count / (count - ddof).clamp(min=1)
@@ -163,9 +164,9 @@ def row_weights(
     | group-token-mean    | 1 / (P N_p)  | [12] read literally                                     |
     | const               | 1 / (B C)    | Dr. GRPO; C = norm_const, B counts empty rows too       |
     """
-    n = lengths.double()
+    n = wide(lengths)
     filled = lengths > 0
-    n_rows = filled.sum().double()
+    n_rows = wide(filled.sum())
     if agg == "token-mean":
         size = n.sum()
     elif agg == "seq-mean-token-mean":
@@ -173,7 +174,7 @@ def row_weights(
     elif agg == "seq-mean-token-sum":
         size = n_rows
     elif agg == "group-token-mean":
-        in_group = (groups[:, None] == groups).double() @ n
+        in_group = wide(groups[:, None] == groups) @ n
         size = len(groups[filled].unique()) * in_group
     else:
         assert agg == "const", agg
@@ -382,7 +383,7 @@ def token_sums(method: GRPO, logp: Tensor, entropy: Tensor, batch: Batch) -> lis
     low, high = method.clip_range
     clipped = (ratio > high) | (ratio < low)
     gap = (logp - batch.rollout_logp).abs()
-    return [(x * own).sum().double() for x in (own, entropy, clipped, ratio - 1 - d, gap)]
+    return [wide((x * own).sum()) for x in (own, entropy, clipped, ratio - 1 - d, gap)]
 
 
 def describe_updates(updates: list[dict], norms: list[float]) -> dict:

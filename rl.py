@@ -40,6 +40,7 @@ import tasks
 from core import cli, console, flops, launch, optim, page, ranks, shared
 from core.errors import UserError
 from core.run import Run, whole_groups
+from core.wide import wide
 from losses import Batch, Row
 from tasks import scoring
 
@@ -296,7 +297,7 @@ def train_on(cfg: Config, method, net, update: Update) -> dict:
     {name: sum over the step}, for the names in losses.SUMS."""
     rows, batch = update
     R = batch.mask.shape[1]
-    sums = torch.zeros(len(losses.SUMS), dtype=torch.float64, device=batch.mask.device)
+    sums = wide(torch.zeros(len(losses.SUMS), device=batch.mask.device))
     parts = list(micro_batches(cfg, rows))
     for n, (part, line) in enumerate(parts, 1):
         ranks.reduce_now(net, n == len(parts))
@@ -307,8 +308,7 @@ def train_on(cfg: Config, method, net, update: Update) -> dict:
         mine = losses.take(batch, part)
         loss = losses.update_loss(method, logp, entropy, mine)
         loss.backward()
-        token_sums = losses.token_sums(method, logp, entropy, mine)
-        sums += torch.stack([loss.detach().double(), *token_sums])
+        sums += torch.stack([wide(loss.detach()), *losses.token_sums(method, logp, entropy, mine)])
     return dict(zip(losses.SUMS, ranks.add_up(sums).tolist()))
 
 

@@ -51,6 +51,7 @@ from core import ranks
 from core.decode import GRAPH_BYTES, MAX_GRAPHS, Cache, Decoder, Graphs, decoder_of
 from core.draw import draw
 from core.errors import UserError
+from core.wide import wide
 
 BLOCK = 64  # slots by which the cache grows
 PREFILL = 2048  # prompt tokens read at once, padding included; at least one prompt
@@ -245,7 +246,7 @@ class ContinuousBatch:
         self.limit = torch.zeros(per_row, dtype=torch.long, device=device)
         self.alive = torch.zeros(per_row, dtype=torch.long, device=device)  # 1 = serves a request
         self.ended = torch.zeros(per_row, dtype=torch.bool, device=device)
-        self.uniform = torch.zeros(per_token, dtype=torch.float64, device=device)
+        self.uniform = wide(torch.zeros(per_token, device=device))
         self.ids = torch.zeros(per_token, dtype=torch.long, device=device)
         self.logp = torch.zeros(per_token, dtype=torch.float32, device=device)
         self.entropy = torch.zeros(per_token, dtype=torch.float32, device=device)
@@ -314,7 +315,7 @@ class ContinuousBatch:
                 # Drawn on the CPU, so that a GPU draws the same tokens.
                 stream = ranks.generator(self.sampling.seed, "request", r.number)
                 uniform = torch.rand(r.limit, generator=stream, dtype=torch.float64)
-                self.uniform[row, : r.limit] = uniform.to(self.device)
+                self.uniform[row, : r.limit] = uniform.to(self.uniform.dtype).to(self.device)
                 for store, earlier in zip((self.ids, self.logp, self.entropy), r.drawn):
                     store[row, : len(earlier)] = torch.tensor(earlier, dtype=store.dtype)
 

@@ -38,6 +38,7 @@ from core import cli, flops, launch, memory, optim, page, ranks
 from core.errors import UserError
 from core.files import write_json
 from core.run import CACHE, Run, is_new
+from core.wide import wide
 from tasks import scoring
 
 BASE = Path("runs/base")  # the tiny base model
@@ -354,7 +355,7 @@ def main(cfg: Config) -> bool:
         clock = [time.monotonic()]
         batch = next(coming)  # made while the one before was trained
         clock.append(time.monotonic())
-        loss = torch.zeros((), dtype=torch.float64, device=device)
+        loss = wide(torch.zeros((), device=device))
         for n, (ids, mask) in enumerate(batch.parts, 1):
             ranks.reduce_now(net, n == len(batch.parts))  # ranks sum gradients in the last part
             part = batch_loss(net, ids, mask, batch.n_trained, cfg.alpha)

@@ -6,6 +6,8 @@ Shapes: n rows, V vocabulary. Log-probs and entropies in nats.
 import torch
 import torch.nn.functional as F
 
+from core.wide import NARROW
+
 PIECE = 128  # tokens per piece of the vocabulary: a draw finds the piece, then the token in it
 DRAW_LOGITS = 2**18  # logits that draw() takes at once on the CPU: 1 MB, to stay in a core's cache
 
@@ -23,6 +25,10 @@ def draw(
     _find(). Temperature 0 is greedy and reports log-probs at temperature 1.
     """
     n, V = logits.shape
+    if logits.device.type in NARROW:
+        drawn = draw(logits.cpu(), uniform.cpu(), temperature, top_p, top_k)
+        token, logp, entropy = (values.to(logits.device) for values in drawn)
+        return token, logp, entropy
     at_once = max(1, DRAW_LOGITS // V) if logits.device.type == "cpu" else n
     if n > at_once:  # 64 x 32,000 at once: 14 ms, most of it for new pages of memory; in parts 5 ms
         pairs = zip(logits.split(at_once), uniform.split(at_once))

@@ -49,7 +49,9 @@ def rank() -> int:
 def start() -> torch.device:
     """Join the processes that torchrun started, if several. Returns this one's device."""
     cuda = torch.cuda.is_available()
-    device = torch.device("cpu")
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    apple = torch.backends.mps.is_available() and not several
+    device = torch.device("mps" if apple else "cpu")
     if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         there = torch.cuda.device_count()
@@ -61,7 +63,7 @@ def start() -> torch.device:
         torch.cuda.set_device(device)
         # cuDNN attention would plan, up to a second, for each new (rows, tokens)
         torch.backends.cuda.enable_cudnn_sdp(False)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if several and not dist.is_initialized():
         choose_interface()
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
         watch_connections()

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from core.wide import wide
+
 # Logits held at once: 128 MB in fp32, 220 tokens of Qwen's vocabulary of 152k. On CUDA 8 times as
 # many, because each chunk costs one more pass over the gradient of the head.
 CHUNK_LOGITS = 2**25
@@ -67,22 +69,22 @@ class SumLogp(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, chunk, learning: bool):
         """hidden (N, D), head (V, D), targets (N,) -> scalar; learning: gradients are wanted."""
         work = head.to(hidden.dtype)
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        total = wide(torch.zeros((), device=hidden.device))
         d_hidden = torch.empty_like(hidden) if learning else None
-        d_head = torch.zeros_like(head, dtype=wide) if learning else None
+        d_head = torch.zeros_like(head, dtype=exact) if learning else None
         for s, log_p, _ in _log_softmax(hidden, work, 1.0, chunk):
             target = targets[s, None]  # (n, 1)
-            total += log_p.gather(1, target).sum(dtype=torch.float64)
+            total += wide(log_p.gather(1, target)).sum()
             if learning:
                 d_logits = log_p.exp_().neg_()
-                d_logits.scatter_add_(1, target, torch.ones_like(target, dtype=wide))
+                d_logits.scatter_add_(1, target, torch.ones_like(target, dtype=exact))
                 d_logits = d_logits.to(hidden.dtype)
                 d_hidden[s] = d_logits @ work
                 _matmul(d_logits.T, hidden[s], out=d_head, add=True)
         ctx.save_for_backward(d_hidden, d_head)
         ctx.head_dtype = head.dtype
-        return total.to(wide)
+        return total.to(exact)
 
     @staticmethod
     @once_differentiable
@@ -103,8 +105,8 @@ class TokenLogp(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor, temperature, chunk, entropy):
         """hidden (N, D), head (V, D), targets (N,) -> logp (N,), entropy (N,) or zeros."""
         work = head.to(hidden.dtype)
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        logp = torch.zeros(len(hidden), dtype=wide, device=hidden.device)
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        logp = torch.zeros(len(hidden), dtype=exact, device=hidden.device)
         entropies = torch.zeros_like(logp)
         ctx.last = None
         for s, log_p, rows in _log_softmax(hidden, work, temperature, chunk):
@@ -168,8 +170,8 @@ def _log_softmax(
     if chunk is None:
         chunk = max(1, CHUNK_LOGITS * (8 if hidden.is_cuda else 1) // V)
     rows = chunk if hidden.is_cuda else max(1, PIECE_LOGITS // V)
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    buffer = hidden.new_empty(min(chunk, N), V, dtype=wide)
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    buffer = hidden.new_empty(min(chunk, N), V, dtype=exact)
     for start in range(0, N, chunk):
         s = slice(start, min(start + chunk, N))
         logits = _matmul(hidden[s], head.T, out=buffer[: s.stop - s.start])

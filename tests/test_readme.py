@@ -23,7 +23,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 PAGES = [page for page in PAGES if str(page.relative_to(ROOT)) not in HISTORY]
 # Programs with a command line of their own, in which a flag may be named
 PROGRAMS = ("sft.py", "rl.py", "evaluate.py", "phases.py", "ceiling.py", "verify.py", "rollout.py")
-PROGRAMS += ("bench rollout", "bench sft", "bench rl", "bench gpu")
+PROGRAMS += ("bench rollout", "bench sft", "bench rl", "bench parity", "bench gpu")
 PROGRAMS += ("bench/peers/compare_math_verify.py", "tests/test_ceiling.py", "tests/test_verify.py")
 PROGRAMS += ("tasks.countdown", "paper.study", "paper.curate", "paper.figures", "paper.report")
 OTHERS = {
