@@ -27,9 +27,8 @@ has its own stream of uniform numbers. Neighbours, order and rows change nothing
 vLLM. 4) Log-probs are those of softmax(logits / temperature). top_p and top_k draw from another
 distribution, which the trainer does not have: they are for evaluation. 5) Unlike vLLM's the cache
 is not paged: the slots of a row are contiguous, so attention is one PyTorch kernel.
-The network's step, its cache and CUDA graphs are in core/decode.py.
-Shapes: n running rows, V vocabulary, P prompts read at once, T tokens. Log-probs and entropies in
-nats.
+The network's step, its cache and CUDA graphs are in core/decode.py. Log-probs and entropies are in
+nats. Shapes: n running rows, V vocabulary, P prompts read at once, T tokens.
 """
 
 import importlib
