@@ -8,7 +8,7 @@ One step, as main() below reads:
                   sampling (DAPO) until enough prompts got both right and wrong answers
     make_batches  advantage = reward - mean of its group; the weight of each token in the mean
     update        one optimizer step per --update-prompts groups: ratio, clip, loss, backward
-The equations are losses.py's. --algo NAME is methods/NAME.py, --algo my/idea.py anybody's file.
+The equations are in losses.py. --algo NAME is methods/NAME.py, --algo my/idea.py your own file.
 
 Such a step is also called a round. Choices: 1) No critic, no reward model, and no KL unless asked
 for. 2) old_logp is computed by the trainer at the start of the round, never taken from the sampler.

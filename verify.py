@@ -22,7 +22,7 @@ r"""The reward: is the answer in a response equal to the gold answer? Exact and 
    evaluation only, allows 1e-4 relative error where a side is no integer, any capitals, and an
    answer anywhere (the last number, inside <think>).
 No eval, signal, thread or sympy; safe in threads and forked workers. See docs/verifier.md.
-# differs: the paper's released reward accepts any answer whose text is 60% similar to the gold one.
+Unlike this, the paper's released reward accepts any answer whose text is 60% similar to the gold.
 """
 
 from __future__ import annotations
