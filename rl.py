@@ -286,7 +286,7 @@ def logp_now(cfg: Config, net, rows: list[Row], R: int, with_entropy: bool = Fal
     entropy = torch.zeros_like(logp)
     for part, line in micro_batches(cfg, rows):
         part_logp, part_entropy = forward(cfg, net, line, R, with_entropy)
-        logp[part] = part_logp[: len(part)]
+        logp[part] = part_logp[: len(part)]  # without a row the line holds a stand-in
         entropy[part] = part_entropy[: len(part)]
     return ranks.add_up(logp), ranks.add_up(entropy)
 
