@@ -26,6 +26,7 @@ from typing import Literal, NamedTuple
 
 import core.start  # before torch
 
+import numpy as np
 import torch
 
 import data
@@ -34,7 +35,7 @@ import losses
 import model as model_file
 import phases
 import tasks
-from core import cli, flops, launch, memory, optim, page, ranks
+from core import cli, estimates, flops, launch, memory, optim, page, ranks
 from core.errors import UserError
 from core.files import write_json
 from core.run import CACHE, Run, is_new
@@ -82,14 +83,19 @@ class Config:
     keep: int = 0  # checkpoints to keep; 0 = all; the newest and the best always stay
     until: Literal["", "stable", "mild", "severe"] = ""  # stop once this regime is reached
     max_new: int = 1024  # tokens per response when sampling --problems
+    samples: int = 8  # per problem, besides: what RL in groups of so many would find; 0 = none
+    sample_problems: int = 64  # the first so many of --problems, for those samples
+    temperature: float = 1.0  # of those samples: RL's
     betas = (0.9, 0.95)  # of AdamW, as the paper's
 
     def __post_init__(self):
         cli.require_positive(self, "batch", "micro_tokens", "max_len", "log_every", "max_new")
-        cli.require_positive(self, "epochs", "lr", "clip")
+        cli.require_positive(self, "epochs", "lr", "clip", "sample_problems", "temperature")
         cli.require_not_negative(self, "steps", "eval_every", "save_every", "keep", "gpus")
-        cli.require_not_negative(self, "weight_decay")
+        cli.require_not_negative(self, "weight_decay", "samples")
         cli.require_share(self, "warmup", "trust_alpha")
+        if self.samples == 1:
+            raise UserError("--samples 1: a group of one has no signal; 0 = none, or 2 and more")
 
     @property
     def alpha(self) -> float:
@@ -284,7 +290,8 @@ def validation_loss(net, rows: list, micro_tokens: int) -> float:
 
 
 def validate(cfg: Config, run: Run, step: int, policy, val: list, problems: list) -> None:
-    """Validation loss, the regime so far, and pass@1 on --problems; a val and an eval line."""
+    """Validation loss, the regime so far; on --problems pass@1 and what RL would find there. A val
+    and an eval line."""
     loss = validation_loss(policy.net, val, cfg.micro_tokens)
     lines = {"val": {"val_loss": loss}}
     shown = ""
@@ -293,10 +300,30 @@ def validate(cfg: Config, run: Run, step: int, policy, val: list, problems: list
         lines["eval"], records = evaluate.evaluate(policy, problems, 1, sampling)
         shown = f"  pass@1 {lines['eval']['pass1']:.1f} (se {lines['eval']['pass1_se']:.1f})"
         run.log_samples(step, records[:20])
+        if cfg.samples:
+            lines["eval"] |= readiness(cfg, policy, problems[: cfg.sample_problems])
+            found = estimates.readiness_of(lines["eval"], cfg.samples)
+            shown += f"  {found.line(cfg.samples)}"
     run.log(step, **lines)
     found = diagnose(run)
     print(f"step {step:5d}  val loss {loss:.4f}  {regime_now(found)}{shown}", flush=True)
     run.prune({found.recommended_step})
+
+
+def readiness(cfg: Config, policy, problems: list) -> dict:
+    """Readiness for RL: --samples answers per problem at RL's temperature, as keys of an eval line.
+
+    As in RL's reward, a cut answer is not right.
+    """
+    requests = [scoring.Request(problem, [], cfg.samples) for problem in problems]
+    sampling = policy.sampling(cfg.temperature, ranks.seed_of(cfg.seed, "readiness"))
+    answers = policy.respond(requests, sampling)
+    right = [record["correct"] and record["finished"] for _, _, record in answers]
+    nats = [sum(response.entropy) for _, response, _ in answers]
+    tokens = [len(response.ids) for _, response, _ in answers]
+    shape = (len(problems), cfg.samples)
+    sums = [np.reshape(values, shape).sum(1) for values in (right, nats, tokens)]  # (P,) each
+    return estimates.group_line(*sums, cfg.samples)
 
 
 def regime_now(found: phases.Diagnosis) -> str:

@@ -69,10 +69,11 @@ class Readiness(NamedTuple):
     signal: Estimate | None  # share of groups of G with right and wrong samples
     pass_at: Estimate | None  # pass@G
     entropy: float | None  # nats per token
+    entropy_se: float | None = None
 
     def as_json(self) -> dict:
-        """{"entropy", "accuracy", "accuracy_se", "signal", ...}."""
-        row = {"entropy": self.entropy}
+        """{"entropy", "entropy_se", "accuracy", "accuracy_se", "signal", ...}."""
+        row = {"entropy": self.entropy, "entropy_se": self.entropy_se}
         for name in ("accuracy", "signal", "pass_at"):
             estimate = getattr(self, name)
             row[name] = None if estimate is None else estimate.value
@@ -81,15 +82,52 @@ class Readiness(NamedTuple):
 
     @staticmethod
     def head(group: int) -> str:
-        return f" {'pass@1':>12} {f'signal G={group}':>12} {f'pass@{group}':>12} entropy"
+        names = ("pass@1", f"signal G={group}", f"pass@{group}", "entropy")
+        return "".join(f" {name:>13}" for name in names)
 
     def text(self) -> str:
         """Columns of a table, with standard errors in brackets."""
         cells = []
         for estimate in (self.accuracy, self.signal, self.pass_at):
             cells.append("-" if estimate is None else f"{estimate.value:.1f} ({estimate.se:.1f})")
-        entropy = "-" if self.entropy is None else f"{self.entropy:.3f}"
-        return "".join(f" {cell:>12}" for cell in cells) + f" {entropy:>7}"
+        cells.append(self._entropy())
+        return "".join(f" {cell:>13}" for cell in cells)
+
+    def line(self, group: int) -> str:
+        """For a validation's line: the signal of a group of G, pass@G, entropy."""
+        signal = f"signal {self.signal.value:.0f}% (se {self.signal.se:.0f})"
+        pass_at = f"pass@{group} {self.pass_at.value:.0f} (se {self.pass_at.se:.0f})"
+        return f"{signal}  {pass_at}  entropy {self._entropy()}"
+
+    def _entropy(self) -> str:
+        if self.entropy is None:
+            return "-"
+        known = "" if self.entropy_se is None else f" ({self.entropy_se:.3f})"
+        return f"{self.entropy:.3f}{known}"
+
+
+def group_line(right, nats, tokens, n: int) -> dict:
+    """Keys of an eval line from n samples per problem: right_counts, signal, pass_at_n, entropy.
+
+    right, nats, tokens (P,): of a problem's samples, how many are right, and the sums of their
+    tokens' entropies and of their tokens. entropy: nats per token, a mean over tokens."""
+    nats = np.asarray(nats, float)
+    tokens = np.asarray(tokens, float)
+    signal = expected_signal(right, n, n)
+    found = pass_at(right, n, n)
+    entropy = nats.sum() / tokens.sum()
+    P = len(nats)
+    around = nats - entropy * tokens  # (P,) of mean 0: the error of a ratio of sums
+    se = math.sqrt(P / max(P - 1, 1) * (around**2).sum()) / tokens.sum()
+    return {
+        "right_counts": np.bincount(right, minlength=n + 1).tolist(),
+        "signal": signal.value,
+        "signal_se": signal.se,
+        f"pass_at_{n}": found.value,
+        f"pass_at_{n}_se": found.se,
+        "entropy": float(entropy),
+        "entropy_se": se,
+    }
 
 
 def readiness_of(row: dict, group: int) -> Readiness:
@@ -100,11 +138,12 @@ def readiness_of(row: dict, group: int) -> Readiness:
     accuracy = Estimate(row["pass1"], row.get("pass1_se", math.nan))
     counts = row.get("right_counts") or []
     n = len(counts) - 1
+    entropy = (row.get("entropy"), row.get("entropy_se"))
     if n < group:
-        return Readiness(accuracy, None, None, row.get("entropy"))
+        return Readiness(accuracy, None, None, *entropy)
     right = np.repeat(np.arange(n + 1), counts)  # (P,)
     signal = expected_signal(right, n, group)
-    return Readiness(accuracy, signal, pass_at(right, n, group), row.get("entropy"))
+    return Readiness(accuracy, signal, pass_at(right, n, group), *entropy)
 
 
 def correlation(a, b) -> float | None:

@@ -1,227 +1,97 @@
 """What a finished study says of the paper's claims: effects with intervals, and verdicts by rule.
 
-The rules, fixed on 2026-11-23 before any result of the study was seen:
- 1) A claim holds if its whole 90% interval lies above 0, does not hold if all of it lies below 1
-    point (0.5 for a correlation), and else cannot be told. 1 point, as the smallest advantage that
-    the paper builds on is 1.2 (78.1 - 76.9).
- 2) An effect is a difference of two arms, paired over problems; its interval comes from 2,000
-    bootstrap draws of the problems.
- 3) Three seeds bootstrap badly, so their standard deviation is pooled over SFT alone and RL from
-    Stable at the three scales, and added to every arm as Student's t. Without seeds: 2.0 points.
+The rules, fixed on 2026-11-26 before any result of this design was seen:
+ 1) The 90% interval of an effect lies above 0: the claim holds. All of it below 0: opposite. All
+    of it below 1 point (0.5 for a correlation), but on both sides of 0: no effect of 1 point shown.
+    Else it cannot be told. The smallest advantage that the paper builds on is 1.2 (78.1 - 76.9).
+ 2) An effect is a difference of two arms, paired over problems; its interval comes from bootstrap
+    draws of the problems.
+ 3) Few seeds bootstrap badly: their standard deviation is pooled over all arms with several, and
+    added to every arm as Student's t. Without seeds: 2.0 points.
  4) Every arm counts with its checkpoint that is best on dev, and is measured on other problems.
-    "The best mixed method" is chosen on dev as well, so the choice cannot flatter it.
+    Learning rates and "the best mixed method" are chosen on dev as well.
  5) A ceiling is a posterior (ceiling.py), whose draws enter the effect; one that is not identified
     has wide draws. A run that collapsed or has too few points is left out and counted.
- 6) Added once the first arms were seen to solve none of the harder problems: where neither arm
-    reaches 1 point, neither can lie 1 point above the other, so the claim cannot be told.
+ 6) Where neither arm reaches 1 point it cannot be told. Two arms that are the same run differ by 0.
+ 7) p is one-sided, in the direction of the effect; Holm's correction is over all claims.
+ 8) A correlation over sets has the sets as its sample: Fisher's z with n - 3.
 Performance in points (0..100), compute in FLOPs from the start of the stage. P problems."""
 
 from __future__ import annotations
 
-import json
 import math
-from functools import cached_property
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-import ceiling
-import phases
-from core import files
-from core.errors import UserError
-from core.tables import read_metrics
+from core.estimates import correlation
+from paper.results import DRAWS, EXACT, SCALES, START_RULES, Study
 
-SETS = ("small", "easy", "middle", "hard", "large")
-STARTS = ("adaptive", "stable", "late")
-MIXED = ("luffy", "upt", "srft", "prefix_rft")
 MARGIN = 1.0  # rule 1, points
 MARGIN_R = 0.5  # rule 1, of a correlation
-SEED_SD = 2.0  # rule 3: three seeds of RL in docs/LOG.md ended at 36.5, 32.5, 34.1
-DRAWS = 2000
-
-
-# ---------------------------------------------------------------------------------------- reading
-def start_step(run_dir, which: str, most_flops: float = math.inf) -> int:
-    """The step meant by stable, adaptive, late (of SFT) or best (on dev, within most_flops)."""
-    if which == "best":
-        rows = [row for row in read_metrics(run_dir, "eval") if row["flops"] <= most_flops]
-        return max(rows, key=lambda row: row["pass1"])["step"]
-    curve = phases.read_run(run_dir)
-    found = phases.diagnose(curve.steps, curve.losses, curve.flops, curve.saved)
-    if which == "stable":
-        return found.recommended_step
-    if which == "late":
-        return found.steps[-1]
-    first = found.steps[found.regimes.index("stable")]
-    saved = [step for step in found.steps if step and (curve.saved is None or step in curve.saved)]
-    return min(saved, key=lambda step: abs(step - first / 2))
-
-
-class Start(NamedTuple):
-    """One RL run after SFT: where it began, and what it came to."""
-
-    name: str
-    set: str
-    start: str
-    seed: int
-    step: int
-    flops: float  # of SFT up to the start
-    regime: str
-    fit: ceiling.CeilingFit
-    best: float  # the highest evaluation on dev
-
-
-class Study:
-    """Everything that a study's directory holds, read once."""
-
-    def __init__(self, out):
-        self.out = Path(out)
-        for name in ("study.json", "sets/counts.json"):
-            if not (self.out / name).exists():
-                raise UserError(
-                    f"{self.out}: no {name}; give the --out of a paper.study that has finished"
-                )
-        self.about = json.loads((self.out / "study.json").read_text())
-        self.counts = json.loads((self.out / "sets" / "counts.json").read_text())
-        self.sft = {}
-        for path in sorted(self.out.glob("sft-*")):
-            curve = phases.read_run(path)
-            found = phases.diagnose(curve.steps, curve.losses, curve.flops, curve.saved)
-            self.sft[path.name] = found
-        self.points = {}
-        for kind in ("rl", "base", "then"):
-            for path in sorted(self.out.glob(f"{kind}-*")):
-                self.points[path.name] = ceiling.read_run(path)
-        paths = sorted((self.out / "exams").glob("*.jsonl"))
-        self.exams = {path.stem: self._exam(path) for path in paths}
-
-    def _exam(self, path) -> dict[str, np.ndarray]:
-        """{"test", "ood": (P,) share of right samples per problem, in points}."""
-        right = np.array([row["correct"] for row in files.read_jsonl(path)], float)
-        n_test = self.counts["test"]
-        n_problems = n_test + self.counts["ood"]
-        n = self.about["exam_n"]
-        if len(right) != n_problems * n:
-            raise UserError(
-                f"{path}: {len(right)} samples, not {n_problems} problems x {n}; those that are "
-                "too long are left out: raise --max-prompt in --exam, or shorten the files"
-            )
-        rates = 100 * right.reshape(n_problems, n).mean(1)
-        return {"test": rates[:n_test], "ood": rates[n_test:]}
-
-    @cached_property
-    def fits(self) -> dict[str, ceiling.CeilingFit]:
-        return {name: ceiling.fit_points(points) for name, points in self.points.items()}
-
-    @cached_property
-    def starts(self) -> list[Start]:
-        """The RL runs from SFT checkpoints, by set, start and seed."""
-        rows = []
-        for name, points in self.points.items():
-            if not name.startswith("rl-"):
-                continue
-            _, set_name, start, seed = name.split("-")
-            sft = f"sft-{set_name}-{seed}"
-            found = self.sft[sft]
-            at = found.steps.index(start_step(self.out / sft, start))
-            row = Start(
-                name=name,
-                set=set_name,
-                start=start,
-                seed=int(seed),
-                step=found.steps[at],
-                flops=found.flops[at],
-                regime=found.regimes[at],
-                fit=self.fits[name],
-                best=float(points.performance.max()),
-            )
-            rows.append(row)
-        return sorted(rows, key=lambda r: (SETS.index(r.set), STARTS.index(r.start), r.seed))
-
-    def seeds(self, arm: str) -> list[str]:
-        """Names of the final evaluations of an arm, one per seed."""
-        return [name for name in self.exams if name.rpartition("-")[0] == arm]
-
-    @cached_property
-    def arms(self) -> dict[str, list[str]]:
-        """The paradigms at equal compute from the base: {name: final evaluations}."""
-        arms = {
-            "SFT": self.seeds("pure-middle"),
-            "SFT-then-RL": self.seeds("rl-middle-stable"),
-            "RL": self.seeds("base-dapo"),
-        }
-        arms |= {algo: self.seeds(f"base-{algo}") for algo in MIXED}
-        return {name: names for name, names in arms.items() if names}
-
-    @cached_property
-    def seed_noise(self) -> tuple[float, int]:
-        """Standard deviation between seeds in points, degrees of freedom or 0 (assumed): rule 3."""
-        squares = 0.0
-        df = 0
-        for arm in ("pure-middle", *(f"rl-{scale}-stable" for scale in SETS)):
-            means = [self.exams[name]["test"].mean() for name in self.seeds(arm)]
-            if len(means) > 1:
-                squares += np.var(means) * len(means)
-                df += len(means) - 1
-        return (math.sqrt(squares / df), df) if df else (SEED_SD, 0)
-
-    def rates(self, names, part: str = "test") -> np.ndarray:
-        """(P,) share of right samples per problem in points, mean over the seeds of an arm."""
-        return np.mean([self.exams[name][part] for name in names], 0)
-
-    def level(self, names) -> tuple[float, float, float]:
-        """Mean of an arm on the test problems and its 90% interval, over problems and seeds."""
-        rates = self.rates(names)
-        rng = np.random.default_rng(0)
-        draws = bootstrap(rates, rng) + seed_draws(self, [(names, [])], rng)
-        return float(rates.mean()), *interval(draws)
-
-    def draws(self, name: str, gain: bool = False) -> np.ndarray | None:
-        """DRAWS draws of a run's A_post, or of its plasticity; None without a posterior.
-
-        Each run's are in an order of its own, as the fits share a seed."""
-        post = self.fits[name].posterior
-        if post is None:
-            return None
-        rng = np.random.default_rng(list(name.encode()))
-        return rng.choice(ceiling.ceiling_draws(post) - (post.p_sft if gain else 0), DRAWS)
-
-    def plasticity(self, name: str) -> np.ndarray | None:
-        return self.draws(name, gain=True)
+PREDICTORS = ("signal", "pass_at", "accuracy", "entropy", "val_loss")
+OUTCOMES = ("gained", "ended")
 
 
 # ------------------------------------------------------------------------------------ the verdict
 class Finding(NamedTuple):
-    """A claim of the paper, put to the test. effect, low, high in points, or a correlation."""
+    """A claim put to the test. effect, low, high in points, or a correlation."""
 
     claim: str
     test: str
     effect: float
     low: float
     high: float
+    p: float = 1.0  # one-sided, in the direction of the effect
     margin: float = MARGIN
     known: bool = True  # False: nothing could be measured (rules 5 and 6)
+    paper: str = "not in the paper"
+    figure: str = ""  # where it is drawn
 
     @property
     def verdict(self) -> str:
-        if self.known and self.low > 0:
+        if not self.known:
+            return "cannot tell"
+        if self.low > 0:
             return "holds"
-        if self.known and self.high < self.margin:
-            return "does not hold"
+        if self.high < 0:
+            return "opposite"
+        if self.high < self.margin:
+            return f"no effect of {self.margin:g} shown"
         return "cannot tell"
+
+
+def holm(found: list[Finding]) -> list[float]:
+    """Each claim's p after Holm's correction over all of them; 1 where nothing was measured."""
+    order = sorted(range(len(found)), key=lambda i: found[i].p)
+    adjusted = [1.0] * len(found)
+    worst = 0.0
+    for rank, i in enumerate(order):
+        worst = max(worst, min(1.0, (len(found) - rank) * found[i].p))
+        adjusted[i] = worst
+    return adjusted
 
 
 def bootstrap(values, rng) -> np.ndarray:
     """(DRAWS,) means of values (P,) drawn with replacement."""
-    return values[rng.integers(len(values), size=(DRAWS, len(values)))].mean(1)
+    counts = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=DRAWS)
+    return counts @ values / len(values)
+
+
+def is_same(study: Study, pair) -> bool:
+    """Whether both arms of a pair are the same runs."""
+    a, b = (sorted(study.real(name) for name in arm) for arm in pair)
+    return a == b
 
 
 def seed_draws(study: Study, pairs, rng) -> np.ndarray:
     """(DRAWS,) draws of what other seeds would change in the mean over pairs of (arm, arm)."""
     sd, df = study.seed_noise
     unit = rng.standard_t(df, DRAWS) if df else rng.normal(size=DRAWS)
-    arms = [arm for pair in pairs for arm in pair if arm]
+    arms = []
+    for pair in pairs:
+        if not is_same(study, pair):
+            arms += [arm for arm in pair if arm]
     return sd * math.sqrt(sum(1 / len(arm) for arm in arms)) / len(pairs) * unit
 
 
@@ -230,7 +100,25 @@ def interval(draws) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def by_exam(study: Study, claim: str, test: str, pairs, part: str = "test") -> Finding | None:
+def level(study: Study, names, part: str = "test") -> tuple[float, float, float]:
+    """Mean of an arm and its 90% interval, over problems and seeds."""
+    rates = study.rates(names, part)
+    rng = np.random.default_rng(0)
+    draws = bootstrap(rates, rng) + seed_draws(study, [(names, [])], rng)
+    return float(rates.mean()), *interval(draws)
+
+
+def p_of(draws, effect: float) -> float:
+    """One-sided p: the share of draws on the other side of 0, never below 1 / (draws + 1)."""
+    other = (draws <= 0).sum() if effect > 0 else (draws >= 0).sum()
+    return float((1 + other) / (1 + len(draws)))
+
+
+def unknown(claim: str, test: str, **more) -> Finding:
+    return Finding(claim, test, math.nan, math.nan, math.nan, known=False, **more)
+
+
+def by_exam(study: Study, claim: str, test: str, pairs, part="test", **more) -> Finding | None:
     """Mean difference of the final evaluations over pairs of arms; None where one is missing."""
     pairs = [(a, b) for a, b in pairs if a and b]
     if not pairs or not len(study.exams[pairs[0][0][0]][part]):
@@ -241,11 +129,12 @@ def by_exam(study: Study, claim: str, test: str, pairs, part: str = "test") -> F
     arms = [arm for pair in pairs for arm in pair]
     floor = max(study.rates(arm, part).mean() for arm in arms) < MARGIN
     if floor:
-        test += f" (all arms below {MARGIN:g} point)"
-    return Finding(claim, test, float(gap.mean()), *interval(draws), known=not floor)
+        return unknown(claim, f"{test} (all arms below {MARGIN:g} point)", **more)
+    effect = float(gap.mean())
+    return Finding(claim, test, effect, *interval(draws), p_of(draws, effect), **more)
 
 
-def by_draws(study: Study, claim: str, test: str, pairs, value) -> Finding | None:
+def by_draws(study: Study, claim: str, test: str, pairs, value, **more) -> Finding | None:
     """Mean difference of a posterior quantity over pairs of arms; value(run) -> draws or None."""
     pairs = [(a, b) for a, b in pairs if a and b]
     if not pairs:
@@ -260,95 +149,146 @@ def by_draws(study: Study, claim: str, test: str, pairs, value) -> Finding | Non
     if lost:
         test += f" ({lost} runs without a fit left out)"
     if not known:
-        return Finding(claim, test, math.nan, math.nan, math.nan, known=False)
+        return unknown(claim, test, **more)
 
     def mean(arm):
         return np.mean([value(name) for name in arm], 0)
 
     gap = np.mean([mean(a) - mean(b) for a, b in known], 0)
     draws = gap + seed_draws(study, known, np.random.default_rng(1))
-    return Finding(claim, test, float(np.mean(gap)), *interval(draws))
+    effect = float(np.mean(gap))
+    return Finding(claim, test, effect, *interval(draws), p_of(draws, effect), **more)
 
 
 # ------------------------------------------------------------------------------------- the claims
 def all_of(study: Study) -> list[Finding]:
-    """Every claim that the study can speak to, in the paper's order."""
-    found = paradigms(study) + starting_points(study) + data_sets(study)
-    found.append(loss_and_ceiling(study)[1])
-    found.append(mixed_after_sft(study))
+    """Every claim that the study can speak to: the handoff's, and the built-in study's others."""
+    found = paradigms(study) + starting_points(study)
+    if not study.own:
+        found += data_sets(study)
+        found.append(loss_and_ceiling(study)[1])
+        found += exact_tasks(study)
     return [finding for finding in found if finding]
-
-
-def best_mixed(study: Study, arms: dict[str, list[str]]) -> str | None:
-    """The mixed method whose runs come highest on dev: rule 4."""
-
-    def on_dev(method):
-        return np.mean([study.points[run].performance.max() for run in arms[method]])
-
-    return max((method for method in MIXED if arms.get(method)), key=on_dev, default=None)
 
 
 def paradigms(study: Study) -> list[Finding | None]:
     """SFT-then-RL against every other way to spend the same compute."""
     arms = study.arms
-    mixed = best_mixed(study, arms)
-    rivals = {"SFT alone": "SFT", "RL alone": "RL", f"the best mixed method ({mixed})": mixed}
+    ours = arms.get("SFT-then-RL")
+    rivals = {"SFT alone": ("SFT", "76.9"), "RL alone": ("RL", "74.3")}
+    if not study.own:
+        mixed = study.mixed.get("base", "none")
+        rivals[f"the best mixed method ({mixed})"] = ("mixed", "LUFFY 72.7")
     found = []
-    for part, where in (("test", ""), ("ood", ", out of distribution")):
-        for rival, arm in rivals.items():
+    test = "equal compute from the base"
+    for part, where, figure in (("test", "", "paradigms"), ("ood", ", unseen kinds", "transfer")):
+        for rival, (arm, number) in rivals.items():
             claim = f"SFT-then-RL ends above {rival}{where}"
-            pair = (arms.get("SFT-then-RL"), arms.get(arm))
-            found.append(by_exam(study, claim, "equal compute from the base", [pair], part))
+            more = {"figure": figure}
+            if part == "test":
+                more["paper"] = f"78.1 over {number}"
+            found.append(by_exam(study, claim, test, [(ours, arms.get(arm))], part, **more))
+    pair = (study.seeds(f"rl-{study.main}-stable"), study.seeds(f"sft-{study.main}"))
+    claim = "RL's gain carries over to unseen kinds"
+    test = "after RL minus before"
+    found.append(by_exam(study, claim, test, [pair], "ood", figure="transfer"))
+    after = arms.get("SFT-then-mixed")
+    if after:
+        name = study.mixed.get("then", "none")
+        claim = f"After SFT, plain RL ends above the best mixed method ({name})"
+        test = "equal compute from Stable"
+        found.append(by_exam(study, claim, test, [(ours, after)], figure="paradigms"))
     return found
 
 
+def transfer(study: Study) -> tuple[float, float, float] | None:
+    """RL's gain on unseen kinds as a share of that on test, with its interval over problems."""
+    after = study.seeds(f"rl-{study.main}-stable")
+    before = study.seeds(f"sft-{study.main}")
+    if not after or not before or not len(study.exams[after[0]]["ood"]):
+        return None
+    rng = np.random.default_rng(3)
+    gains = {}
+    for part in ("test", "ood"):
+        gains[part] = study.rates(after, part) - study.rates(before, part)
+    if gains["test"].mean() <= 0:
+        return None
+    draws = bootstrap(gains["ood"], rng) / np.maximum(bootstrap(gains["test"], rng), 1e-9)
+    return float(gains["ood"].mean() / gains["test"].mean()), *interval(draws)
+
+
+def starting_pairs(study: Study, start: str, other: str) -> list[tuple]:
+    """[([run], [run])] of two starting points, one pair per set and seed."""
+    pairs = []
+    for name in study.exams:
+        words = name.split("-")
+        if words[0] == "rl" and words[2] == start and words[1] not in EXACT:
+            rival = f"rl-{words[1]}-{other}-{words[3]}"
+            if rival in study.exams:
+                pairs.append(([name], [rival]))
+    return pairs
+
+
 def starting_points(study: Study) -> list[Finding | None]:
-    """Where along SFT to start RL. Adaptive and late have one seed: Stable's first is compared."""
-    arms = {(s, start): study.seeds(f"rl-{s}-{start}") for s in SETS for start in STARTS}
-    ends = {s.set: s.regime for s in study.starts if s.start == "late"}
-    still = ", ".join(name for name, regime in ends.items() if regime == "stable")
+    """Where along SFT to start RL, at equal total compute."""
     found = []
-    for start, other in (("adaptive", "from Adaptive"), ("late", "from the end of SFT")):
-        note = f" (the end of {still} is Stable still)" if still and start == "late" else ""
-        pairs = [(arms[s, "stable"][:1], arms[s, start]) for s in SETS]
-        claim = f"RL from Stable has a higher ceiling than {other}"
-        test = f"A_post, mean over the sets{note}"
-        found.append(by_draws(study, claim, test, pairs, study.draws))
-        claim = f"RL from Stable ends higher than {other}"
-        test = f"equal RL compute, mean over the sets{note}"
-        found.append(by_exam(study, claim, test, pairs))
-    turned = [(arms[s, "adaptive"], arms[s, "late"]) for s in SETS]
+    words = {"adaptive": "from Adaptive", "late": "from the end of SFT"}
+    numbers = {"adaptive": "14B: 79.8 over 78.8", "late": "Stable or Mild is best"}
+    total = "equal total compute, mean over sets and seeds"
+    more = {"figure": "starts"}
+    for other, text in words.items():
+        pairs = starting_pairs(study, "stable", other)
+        more["paper"] = numbers[other]
+        claim = f"RL from Stable has a higher ceiling than {text}"
+        found.append(by_draws(study, claim, "A_post", pairs, study.draws, **more))
+        claim = f"RL from Stable ends higher than {text}"
+        found.append(by_exam(study, claim, total, pairs, **more))
     claim = "Plasticity shrinks as SFT goes on"
-    test = "PL_rl, Adaptive minus late, mean over the sets"
-    found.append(by_draws(study, claim, test, turned, study.plasticity))
+    pairs = starting_pairs(study, "adaptive", "late")
+    more["paper"] = "Uniform102K: 4.8 to 3.8"
+    found.append(by_draws(study, claim, "PL_rl, Adaptive - end", pairs, study.plasticity, **more))
+    for rule in START_RULES:
+        claim = f"RL started by {rule} ends higher than by loss"
+        pairs = starting_pairs(study, rule, "stable")
+        found.append(by_exam(study, claim, total, pairs, figure="starts"))
     return found
 
 
 def data_sets(study: Study) -> list[Finding | None]:
-    """What more and what harder trajectories change."""
+    """What more trajectories, another loss and harder trajectories change."""
     found = []
-    scales = (("middle", "small"), ("large", "middle"))
-    difficulties = (("hard", "middle"), ("middle", "easy"))
-    for more, less in scales + difficulties:
-        claim = "More data raise" if (more, less) in scales else "Harder data raise"
+    papers = {"small": "77.3 to 79.7", "middle": "79.7 to 84.0"}
+    for more, less in (("middle", "small"), ("large", "middle")):
         pair = [(study.seeds(f"rl-{more}-stable"), study.seeds(f"rl-{less}-stable"))]
-        ceilings = f"{claim} the ceiling: {more} over {less}"
-        found.append(by_draws(study, ceilings, "A_post from Stable", pair, study.draws))
-        ends = f"{claim} the end: {more} over {less}"
-        test = "equal RL compute from Stable"
-        found.append(by_exam(study, ends, test, pair))
-        if (more, less) in scales:
-            found.append(by_exam(study, f"{ends}, out of distribution", test, pair, "ood"))
+        claim = f"More data raise the ceiling: {more} over {less}"
+        about = {"paper": papers[less], "figure": "scale"}
+        found.append(by_draws(study, claim, "A_post from Stable", pair, study.draws, **about))
+    pair = [(study.seeds("rl-dft-accuracy"), study.seeds("rl-middle-accuracy"))]
+    claim = "SFT by DFT's loss ends higher after RL than by NLL"
+    found.append(
+        by_exam(
+            study,
+            claim,
+            "middle set, equal total compute, each from its highest accuracy",
+            pair,
+            figure="scale",
+        )
+    )
+    for more, less in (("hard", "uniform"), ("uniform", "easy")):
+        pair = [(study.seeds(f"rl-{more}-stable"), study.seeds(f"rl-{less}-stable"))]
+        claim = f"Harder verified data end higher: {more} over {less}"
+        about = {"paper": "82.9, 79.6, 78.8", "figure": "scale"}
+        found.append(by_exam(study, claim, "from Stable", pair, **about))
     return found
 
 
 def loss_and_ceiling(study: Study) -> tuple[dict, Finding]:
-    """({set: (minimum validation loss, ceiling, low, high)}, the finding on their correlation).
+    """({scale: (minimum validation loss, ceiling, low, high)}, the finding on their correlation).
 
     The sign is turned: the effect is minus Pearson's r."""
     rows = {}
     columns = []
-    for name in SETS:
+    for name in SCALES:
         stable = [s for s in study.starts if (s.set, s.start) == (name, "stable")]
         runs = [s for s in stable if study.draws(s.name) is not None]
         if not runs:
@@ -361,21 +301,121 @@ def loss_and_ceiling(study: Study) -> tuple[dict, Finding]:
         rows[name] = (float(np.mean(losses)), float(np.median(draws)), *interval(draws))
         columns.append(draws)
     claim = "The lower the minimum validation loss, the higher the ceiling"
-    test = f"minus Pearson's r over {len(rows)} sets, RL from Stable"
-    if len(rows) < 3:
-        test += " (too few with a fit)"
-        return rows, Finding(claim, test, math.nan, math.nan, math.nan, MARGIN_R, known=False)
+    test = f"minus Pearson's r over {len(rows)} scales"
+    more = {"margin": MARGIN_R, "paper": "r = -0.94 over five scales", "figure": "losses"}
+    if len(rows) < 4:
+        return rows, unknown(claim, f"{test} (too few with a fit)", **more)
     losses = [row[0] for row in rows.values()]
     r = np.array([-np.corrcoef(losses, ceilings)[0, 1] for ceilings in np.array(columns).T])
-    return rows, Finding(claim, test, float(np.median(r)), *interval(r), MARGIN_R)
+    z = np.arctanh(np.clip(r, -0.999, 0.999))
+    z = z + np.random.default_rng(4).normal(size=len(z)) / math.sqrt(len(rows) - 3)  # rule 8
+    effect = float(np.median(r))
+    return rows, Finding(claim, test, effect, *interval(np.tanh(z)), p_of(z, effect), **more)
 
 
-def mixed_after_sft(study: Study) -> Finding | None:
-    """Plain RL against the best mixed method, both from Stable."""
-    arms = {method: study.seeds(f"then-{method}") for method in MIXED}
-    best = best_mixed(study, arms)
-    if not best:
-        return None
-    claim = f"After SFT, plain RL ends above the best mixed method ({best})"
-    pair = (study.seeds("rl-middle-stable")[:1], arms[best])
-    return by_exam(study, claim, "equal compute from Stable", [pair])
+def exact_tasks(study: Study) -> list[Finding | None]:
+    """Where one wrong token makes the answer wrong: does overfitting cost accuracy, or RL's end?"""
+    found = []
+    for name in EXACT:
+        claim = f"SFT's accuracy is higher at the minimum of the loss than at the end: {name}"
+        pair = (study.seeds(f"sft-{name}"), study.seeds(f"late-{name}"))
+        test = "an answer that must be exact"
+        found.append(by_exam(study, claim, test, [pair], figure="exact"))
+    pairs = []
+    for name in EXACT:
+        pair = (study.seeds(f"rl-{name}-stable"), study.seeds(f"rl-{name}-late"))
+        pairs.append(pair)
+    claim = "RL from the minimum of the loss ends higher than from the end: exact answers"
+    test = "equal total compute, mean over both tasks"
+    found.append(by_exam(study, claim, test, pairs, figure="exact"))
+    return found
+
+
+# -------------------------------------------------------------------------------------- readiness
+class Ready(NamedTuple):
+    """A starting point of RL: what was known there, and what RL made of it."""
+
+    sft: str
+    set: str
+    start: str
+    signal: float
+    pass_at: float
+    accuracy: float
+    entropy: float
+    val_loss: float
+    gained: float  # on dev, at the compute that all these runs have
+    ended: float  # on test, after all of its compute
+    comparable: bool  # its validation loss is on the main set's validation rows
+
+
+def readiness(study: Study) -> list[Ready]:
+    """Every different starting point whose SFT run sampled groups there."""
+    runs = [s for s in study.starts if s.set not in EXACT and study.real(s.name) == s.name]
+    if not runs:
+        return []
+    common = min(study.points[s.name].flops.max() for s in runs)
+    main = next((curve.val_set for name, curve in study.curves.items() if "-middle-" in name), None)
+    rows = []
+    for s in runs:
+        sft = f"sft-{s.set}-{s.seed}"
+        found = study.curves[sft].readiness.get(s.step)
+        if found is None or found.signal is None or s.name not in study.exams:
+            continue
+        points = study.points[s.name]
+        at = float(np.interp(common, points.flops, points.performance))
+        row = Ready(
+            sft=sft,
+            set=s.set,
+            start=s.start,
+            signal=found.signal.value,
+            pass_at=found.pass_at.value,
+            accuracy=found.accuracy.value,
+            entropy=found.entropy,
+            val_loss=s.loss,
+            gained=at - float(points.performance[0]),
+            ended=float(study.exams[s.name]["test"].mean()),
+            comparable=study.own or study.curves[sft].val_set == main,
+        )
+        rows.append(row)
+    return rows
+
+
+class Predictor(NamedTuple):
+    """Pearson's r of one quantity at the start with one outcome; its interval is over SFT runs."""
+
+    name: str
+    outcome: str
+    r: float | None
+    low: float
+    high: float
+    best: float  # share of the draws in which its |r| is the largest
+
+
+def predictors(rows: list[Ready], outcome: str, names) -> list[Predictor]:
+    """Each predictor's correlation with the outcome; drawn with replacement: SFT runs."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(row.sft, []).append(row)
+    rng = np.random.default_rng(5)
+    keys = list(groups)
+    draws = []  # of r for each name
+    for _ in range(1000 if len(keys) > 2 else 0):
+        drawn = [row for i in rng.integers(len(keys), size=len(keys)) for row in groups[keys[i]]]
+        values = [correlate(drawn, name, outcome) for name in names]
+        if None not in values:
+            draws.append(values)
+    table = np.array(draws) if draws else np.full((1, len(names)), math.nan)
+    strength = np.abs(np.nan_to_num(table))
+    is_best = strength >= strength.max(1, keepdims=True) - 1e-9  # equal ones are best together
+    found = []
+    for i, name in enumerate(names):
+        low, high = interval(table[:, i])
+        share = float(is_best[:, i].mean())
+        found.append(Predictor(name, outcome, correlate(rows, name, outcome), low, high, share))
+    return found
+
+
+def correlate(rows: list[Ready], name: str, outcome: str) -> float | None:
+    first = np.array([getattr(row, name) for row in rows])
+    second = np.array([getattr(row, outcome) for row in rows])
+    return correlation(first, second)

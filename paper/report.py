@@ -1,10 +1,10 @@
 """What a study found: report.md and its figures, from the run directories that it left.
 
-    python -m paper.report runs/study       writes report.md, figure2.png, figure3.png, losses.png
+    python -m paper.report runs/study       writes report.md and one .png per group of claims
 
-Every number stands beside the paper's (arXiv 2512.11470, Qwen2.5-7B). Its Llama-3.2-3B and
-Qwen2.5-14B rows cannot be reproduced with a tiny model and are marked so. The claims, and when one
-holds, are in findings.py. The figures need matplotlib; without it the report is text only."""
+First every claim on one line with its verdict and the paper's numbers (arXiv 2512.11470,
+Qwen2.5-7B), then a figure and a table for each group. The claims, and when one holds, are in
+findings.py. The figures need matplotlib; without it the report is text only."""
 
 from __future__ import annotations
 
@@ -13,78 +13,49 @@ import json
 import math
 import sys
 from collections import Counter
-from functools import cache
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from core import tables
 from core.errors import UserError
-from paper import figures, findings
-from paper.findings import MARGIN_R, MIXED, SETS, Study, loss_and_ceiling
+from paper import findings, panels, published, results
+from paper.findings import MARGIN_R
+from paper.results import Study
 
-THEIRS = dict(  # the paper's set that each of ours stands for
-    small="S1K", easy="Easy102K", middle="Uniform102K", hard="Hard102K", large="SFT889K"
+REPORT = """# The paper in miniature
+
+{made_by}
+
+The paper asks how worked solutions should be used: imitated (SFT), as a start for reinforcement
+learning (SFT-then-RL), or mixed into it. Its answer: SFT until its validation loss stops falling,
+then RL; how far RL gets is A_post, the ceiling; P_sft is where it starts, PL_rl = A_post - P_sft
+its plasticity. {scope}
+
+## The claims
+
+{verdicts}. {rules}
+
+{findings}
+{seeds}
+
+{claims_figure}
+"""
+RULES = (
+    "Rules fixed before the results (paper/findings.py): a claim holds if its whole 90% interval "
+    "lies above 0, is opposite if it lies below 0, shows no effect if it lies below 1 point (0.5 "
+    "for a correlation), else it cannot be told. p is one-sided and Holm's over all claims: where "
+    "it is above 0.05, the verdict may be chance among so many. Intervals cover problems "
+    "(bootstrap, paired) and seeds (pooled). Numbers are pass@1 in points on test unless they say "
+    "dev."
 )
-COLOURS = {
-    "small": "#9e9ac8",
-    "easy": "#74c476",
-    "middle": "#3182bd",
-    "hard": "#e6550d",
-    "large": "#252525",
-    "SFT": "#31a354",
-    "SFT-then-RL": "#08519c",
-    "RL": "#d94801",
-    "luffy": "#8856a7",
-    "upt": "#c994c7",
-    "srft": "#a6761d",
-    "prefix_rft": "#737373",
+TITLES = {
+    "paradigms": "Paradigms at equal compute (the paper's Figure 2)",
+    "transfer": "Problems of unseen kinds",
+    "starts": "Where to start RL (its Figure 3 and Table 4)",
+    "scale": "More data, and the ceilings",
+    "losses": "The validation loss and the ceiling",
+    "readiness": "What foretells how far RL gets",
+    "exact": "Where an answer must be exact",
 }
-# the paper's Figure 2: peak or ceiling
-PARADIGMS = {"SFT": 76.9, "RL": 74.3, "luffy": 72.7, "SFT-then-RL": 78.1}
-# minimum validation loss and highest A_post by data scale; Pearson -0.94, Spearman -1.00
-LOSSES = {
-    "S1K": (0.51, 77.3),
-    "Uniform102K": (0.42, 79.7),
-    "Uniform220K": (0.41, 82.6),
-    "Uniform440K": (0.39, 82.8),
-    "SFT889K": (0.37, 84.0),
-}
-# Llama-3.2-3B: SFT -> SFT-then-RL, its Table 1
-LLAMA = {
-    "S1K": (24.2, 25.0),
-    "Easy102K": (52.4, 53.9),
-    "Uniform102K": (53.6, 55.3),
-    "Hard102K": (55.6, 56.4),
-    "SFT889K": (67.7, 70.4),
-}
-
-
-class Published(NamedTuple):
-    """A row of the paper's Table 4."""
-
-    step: int  # of SFT
-    exa: float  # compute of SFT, 1e18 FLOPs
-    p_sft: float
-    pl_rl: float
-    at_bound: bool  # its A_post is the bound of the fit: the data do not determine it
-
-    def text(self) -> str:
-        total = f"{self.p_sft} + {self.pl_rl} = {self.p_sft + self.pl_rl:.1f}"
-        return total + "*" if self.at_bound else total
-
-
-@cache
-def table4_of_the_paper() -> dict[str, list[Published]]:
-    """Its Table 4 by data set, in order of SFT compute."""
-    path = Path(__file__).with_name("table4.csv")
-    sets = {}
-    for row in tables.read_table(path, ("dataset", "sft_step", "sft_exa", "p_sft", "pl_rl")):
-        numbers = [float(row[name]) for name in ("sft_exa", "p_sft", "pl_rl")]
-        published = Published(int(row["sft_step"]), *numbers, row["at_bound"] == "1")
-        sets.setdefault(row["dataset"], []).append(published)
-    return sets
 
 
 # ----------------------------------------------------------------------------------------- tables
@@ -96,83 +67,74 @@ def table(head: list[str], rows) -> str:
 
 def spread(study: Study, names, part="test") -> str:
     """Mean over seeds, and each seed where there are several."""
-    values = [study.exams[name][part].mean() for name in names]
-    if not values or not np.isfinite(values).all():
+    values = [study.exams[name][part].mean() for name in names if len(study.exams[name][part])]
+    if not values:
         return "-"
     mean = f"{np.mean(values):.1f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({', '.join(f'{value:.1f}' for value in values)})"
+    return mean if len(values) == 1 else f"{mean} ({', '.join(f'{v:.1f}' for v in values)})"
 
 
-def compute(study: Study, names) -> float:
-    """FLOPs from the base model up to the end of an arm, mean over seeds."""
-    return float(np.mean([compute_of(study, name) for name in names]))
-
-
-def compute_of(study: Study, name: str) -> float:
-    """FLOPs of one run from the base model; SFT alone may use as much as SFT-then-RL."""
-    begin = {s.name: s.flops for s in study.starts}
-    if name.startswith("pure"):
-        seed = name.rpartition("-")[2]
-        rival = f"rl-middle-stable-{seed}"
-        budget = begin[rival] + study.points[rival].flops.max()
-        rows = tables.read_metrics(study.out / f"sft-middle-{seed}", "eval")
-        return max(row["flops"] for row in rows if row["flops"] <= budget)
-    started = "rl-middle-stable-0" if name.startswith("then") else name
-    return study.points[name].flops.max() + begin.get(started, 0.0)
-
-
-def paradigm_table(study: Study) -> str:
-    head = ["arm", "FLOPs from the base", "test, mean (seeds)", "out of distribution"]
-    rows = [["base model", "0", spread(study, ["base"]), spread(study, ["base"], "ood"), "-"]]
-    arms = dict(study.arms)
-    for algo in MIXED:
-        if study.seeds(f"then-{algo}"):
-            arms[f"SFT, then {algo}"] = study.seeds(f"then-{algo}")
-    for name, names in arms.items():
-        measured = [spread(study, names), spread(study, names, "ood")]
-        flops = f"{compute(study, names):.2e}"
-        rows.append([name, flops, *measured, PARADIGMS.get(name, "-")])
-    return table([*head, "paper (peak)"], rows)
-
-
-def table1(study: Study) -> str:
-    head = ["set", "SFT, Stable", "SFT-then-RL", "the same, OOD", "paper's set"]
-    head += ["its P_sft + PL_rl = highest A_post", "Llama-3.2-3B (not reproduced)"]
+def findings_table(found: list[findings.Finding]) -> str:
     rows = []
-    for name, theirs in THEIRS.items():
-        best = max(table4_of_the_paper()[theirs], key=lambda row: row.p_sft + row.pl_rl)
-        ours = study.seeds(f"rl-{name}-stable")
-        measured = [spread(study, study.seeds(f"sft-{name}")), spread(study, ours)]
-        measured.append(spread(study, ours, "ood"))
-        rows.append([name, *measured, theirs, best.text(), "{} -> {}".format(*LLAMA[theirs])])
-    larger = "Qwen2.5-14B, Uniform55K: RL from SFT step 0, 172, 1720"
-    rows.append(["not reproduced", *"---", larger, "74.5, 78.8, 79.8", "-"])
-    without = "without SFT: base, DAPO_d, UPT, LUFFY"
-    rows.append(["not reproduced", *"---", without, "-", "2.1, 3.0, 12.2, 8.5"])
-    return table(head, rows)
+    for f, p in zip(found, findings.holm(found)):
+        digits = 2 if f.margin == MARGIN_R else 1
+        effect, low, high = (f"{value:+.{digits}f}" for value in (f.effect, f.low, f.high))
+        shown = "-" if math.isnan(f.effect) else f"{effect} [{low}, {high}]"
+        rows.append([f.claim, f"**{f.verdict}**", shown, f"{p:.3f}", f.test, f.paper])
+    return table(["claim", "verdict", "effect [90%]", "p (Holm)", "test", "the paper"], rows)
 
 
-def table4(study: Study) -> str:
-    head = ["set", "start", "seed", "SFT step", "regime", "SFT FLOPs", "P_sft", "PL_rl [90%]"]
-    head += ["A_post [90%]", "best on dev", "paper (its first, best-SFT, last step)"]
+def paradigms_section(study: Study) -> str:
+    """Every arm on test and on unseen kinds, and the learning rates that were tried."""
+    arms = {"base model": ["base"], "SFT, Stable": study.seeds(f"sft-{study.main}"), **study.arms}
+    arms["SFT-then-RL, all of its compute"] = study.seeds(f"rl-{study.main}-stable")
+    parts = [part for part, n in study.counts["exam"].items() if n]
+    rows = []
+    for name, names in arms.items():
+        theirs = published.PARADIGMS.get(name, "-")
+        rows.append([name, *(spread(study, names, part) for part in parts), theirs])
+    text = table(["arm", *(f"{part}, mean (seeds)" for part in parts), "paper (peak)"], rows)
+    rates = []
+    for kind in ("sft", "base", "then"):
+        by_algo = {}
+        for screen in results.screens(study.out, kind):
+            by_algo.setdefault(screen.algo, []).append(f"{screen.lr:g}: {screen.score:.1f}")
+        words = {"sft": "SFT", "base": "RL from the base", "then": "RL after SFT"}[kind]
+        rates += [[words, algo, ", ".join(scores)] for algo, scores in by_algo.items()]
+    if rates:
+        text += "\nLearning rates tried, pass@1 on dev after short runs; each arm has its best.\n\n"
+        text += table(["stage", "method", "rate: pass@1"], rates)
+    return text
+
+
+def transfer_section(study: Study) -> str:
+    found = findings.transfer(study)
+    if found is None:
+        return "How much of RL's gain carries over is not known.\n"
+    share, low, high = (100 * value for value in found)
+    return (
+        f"Of each point that RL adds on test, {share:.0f}% [{low:.0f}, {high:.0f}] arrives on the "
+        "unseen kinds.\n"
+    )
+
+
+def starts_section(study: Study) -> str:
+    """Every starting point: Table 4."""
+    head = ["set", "start", "seed", "SFT step", "regime", "RL FLOPs", "P_sft", "PL_rl [90%]"]
+    head += ["A_post [90%]", "test after RL", "paper's row: SFT step, P_sft + PL_rl = A_post"]
     rows = []
     for s in study.starts:
-        theirs = table4_of_the_paper()[THEIRS[s.set]]
-        if s.start == "adaptive":
-            row = theirs[0]
-        elif s.start == "stable":
-            row = max(theirs, key=lambda row: row.p_sft)
-        else:
-            row = theirs[-1]
-        where = [s.set, s.start, s.seed, s.step, s.regime, f"{s.flops:.2e}"]
-        rows.append([*where, *fitted(s.fit), f"{s.best:.1f}", f"{row.step}: {row.text()}"])
-    for name in study.seeds("base-dapo"):
-        where = ["none", "base model", name.rpartition("-")[2], 0, "-", "0"]
-        best = f"{study.points[name].performance.max():.1f}"
-        rows.append([*where, *fitted(study.fits[name]), best, "0: 46.7 + 25.3 = 72.0"])
-    return table(head, rows)
+        flops = f"{study.points[s.name].flops.max():.2e}"
+        where = [s.set, s.start, s.seed, s.step, s.regime, flops]
+        end = spread(study, [s.name])
+        rows.append([*where, *fitted(s.fit), end, published.beside(s.set, s.start)])
+    own = {study.real(s.name): s.fit for s in study.starts}
+    n_known = sum(fit.identified for fit in own.values())
+    return (
+        f"{n_known} of {len(own)} ceilings after SFT are identified. All starts of one seed have "
+        "the same compute in total. P_sft is dev as measured; the fit smooths it, so columns need "
+        "not add up. * the paper's fit ended at its own bound.\n\n" + table(head, rows)
+    )
 
 
 def fitted(fit) -> list[str]:
@@ -181,252 +143,129 @@ def fitted(fit) -> list[str]:
     return [f"{fit.p_sft:.1f}", fit.text("plasticity", ".1f"), fit.text("a_post", ".1f") + status]
 
 
-def findings_table(found: list[findings.Finding]) -> str:
+def losses_section(study: Study) -> str:
     rows = []
-    for f in found:
-        digits = 2 if f.margin == MARGIN_R else 1
-        effect, low, high = (f"{value:+.{digits}f}" for value in (f.effect, f.low, f.high))
-        shown = "-" if math.isnan(f.effect) else f"{effect} [{low}, {high}]"
-        rows.append([f.claim, f.test, shown, f"**{f.verdict}**"])
-    return table(["claim", "test", "effect [90%]", "verdict"], rows)
+    for name, (loss, middle, low, high) in findings.loss_and_ceiling(study)[0].items():
+        rows.append([name, f"{loss:.4f}", f"{middle:.1f} [{low:.1f}, {high:.1f}]"])
+    theirs = [[name, loss, top] for name, (_, loss, top) in published.SCALES.items()]
+    head = ["set", "minimum validation loss", "A_post [90%]"]
+    return table(head, rows) + "\nThe paper:\n\n" + table(head, theirs)
 
 
-# ---------------------------------------------------------------------------------------- figures
-def paradigm_figure(study: Study, pyplot):
-    """Figure 2: each paradigm along its compute on dev, its end on test, and the paper's."""
-    figure, (left, middle, right) = pyplot.subplots(
-        1, 3, figsize=(14, 4.4), width_ratios=[1.5, 1, 0.8]
+def readiness_section(study: Study) -> str:
+    """Correlations of what a start's samples said with what RL made of it, and the best of them."""
+    rows = findings.readiness(study)
+    if len(rows) < 3:
+        return "Too few starting points with samples.\n"
+    blocks = {"all starts": (rows, findings.PREDICTORS[:-1])}
+    same = [row for row in rows if row.comparable]
+    if len(same) > 2:
+        blocks["starts with one validation set"] = (same, findings.PREDICTORS)
+    words = {"gained": "RL's gain on dev at one compute", "ended": "the end on test"}
+    lines = []
+    said = []
+    for block, (members, names) in blocks.items():
+        for outcome in findings.OUTCOMES:
+            found = findings.predictors(members, outcome, names)
+            for each in found:
+                r = "-" if each.r is None else f"{each.r:+.2f}"
+                if not math.isnan(each.low):
+                    r += f" [{each.low:+.2f}, {each.high:+.2f}]"
+                where = [f"{block} ({len(members)})", words[outcome], each.name]
+                lines.append([*where, r, f"{100 * each.best:.0f}%"])
+            best = max(found, key=lambda each: each.best)
+            said.append(
+                f"Of {block}, the best predictor of {words[outcome]} is {best.name} (largest |r| "
+                f"in {100 * best.best:.0f}% of draws of SFT runs)."
+            )
+    head = ["starting points", "outcome", "predictor", "Pearson's r [90%]", "the best in"]
+    return " ".join(said) + "\n\n" + table(head, lines)
+
+
+def exact_section(study: Study) -> str:
+    """Loss and accuracy at the minimum of the loss and at the end, for every set."""
+    rows = []
+    for sft in sorted(study.sft):
+        found = study.sft[sft]
+        ready = study.curves[sft].readiness
+        words = sft.split("-")
+        if words[2] != "0" or found.recommended_step is None:
+            continue
+        cells = []
+        for step in (found.recommended_step, found.steps[-1]):
+            at = found.steps.index(step)
+            accuracy = f"{ready[step].accuracy.value:.1f}" if step in ready else "-"
+            cells += [step, found.regimes[at], f"{found.losses[at]:.3f}", accuracy]
+        rows.append([words[1], *cells])
+    head = ["set", "minimum at step", "regime", "loss", "pass@1 on dev", "last step", "regime"]
+    text = table([*head, "loss", "pass@1 on dev"], rows)
+    return text + "\n" + what_follows(study)
+
+
+def what_follows(study: Study) -> str:
+    """One paragraph: what overfitting did here, by the verdicts on the exact tasks."""
+    found = [f for f in findings.exact_tasks(study) if f]
+    worse = [f.claim.rpartition(": ")[2] for f in found[:-1] if f.verdict == "holds"]
+    better = [f.claim.rpartition(": ")[2] for f in found[:-1] if f.verdict == "opposite"]
+    if worse:
+        text = f"Overfitting costs accuracy on {', '.join(worse)}: there RL has less to start from."
+    elif better:
+        text = f"Accuracy goes on rising beyond the minimum of the loss on {', '.join(better)}."
+    else:
+        text = "At this size no cost of overfitting in accuracy is shown, even where one wrong "
+        text += "token makes an answer wrong."
+    verdict = found[-1].verdict if found else "cannot tell"
+    ends = {
+        "holds": "RL from the minimum ends higher, as the paper advises",
+        "opposite": "RL from the end of SFT ends higher, against the paper's advice",
+        "cannot tell": "whether RL should start at the minimum cannot be told from these tasks",
+    }
+    end = ends.get(verdict, "starting RL at the minimum gains no point over the end")
+    return (
+        f"What follows for starting RL at the minimum of the loss: {text} At equal compute {end}.\n"
     )
-    paradigm_curves(left, study)
-    names = list(study.arms)
-    for i, name in enumerate(names):
-        mean, *ends = study.level(study.arms[name])
-        middle.barh(i, mean, color=COLOURS[name], alpha=0.8)
-        middle.plot(np.maximum(ends, 0), [i, i], color="black", lw=1.5)
-    middle.axvline(study.rates(["base"]).mean(), color="grey", ls=":", lw=1)
-    middle.set_yticks(range(len(names)), names, fontsize=9)
-    middle.invert_yaxis()
-    middle.set(xlabel="pass@1 on test (points), 90%", title="at equal compute (dotted: base)")
-    known = [i for i, name in enumerate(names) if name in PARADIGMS]
-    for i in known:
-        theirs = PARADIGMS[names[i]]
-        right.barh(i, theirs, color=COLOURS[names[i]], alpha=0.8)
-        right.text(theirs, i, f" {theirs}", va="center", fontsize=8)
-    right.set_yticks(known, [names[i] for i in known], fontsize=9)
-    right.set_ylim(middle.get_ylim())
-    right.set(
-        xlim=(65, 81), xlabel="performance (points, cut at 65)", title="the paper, Qwen2.5-7B"
-    )
-    return figure
 
 
-def paradigm_curves(axes, study: Study) -> None:
-    """pass@1 on dev along the compute from the base model, a line per seed."""
-    curves = {"SFT": [], "SFT-then-RL": []}
-    for seed in range(study.about["seeds"]):
-        rows = tables.read_metrics(study.out / f"sft-middle-{seed}", "eval")
-        curves["SFT"].append(([row["flops"] for row in rows], [row["pass1"] for row in rows]))
-        name = f"rl-middle-stable-{seed}"
-        begin = next(s.flops for s in study.starts if s.name == name)
-        points = study.points[name]
-        curves["SFT-then-RL"].append((begin + points.flops, points.performance))
-    for name, runs in study.arms.items():
-        if name not in curves:
-            points = [study.points[run] for run in runs]
-            curves[name] = [(p.flops, p.performance) for p in points]
-    last = [np.max(x) for runs in curves.values() for x, _ in runs]
-    unit, words = figures.unit_of(max(last))
-    for name, runs in curves.items():
-        order = 3 if name == "SFT-then-RL" else 2
-        for i, (x, y) in enumerate(runs):
-            label = None if i else name
-            style = dict(color=COLOURS[name], lw=0.8 if i else 1.6, label=label, zorder=order)
-            axes.plot(np.array(x) / unit, y, "-", **style)
-    axes.set(
-        xlabel=f"compute from the base model ({words})",
-        ylabel="pass@1 on dev (points)",
-        title="along the run, a line per seed",
-    )
-    axes.legend(fontsize=8, frameon=False)
-
-
-def regime_figure(study: Study, pyplot):
-    """Figure 3: the regimes of each set; P_sft, PL_rl, A_post by SFT compute; the paper's."""
-    sets = [name for name in SETS if f"sft-{name}-0" in study.sft]
-    rows = [sets, ["ours", "ours", "gain", "theirs", "theirs"]]
-    figure, axes = pyplot.subplot_mosaic(rows, figsize=(18, 8))
-    unit, words = figures.unit_of(max(s.flops for s in study.starts))
-    for name in sets:
-        figures.regimes_panel(axes[name], name, study.sft[f"sft-{name}-0"])
-        starts = [s for s in study.starts if s.set == name and s.seed == 0]
-        starts.sort(key=lambda s: s.flops)
-        x = [s.flops / unit for s in starts]
-        p_sft = [s.fit.p_sft for s in starts]
-        axes["ours"].plot(x, p_sft, "o--", color=COLOURS[name], ms=4, lw=0.8, label=name)
-        ceiling_bars(axes["ours"], starts, unit, "a_post")
-        ceiling_bars(axes["gain"], starts, unit, "plasticity")
-    for name, theirs in THEIRS.items():
-        rows = table4_of_the_paper()[theirs]
-        x = [row.exa for row in rows]
-        a_post = [row.p_sft + row.pl_rl for row in rows]
-        style = dict(color=COLOURS[name])
-        axes["theirs"].plot(x, [row.p_sft for row in rows], "o--", ms=4, lw=0.8, **style)
-        axes["theirs"].plot(x, a_post, "s-", ms=5, lw=1.4, label=theirs, **style)
-    ours = "P_sft (dashed), A_post (solid, 90%; hollow: not identified)"
-    compute = f"SFT compute ({words})"
-    axes["ours"].set(xlabel=compute, ylabel="performance (points)", title=ours)
-    axes["gain"].set(xlabel=compute, ylabel="PL_rl (points, 90%)", title="plasticity, from seed 0")
-    axes["theirs"].set(
-        xlabel="SFT compute (1e18 FLOPs)",
-        ylabel="performance (points)",
-        xscale="log",
-        title="the paper's Table 4",
-    )
-    for panel in ("ours", "theirs"):
-        axes[panel].legend(fontsize=8, framealpha=0.7)
-    return figure
-
-
-def ceiling_bars(axes, starts, unit: float, key: str) -> None:
-    """A fitted quantity with its interval by SFT compute; hollow where it is not identified."""
-    bars = [s for s in starts if getattr(s.fit, f"{key}_low") is not None]
-    if not bars:
-        return
-    x = np.array([s.flops / unit for s in bars])
-    low = np.array([getattr(s.fit, f"{key}_low") for s in bars])
-    high = np.array([getattr(s.fit, f"{key}_high") for s in bars])
-    centre = (low + high) / 2  # where the value is withheld
-    vague = np.array([getattr(s.fit, key) is None for s in bars])
-    for i in np.flatnonzero(~vague):
-        centre[i] = getattr(bars[i].fit, key)
-    around = [np.maximum(centre - low, 0), np.maximum(high - centre, 0)]
-    style = dict(color=COLOURS[bars[0].set], ms=5)
-    axes.errorbar(x, centre, around, fmt="s-", lw=1.4, elinewidth=0.8, capsize=2, **style)
-    axes.plot(x[vague], centre[vague], "s", mfc="white", zorder=5, **style)
-
-
-def loss_figure(study: Study, pyplot):
-    """The minimum validation loss against the ceiling, ours and the paper's."""
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
-    rows, found = loss_and_ceiling(study)
-    for name, (loss, middle, low, high) in rows.items():
-        left.plot([loss, loss], [low, high], color=COLOURS[name], lw=1.5)
-        left.plot(loss, middle, "o", color=COLOURS[name], label=name)
-    for name, (loss, ceil) in LOSSES.items():
-        right.plot(loss, ceil, "o", color="#333333")
-        beside = (6, -12 if name == "Uniform220K" else 3)
-        right.annotate(name, (loss, ceil), xytext=beside, textcoords="offset points", fontsize=8)
-    axis = "minimum validation loss (nats per token)"
-    title = f"ours: Pearson {-found.effect:+.2f}" if found.known else "ours"
-    left.set(xlabel=axis, ylabel="A_post from Stable (points, 90%)", title=title)
-    if left.lines:  # none where no run has a ceiling
-        left.legend(fontsize=8, frameon=False)
-    right.set(xlabel=axis, ylabel="highest A_post (points)", title="the paper: Pearson -0.94")
-    right.set_xlim(0.36, 0.55)
-    return figure
-
-
-FIGURES = {"figure2.png": paradigm_figure, "figure3.png": regime_figure, "losses.png": loss_figure}
-
-
-def draw(study: Study) -> list[str]:
-    """Write the figures; returns their names, or [] with a line on the terminal, no matplotlib."""
-    try:
-        pyplot = figures.load_pyplot()
-    except UserError as error:
-        print(f"no figures: {error}; then python -m paper.report {study.out}")
-        return []
-    for name, make in FIGURES.items():
-        figure = make(study, pyplot)
-        figure.tight_layout()
-        figure.savefig(study.out / name, dpi=90)
-        pyplot.close(figure)
-    return list(FIGURES)
+SECTIONS = {
+    "paradigms": paradigms_section,
+    "transfer": transfer_section,
+    "starts": starts_section,
+    "scale": lambda study: "",
+    "losses": losses_section,
+    "readiness": readiness_section,
+    "exact": exact_section,
+}
 
 
 # ----------------------------------------------------------------------------------------- report
-RULES = (
-    "The rules, fixed before the results (but for that of arms below 1 point): a claim holds if "
-    "its whole 90% interval lies above 0, does not hold if it lies below 1 point (0.5 for the "
-    "correlation), else it cannot be told. The intervals cover problems (bootstrap, paired) and "
-    "seeds (pooled). Arms that all stay below 1 point cannot be told apart. About one claim in "
-    "twenty will hold by chance. Numbers are pass@1 in points on test unless they say dev."
-)
-REPORT = """# The paper in miniature
-
-{made_by}
-
-{about}
-
-## Findings
-
-{verdicts}. {rules}
-
-{findings}
-{seeds}
-
-## Paradigms against compute (the paper's Figure 2)
-
-RL alone and SFT-then-RL sample the prompts of `problems`; the mixed methods those of `middle`, with
-its trajectories. The FLOPs are the paper's count, from the base model on; SFT alone ends with its
-run where that is shorter than the others' compute.
-
-{figure2}
-{paradigms}
-## Regimes, P_sft, PL_rl and A_post by SFT compute (Figure 3)
-
-{figure3}
-## SFT and SFT-then-RL from the minimum of the validation loss (Table 1)
-
-{table1}
-## Every starting point (Table 4)
-
-On dev. P_sft as measured; PL_rl and A_post come from a fit that smooths P_sft too, so the columns
-need not add up. The paper's A_post is the sum of its rounded parts; * its fit ended at its own
-bound, so its data do not determine it.
-
-{table4}
-## The validation loss and the ceiling
-
-{figure_losses}
-{losses}
-{their_losses}
-The paper: Pearson -0.94, Spearman -1.00 over its five scales; Pearson -0.92 over S1K, Easy,
-Uniform, Hard and SFT889K, for which our five sets stand.
-"""
-
-
 def write(out) -> str:
     """Write report.md and the figures of a finished study; returns a line of where and what."""
     study = Study(out)
     found = findings.all_of(study)
-    drawn = draw(study)
+    drawn = panels.draw(study, found)
     counts = Counter(finding.verdict for finding in found)
-    words = ("holds", "does not hold", "cannot tell")
-    verdicts = ", ".join(f"{counts[word]} {word}" for word in words)
+    verdicts = ", ".join(f"{n} {word}" for word, n in counts.most_common())
     sd, df = study.seed_noise
     known = f"pooled, {df} degrees of freedom" if df else "assumed"
-    pictures = {name: f"![]({name})\n" if name in drawn else "" for name in FIGURES}
-    rows = []
-    for name, (loss, middle, low, high) in loss_and_ceiling(study)[0].items():
-        rows.append([name, f"{loss:.4f}", f"{middle:.1f} [{low:.1f}, {high:.1f}]"])
-    their_head = ["the paper's set", "minimum validation loss", "highest A_post"]
+    scope = "Here all of it is asked of a model of 0.6 million weights on Countdown."
+    if study.own:
+        scope = "Asked here of your own task: the handoff's claims only."
     text = REPORT.format(
         made_by=made_by(study),
-        about=about(study),
+        scope=scope,
         verdicts=verdicts,
         rules=RULES,
         findings=findings_table(found),
         seeds=f"Between seeds: standard deviation {sd:.1f} points ({known}).",
-        figure2=pictures["figure2.png"],
-        figure3=pictures["figure3.png"],
-        figure_losses=pictures["losses.png"],
-        paradigms=paradigm_table(study),
-        table1=table1(study),
-        table4=table4(study),
-        losses=table(["set", "minimum validation loss", "A_post from Stable [90%]"], rows),
-        their_losses=table(their_head, [[name, *pair] for name, pair in LOSSES.items()]),
+        claims_figure="![](claims.png)" if "claims" in drawn else "",
     )
+    own = ("paradigms", "transfer", "starts", "readiness")
+    for name, title in TITLES.items():
+        if study.own and name not in own:
+            continue
+        picture = f"![]({name}.png)\n\n" if name in drawn else ""
+        text += f"\n## {title}\n\n{picture}{SECTIONS[name](study)}"
+    text += f"\n## How it was made\n\n{about(study)}\n"
     path = study.out / "report.md"
     path.write_text(text)
     return f"{path}: {verdicts}"
@@ -447,25 +286,22 @@ def made_by(study: Study) -> str:
 
 def about(study: Study) -> str:
     """What stood behind the sets, in a few lines."""
-    c = study.counts
-    lines = [
-        f"Sets: small, middle, large = {', '.join(map(str, c['sizes']))} trajectories, nested; "
-        f"easy, middle (= Uniform) and hard have equal size. Final evaluation: {c['test']} test "
-        f"and {c['ood']} out-of-distribution problems x {study.about['exam_n']} samples."
-    ]
-    for name in ("data", "problems"):
-        counted = ", ".join(f"{n} {key}" for key, n in c["curated"][name].items())
+    sizes = []
+    for path in sorted((study.out / "sets").glob("*.jsonl")):
+        if "-" not in path.stem:
+            sizes.append(f"{path.stem} {panels.len_of(path)}")
+    lines = [f"Rows: {', '.join(sizes)}."]
+    parts = ", ".join(f"{n} {part}" for part, n in study.counts["exam"].items())
+    lines.append(f"Final evaluation: {parts} problems x {study.about['exam_n']} samples.")
+    for name, counts in study.counts["curated"].items():
+        counted = ", ".join(f"{n} {key}" for key, n in counts.items())
         lines.append(f"Curation of {name}: {counted}.")
-    lines.append(f"RL after SFT: {study.about['rl_flops']:.2g} FLOPs a run (0 = its --steps).")
-    path = study.out / "logs" / "difficulty.txt"
-    if path.exists():
-        sets = {}
-        for name in ("easy", "middle", "hard"):
-            sets[name] = set((study.out / "sets" / f"{name}.jsonl").read_text().split("\n")) - {""}
-        pairs = (("easy", "hard"), ("easy", "middle"), ("middle", "hard"))
-        shared = ", ".join(f"{len(sets[a] & sets[b])} in {a} and {b}" for a, b in pairs)
-        said = path.read_text().strip().splitlines()[-1].partition(": ")[2]
-        lines.append(f"Difficulty: {said} (the paper: 1 and 0.25). Rows {shared}.")
+    lines.append(f"RL from Stable: {study.about['rl_flops']:.2g} FLOPs (0 = as much as SFT).")
+    for kind, algo in study.mixed.items():
+        lines.append(f"Best mixed method on dev, {kind}: {algo}.")
+    links = [name for name in study.points if study.real(name) != name]
+    if links:
+        lines.append(f"The same run as another, so not made twice: {', '.join(links)}.")
     return "\n".join(f"- {line}" for line in lines)
 
 

@@ -9,7 +9,7 @@ r"""Countdown, the built-in task: problems, an expert that gives up too soon, an
    into another split. Within a split it may return in another order; no two rows of a file agree.
 3) The expert's weakness is planted: depth-first search in random order with each check written
    out, but after a failed try it gives up with probability `hazard` and boxes its closest try.
-   `verified` drops the wrong traces.
+   `nearest` tries values near the target first, in a fixed order; `verified` drops wrong traces.
 4) Base text teaches arithmetic, comparing and the formats, not the search.
 5) A flag changes only the files it names: eval, test and test_k5 are the same for every seed, base
    and rl depend on seed and size, and a longer train.jsonl begins with the shorter one.
@@ -126,6 +126,7 @@ class Config:
     difficulty: str = "uniform"  # of train.jsonl: uniform, easy, hard (by ease), 3, 4 (one k)
     hazard: float = 0.15  # probability that the expert gives up after a failed try; 0 = patient
     lines: int = 17  # most arithmetic steps that the expert writes
+    nearest: bool = False  # the expert tries values near the target first, not in random order
     verified: bool = False  # keep only trajectories whose boxed answer is right
     val: int = 1000  # trajectories in val.jsonl: uniform difficulty, the same expert
     rl: int = 6000  # problems in rl.jsonl
@@ -346,7 +347,7 @@ def trajectory_rows(name: str, n: int, config: Config, difficulty: str = "unifor
     """n trajectories {"prompt", "answer", "numbers", "response"} of the expert on split `name`."""
 
     def make(numbers, target, rng):
-        response, right = expert(numbers, target, config.hazard, config.lines, rng)
+        response, right = expert(numbers, target, config.hazard, config.lines, rng, config.nearest)
         if config.verified and not right:
             return None
         return {**problem(numbers, target), "response": response}

@@ -57,8 +57,9 @@ class Step(NamedTuple):
     rest: tuple[int, ...]  # numbers left
 
 
-def _next_steps(before: Step, rng: random.Random) -> list[Step]:
-    """Every step after `before`, shuffled. Its op is "" where nothing has been chosen yet.
+def _next_steps(before: Step, rng: random.Random, nearest: int | None = None) -> list[Step]:
+    """Every step after `before`, shuffled, or with the value nearest to `nearest` last, which is
+    tried first. Its op is "" where nothing has been chosen yet.
 
     Two steps to the same value with the same numbers left are one: a + b and b + a.
     """
@@ -80,15 +81,23 @@ def _next_steps(before: Step, rng: random.Random) -> list[Step]:
                 line = f"{start.value} {op} {n} = {result}"
                 rest = start.rest[:i] + start.rest[i + 1 :]
                 steps.append(Step(line, result, f"{left} {op} {n}", op, rest))
-    rng.shuffle(steps)
+    if nearest is None:
+        rng.shuffle(steps)
+    else:
+        steps.sort(key=lambda step: (-abs(step.value - nearest), step.line))
     different = {}
     for step in steps:
         different[step.value, tuple(sorted(step.rest))] = step
     return list(different.values())
 
 
-def expert(numbers, target: int, hazard: float, lines: int, rng: random.Random) -> tuple[str, bool]:
+def expert(
+    numbers, target: int, hazard: float, lines: int, rng: random.Random, nearest: bool = False
+) -> tuple[str, bool]:
     """Search for the target: (response, right). At most `lines` (>= len(numbers) - 1) steps.
+
+    nearest: steps to values near the target first instead of a random order; with hazard 0 the
+    response is then fixed by the problem.
 
     `8 + 9 = 17 , 17 + 9 = 26 , 26 - 9 = 17 no 26 + 9 = 35 yes`: a comma leads one step deeper;
     after `no` the next line starts from the deepest value with an untried step. The closest try
@@ -97,7 +106,8 @@ def expert(numbers, target: int, hazard: float, lines: int, rng: random.Random) 
     trace = []
     closest = None
     n_lines = 0
-    stack = _next_steps(Step("", 0, "", "", tuple(numbers)), rng)
+    order_by = target if nearest else None
+    stack = _next_steps(Step("", 0, "", "", tuple(numbers)), rng, order_by)
     # The last try is whole: a step is taken where the lines suffice to use all numbers after it.
     while stack and n_lines + 1 + len(stack[-1].rest) <= lines:
         step = stack.pop()
@@ -105,7 +115,7 @@ def expert(numbers, target: int, hazard: float, lines: int, rng: random.Random) 
         n_lines += 1
         if step.rest:
             trace.append(",")
-            stack += _next_steps(step, rng)
+            stack += _next_steps(step, rng, order_by)
             continue
         trace.append("yes" if step.value == target else "no")
         if closest is None or abs(step.value - target) < abs(closest.value - target):

@@ -35,3 +35,26 @@ def test_standard_error_is_that_of_repeated_draws_of_problems():
 def test_fewer_samples_than_the_group_are_refused():
     with pytest.raises(ValueError, match="at least as many samples"):
         estimates.expected_signal([1, 2], 4, 8)
+
+
+def test_an_eval_line_of_counts_is_read_back_as_the_estimates_it_was_made_from():
+    right = [0, 3, 8, 1]
+    row = estimates.group_line(right, [4.0, 2.0, 1.0, 3.0], [10, 10, 10, 20], 8)
+    assert row["right_counts"] == [1, 1, 0, 1, 0, 0, 0, 0, 1]
+    assert row["entropy"] == pytest.approx(10 / 50)
+    ready = estimates.readiness_of({"pass1": 30.0, **row}, 8)
+    assert ready.signal == (row["signal"], row["signal_se"])
+    assert ready.signal == estimates.expected_signal(right, 8, 8)
+    assert ready.pass_at.value == row["pass_at_8"] == pytest.approx(75)
+    assert "signal 50% (se 29)  pass@8 75 (se 25)  entropy 0.200 (0." in ready.line(8)
+
+
+def test_the_standard_error_of_entropy_is_that_of_repeated_draws_of_problems():
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(400):
+        tokens = rng.integers(20, 200, 60)
+        nats = tokens * rng.normal(0.4, 0.1, 60)
+        rows.append(estimates.group_line(rng.integers(0, 9, 60), nats, tokens, 8))
+    scatter = np.std([row["entropy"] for row in rows])
+    assert scatter == pytest.approx(np.mean([row["entropy_se"] for row in rows]), rel=0.1)

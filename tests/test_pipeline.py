@@ -79,12 +79,31 @@ def test_a_run_resumed_where_its_schedule_has_ended_says_that_it_teaches_nothing
 
 
 def test_sft_samples_answers_where_problems_are_given(small_task, tmp_path):
-    cfg = sft_config(small_task, tmp_path / "r", steps=3, max_new=16)
+    cfg = sft_config(small_task, tmp_path / "r", steps=3, max_new=16, samples=0)
     sft.main(replace(cfg, problems=f"{small_task}/eval.jsonl", reward="countdown"))
     rows = lines_of(tmp_path / "r")
     assert [row["kind"] for row in rows if row["step"] == 0] == ["val", "eval"]
     assert [row["step"] for row in rows if row["kind"] == "eval"] == [0, 3]
     assert all(0 <= row["pass1"] <= 100 for row in rows if row["kind"] == "eval")
+    assert "right_counts" not in rows[1]
+
+
+def test_each_validation_says_what_rl_would_find_at_its_temperature(coin, tmp_path, capsys):
+    cfg = sft_config(coin, tmp_path / "r", data=f"{coin}/sft.jsonl", val=f"{coin}/sft.jsonl")
+    cfg = replace(cfg, problems=f"{coin}/eval.jsonl", steps=2, eval_every=2, max_new=64)
+    sft.main(replace(cfg, sample_problems=30))
+    row = lines_of(tmp_path / "r", "eval")[0]
+    assert len(row["right_counts"]) == 9 and sum(row["right_counts"]) == 30
+    assert row["signal"] > 60  # a coin agrees with itself eight times in 128 groups
+    assert row["signal_se"] < 15 and 0 < row["entropy_se"] < row["entropy"]
+    assert row["entropy"] < 2
+    said = capsys.readouterr().out
+    assert "  signal " in said
+    pairs = replace(cfg, samples=2, out=str(tmp_path / "pairs"))
+    sft.main(pairs)
+    assert sum(lines_of(tmp_path / "pairs", "eval")[0]["right_counts"]) == 40
+    with pytest.raises(UserError, match="a group of one"):
+        replace(cfg, samples=1)
 
 
 def test_sft_gradients_do_not_depend_on_how_the_step_is_cut(small):

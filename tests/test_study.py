@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -17,209 +18,252 @@ import methods
 import rl
 import sft
 from core import cli, files
-from paper import findings, report, study
+from paper import findings, plan, report, results, sets, study
+from tasks import countdown
 
 ROOT = Path(__file__).resolve().parents[1]
+OWN = ("data", "val", "problems", "dev", "test")
 
 
 def config(*argv):
     return cli.parse(study.Config, list(argv), study.preset)
 
 
-def names(jobs):
-    return {job.name for job in jobs}
+def jobs_of(cfg):
+    return plan.jobs_of(cfg, plan.QUICK if cfg.quick else plan.FULL)
+
+
+def own_config(folder, *argv):
+    words = []
+    for name in OWN:
+        words += [f"--{name}", f"{folder}/{name}.jsonl"]
+    return config("--init", "some/model", *words, *argv)
 
 
 # --------------------------------------------------------------------------------------------- plan
-def test_the_plan_has_every_arm_of_the_paper():
-    planned = names(study.plan(config()))
-    assert {
-        f"sft-{name}-{seed}" for name in ("small", "middle", "large") for seed in range(3)
-    } <= planned
-    assert {
-        f"rl-{name}-{start}-0" for name in findings.SETS for start in findings.STARTS
-    } <= planned
-    assert {f"base-{algo}-0" for algo in ("dapo", *findings.MIXED)} | {
-        f"then-{algo}-0" for algo in findings.MIXED
-    } <= planned
-    several = {
-        f"{arm}-{seed}"
-        for arm in (
-            "pure-middle",
-            "base-dapo",
-            "base-luffy",
-            "rl-small-stable",
-            "rl-middle-stable",
-            "rl-large-stable",
-        )
-        for seed in range(3)
-    }
-    assert {f"exam-{name}" for name in several} <= planned, "three seeds of the two main contrasts"
+def test_the_plan_has_every_arm_that_a_claim_compares():
+    planned = {job.name for job in jobs_of(config())}
+    wanted = {f"exam-rl-{scale}-stable-0" for scale in results.SCALES}
+    wanted |= {f"rl-fixed-{start}-{seed}" for start in results.STARTS for seed in (0, 1)}
+    wanted |= {f"exam-{kind}-middle-2" for kind in ("half", "pure")}
+    wanted |= {"exam-base-dapo-1", "exam-base-mixed-0", "exam-then-mixed-2", "rl-dft-accuracy-0"}
+    wanted |= {f"exam-late-{name}-0" for name in results.EXACT}
+    for algo in ("dapo", *plan.MIXED):
+        wanted |= {f"screen-{kind}-{algo}-{n}" for kind in ("base", "then") for n in range(3)}
+    assert wanted <= planned
+    assert "difficulty" not in planned
+    harder = {job.name for job in jobs_of(config("--difficulty"))}
+    assert {"difficulty", "exam-rl-hard-stable-1"} <= harder
 
 
 def test_quick_is_the_same_plan_with_one_seed():
-    assert names(study.plan(config("--quick"))) == names(study.plan(config("--seeds", "1")))
+    quick = {job.name for job in jobs_of(config("--quick"))}
+    full = {job.name for job in jobs_of(config())}
+    assert quick < full
+    left = {name for name in full - quick if not name.startswith("screen")}
+    assert left and all(name[-2:] in ("-1", "-2") for name in left)
 
 
-@pytest.mark.parametrize("argv, minutes", [([], 90), (["--quick"], 15)])
+@pytest.mark.parametrize("argv, minutes", [([], 100), (["--quick"], 10)])
 def test_planned_minutes_fit_two_cores_with_a_margin(argv, minutes):
-    assert sum(job.minutes for job in study.plan(config(*argv))) / 2 < 0.95 * minutes
+    assert sum(job.minutes for job in jobs_of(config(*argv))) / 2 < 0.95 * minutes
 
 
-def test_every_need_is_planned_before_it_is_needed():
-    for argv in ([], ["--quick"]):
-        seen = set()
-        for job in study.plan(config(*argv)):
-            assert set(job.needs) <= seen and job.name not in seen
-            seen.add(job.name)
+@pytest.mark.parametrize("argv", [(), ("--quick",), ("--difficulty",)])
+def test_every_need_is_planned_before_it_is_needed(argv):
+    seen = set()
+    for job in jobs_of(config(*argv)):
+        assert set(job.needs) <= seen, job.name
+        assert job.name not in seen
+        seen.add(job.name)
 
 
-def test_a_job_needs_every_run_that_its_command_is_filled_in_from():
-    jobs = {job.name: job for job in study.plan(config())}
-    for job in jobs.values():
-        before = {*job.needs, *(earlier for need in job.needs for earlier in jobs[need].needs)}
-        for name, which in (word[1:].split(":") for word in job.command if word.startswith("@")):
-            assert (
-                f"rl-middle-stable-{which}" if name in ("budget", "spent") else name
-            ) in before, (job.name, name)
+def before(jobs, name) -> set[str]:
+    """All jobs that a job waits for, directly or not."""
+    found = set(jobs[name].needs)
+    for need in jobs[name].needs:
+        found |= before(jobs, need)
+    return found
 
 
-def test_own_model_takes_the_papers_settings_and_all_of_its_files(tmp_path):
-    files = [
-        word
-        for name in ("data", "val", "problems", "dev", "test")
-        for word in (f"--{name}", f"{name}.jsonl")
-    ]
-    cfg = config("--init", "some/model", *files, "--nproc", "8")
-    jobs = {job.name: job for job in study.plan(cfg)}
-    assert (
-        "base" not in jobs
-        and "--lr" not in jobs["sft-large-0"].command
-        and "some/model" in jobs["base-luffy-0"].command
-    )
-    assert (
-        "--max-flops" not in jobs["rl-large-stable-0"].command
-        and "@budget:0" in jobs["base-luffy-0"].command
-    )
+def test_a_job_needs_every_run_that_its_command_is_filled_in_from(tmp_path):
+    for cfg in (config(), own_config(tmp_path)):
+        jobs = {job.name: job for job in jobs_of(cfg)}
+        for name, job in jobs.items():
+            done = before(jobs, name)
+            for word in (word[1:] for word in job.command if word.startswith("@")):
+                head, *rest = word.split(":")
+                if head in ("lr", "algo"):
+                    screens = f"screen-{rest[0].partition('-')[0]}-"
+                    assert any(each.startswith(screens) for each in done), (name, word)
+                else:
+                    assert (rest[0] if head in ("total", "rest") else head) in done, (name, word)
+
+
+def test_own_task_gets_the_handoff_with_its_own_flags_and_says_so(tmp_path, capsys):
+    cfg = own_config(tmp_path, "--nproc", "8")
+    jobs = {job.name: job for job in jobs_of(cfg)}
+    assert {f"rl-own-{start}-0" for start in results.STARTS} <= set(jobs)
+    assert not any(name.startswith(("screen", "rl-small", "base-mixed")) for name in jobs)
+    assert "--lr" not in jobs["sft-own-0"].command
+    assert "some/model" in jobs["base-dapo-0"].command
+    study.show_plan(cfg, list(jobs.values()), set())
+    assert "asked of your own task: the handoff's claims" in capsys.readouterr().out
     with pytest.raises(ValueError, match="missing: --test"):
-        config("--init", "some/model", *files[:-2])
-    with pytest.raises(ValueError, match="three rising numbers"):
-        config("--sizes", "3000,1000,9000")
+        config("--init", "m", "--data", "x", "--val", "x", "--problems", "x", "--dev", "x")
+    with pytest.raises(ValueError, match="belong to the built-in study"):
+        own_config(tmp_path, "--quick")
 
 
 def test_every_flag_is_known_to_its_script_and_agrees_with_its_built_in_preset():
-    for job in study.plan(config()):
+    own = {"data", "val", "problems", "steps", "eval_every", "log_every", "lr", "reward"}
+    for job in jobs_of(config()):
         script, *argv = job.command
-        if script not in ("sft.py", "rl.py") or job.name == "base":
+        if script not in ("sft.py", "rl.py") or job.name == plan.BASE:
             continue
         script = {"sft.py": sft, "rl.py": rl}[script]
-        filled = ["1e12" if word.startswith(("@budget", "@spent")) else word for word in argv]
+        filled = []
+        for word in argv:
+            filled.append("luffy" if word.startswith("@algo") else word)
+        numbers = ("@lr", "@rest", "@total")
+        filled = ["1e-3" if word.startswith(numbers) else word for word in filled]
         options = ("algo", methods.load) if script is rl else None
         cfg = cli.parse(script.Config, filled, script.preset, options)
-        own = {
-            "data",
-            "val",
-            "problems",
-            "steps",
-            "eval_every",
-            "log_every",
-        }  # what the study sets by itself
-        for name, value in script.preset({}).items():
+        for name, value in script.preset({}).items():  # what the study sets by itself left out
             assert name in own or getattr(cfg, name) == value, (job.name, name)
 
 
+# --------------------------------------------------------------------------------------------- sets
+@pytest.fixture(scope="module")
+def tiny_sets(tmp_path_factory):
+    out = tmp_path_factory.mktemp("sets")
+    sets.write(out, config("--quick"), plan.QUICK)
+    return {path.stem: data.read_rows(path) for path in (out / "sets").glob("*.jsonl")}, out
+
+
+def test_no_training_file_holds_a_problem_of_an_unseen_kind(tiny_sets):
+    rows, _ = tiny_sets
+    for name in (*plan.QUICK.rows, "fixed", "fixed-val", "val", "problems", "dev"):
+        assert rows[name] and all(sets.is_seen(row) for row in rows[name]), name
+    assert len(rows["base"]) == sets.BASE_DOCUMENTS and all(map(sets.base_is_seen, rows["base"]))
+    assert not sets.base_is_seen({"text": "Make 10 from 3 9 4 -> x"})
+    assert not sets.base_is_seen({"text": "Make 30 from 1 2 4 -> x"})
+    assert sets.base_is_seen({"text": "Make 30 -> 5 * 6 = 30 yes"})
+
+
+def test_exams_out_of_distribution_are_of_one_unseen_kind_each_and_all_different(tiny_sets):
+    rows, out = tiny_sets
+    parts = json.loads((out / "sets" / "counts.json").read_text())["exam"]
+    assert parts == {"test": 24, "pair": 12, "band": 12}
+    kinds = [sets.kind_of(row["numbers"], int(row["answer"])) for row in rows["exam"]]
+    assert kinds == ["seen"] * 24 + ["pair"] * 12 + ["band"] * 12
+    problems = {(tuple(sorted(row["numbers"])), row["answer"]) for row in rows["exam"]}
+    assert len(problems) == 48
+
+
+def test_scales_are_nested_and_share_no_prompt_with_an_evaluation(tiny_sets):
+    rows, _ = tiny_sets
+    assert rows["small"] == rows["middle"][:60] and rows["middle"] == rows["large"][:90]
+    prompts = {name: {row["prompt"] for row in rows[name]} for name in rows if name != "base"}
+    evaluated = prompts["dev"] | prompts["exam"]
+    assert not evaluated & (prompts["large"] | prompts["problems"] | prompts["fixed"])
+    assert not prompts["dev"] & prompts["exam"]
+    for name in results.EXACT:
+        assert not prompts[name] & (prompts[f"{name}-exam"] | prompts[f"{name}-dev"])
+
+
+def test_the_fixed_expert_is_right_and_its_response_is_fixed_by_the_problem(tiny_sets):
+    rows, _ = tiny_sets
+    for row in rows["fixed"]:
+        assert countdown.reward(row["response"], row).correct
+        chance = random.Random(7)
+        again = countdown.expert(row["numbers"], int(row["answer"]), 0, 17, chance, nearest=True)
+        assert again == (row["response"], True)
+
+
+def test_exact_answers_are_what_their_prompts_say(tiny_sets):
+    rows, _ = tiny_sets
+    for row in rows["chain"]:
+        words = row["prompt"].split()[1:-1]
+        value = int(words[0])
+        for op, number in zip(words[1::2], words[2::2]):
+            value = countdown.apply(value, op, int(number))
+        assert row["answer"] == str(value) and row["response"].endswith(f"</think> {value}")
+    for row in rows["sort"]:
+        numbers = list(map(int, row["prompt"].split()[2:-1]))
+        assert list(map(int, row["answer"].split())) == sorted(numbers)
+
+
+def test_own_files_are_cleaned_of_evaluation_prompts(tmp_path):
+    rows = {name: [{"prompt": f"{name} {n} ?", "answer": "1"} for n in range(5)] for name in OWN}
+    rows["data"] += rows["test"][:2] + rows["data"][:1]
+    for name in OWN:
+        lines = "".join(json.dumps(row) + "\n" for row in rows[name])
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    cfg = own_config(tmp_path, "--near", "0", "--out", str(tmp_path / "out"))
+    sets.write(tmp_path / "out", cfg, plan.FULL)
+    counts = json.loads((tmp_path / "out" / "sets" / "counts.json").read_text())
+    assert counts["curated"]["data"]["kept"] == 5 and counts["exam"] == {"test": 5, "ood": 0}
+
+
 # --------------------------------------------------------------------------------------------- work
-def test_sets_are_nested_free_of_duplicates_and_of_every_evaluation_prompt(tmp_path):
-    cfg = config("--quick", "--sizes", "50,100,200", "--out", str(tmp_path))
-    study.make_sets(cfg)
-    rows = {f.stem: data.read_rows(f) for f in (tmp_path / "sets").glob("*.jsonl")}
-    assert (
-        rows["small"] == rows["middle"][:50]
-        and rows["middle"] == rows["large"][:100]
-        and len(rows["large"]) == 200
-    )
-    prompts = {name: {row["prompt"] for row in members} for name, members in rows.items()}
-    assert all(len(prompts[name]) == len(rows[name]) for name in rows)
-    assert (
-        not (prompts["large"] | prompts["problems"]) & (prompts["dev"] | prompts["exam"])
-        and not prompts["dev"] & prompts["exam"]
-    )
-    counts = json.loads((tmp_path / "sets" / "counts.json").read_text())
-    assert counts["curated"]["data"]["kept"] >= 200 and (counts["test"], counts["ood"]) == (
-        200,
-        100,
-    )
-    assert all(len(row["numbers"]) == 5 for row in rows["exam"][200:]) and all(
-        len(row["numbers"]) < 5 for row in rows["exam"][:200]
-    )
-    with pytest.raises(ValueError, match="only .* are left after dedup"):
-        files = {
-            "data": "sets/small",
-            "val": "data/val",
-            "problems": "data/rl",
-            "dev": "data/eval",
-            "test": "data/test",
-        }
-        argv = [
-            word
-            for name, file in files.items()
-            for word in (f"--{name}", f"{tmp_path}/{file}.jsonl")
-        ]
-        study.make_sets(
-            config(
-                "--init",
-                "m",
-                *argv,
-                "--near",
-                "0",
-                "--sizes",
-                "10,20,90",
-                "--out",
-                str(tmp_path / "own"),
-            )
-        )
-
-
-def write_run(folder, kind, points):
+def write_run(folder, kind, points, **more):
     """A run with checkpoints at each (step, flops, value): validation losses or pass@1."""
     key = {"val": "val_loss", "eval": "pass1"}[kind]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "metrics.jsonl", "a") as file:
         for step, flops, value in points:
             (folder / "checkpoints" / f"step_{step:06d}").mkdir(parents=True, exist_ok=True)
-            file.write(
-                json.dumps({"step": step, "kind": kind, "flops": flops, key: value, "n": 800})
-                + "\n"
-            )
-    (folder / "run.json").write_text('{"val_set": "v"}')
+            row = {"step": step, "kind": kind, "flops": flops, key: value, "n": 800}
+            if more.get("samples"):
+                mixed = min(40, round(value) + 1)
+                row["right_counts"] = [60 - mixed, mixed, *[0] * 6, 4]
+                row["entropy"] = 0.5 - value / 200
+            file.write(json.dumps(row) + "\n")
+    config = {"lr": more.get("lr", 1e-3), "algo": more.get("algo", "dapo")}
+    about = {"val_set": more.get("val_set", "v"), "config": config}
+    (folder / "run.json").write_text(json.dumps(about))
 
 
-def test_words_with_at_become_checkpoints_and_compute(tmp_path):
+def test_words_with_at_become_checkpoints_rates_and_compute(tmp_path):
+    cfg = config("--out", str(tmp_path), "--rl-flops", "8e9")
     losses = [2.0, 1.5, 1.2, 1.0, 0.8, 0.81, 1.0, 1.2, 1.5]
-    write_run(
-        tmp_path / "sft-middle-0", "val", [(i * 10, i * 1e9, loss) for i, loss in enumerate(losses)]
-    )
-    write_run(
-        tmp_path / "sft-middle-0",
-        "eval",
-        [(i * 10, i * 1e9, p) for i, p in enumerate([1, 2, 3, 4, 5, 6, 7, 8, 9])],
-    )
-    write_run(tmp_path / "rl-middle-stable-0", "eval", [(0, 0, 5.0), (1, 1e9, 9.0), (2, 2e9, 7.0)])
-    at = lambda word: study.fill(word, tmp_path).rpartition("_")[2]
-    assert [at(f"@sft-middle-0:{which}") for which in ("stable", "adaptive", "late", "best")] == [
-        "000040",
-        "000020",
-        "000080",
-        "000080",
-    ]
-    assert at("@rl-middle-stable-0:best") == "000001" and study.fill("--seed", tmp_path) == "--seed"
-    assert (
-        float(study.fill("@spent:0", tmp_path)) == 2e9
-        and float(study.fill("@budget:0", tmp_path)) == 6e9
-    )
-    assert at("@sft-middle-0:matched") == "000060", (
-        "the best SFT checkpoint within the same compute, not the last"
-    )
+    run = tmp_path / "sft-middle-0"
+    write_run(run, "val", [(i * 10, i * 1e9, loss) for i, loss in enumerate(losses)])
+    write_run(run, "eval", [(i * 10, i * 1e9, i + 1.0) for i in range(9)], samples=True)
+    rises = [(0, 0, 5.0), (1, 3e9, 8.0), (2, 5e9, 7.0), (3, 8e9, 9.0)]
+    write_run(tmp_path / "rl-middle-stable-0", "eval", rises)
+
+    def at(word):
+        return int(plan.fill(word, cfg).rpartition("_")[2])
+
+    steps = {start: at(f"@sft-middle-0:{start}") for start in results.STARTS}
+    assert steps == {"stable": 40, "adaptive": 20, "late": 80, "signal": 80, "accuracy": 80}
+    assert at("@rl-middle-stable-0:best") == 3
+    assert at("@rl-middle-stable-0:best:half") == 1  # within 4e9
+    assert at("@sft-middle-0:matched") == 80  # 4e9 to Stable and half of RL
+    assert float(plan.fill("@total:sft-middle-0", cfg)) == 8e9
+    rest = {start: float(plan.fill(f"@rest:sft-middle-0:{start}", cfg)) for start in steps}
+    assert rest == {"stable": 8e9, "adaptive": 10e9, "late": 4e9, "signal": 4e9, "accuracy": 4e9}
+    for n, (algo, lr, rates) in enumerate(
+        [("dapo", 1e-4, (1, 2, 3)), ("dapo", 1e-3, (9, 9, 1, 0)), ("upt", 3e-4, (1, 1, 1))]
+    ):
+        points = [(i, i * 1e9, rate) for i, rate in enumerate(rates)]
+        write_run(tmp_path / f"screen-then-{algo}-{n}", "eval", points, lr=lr, algo=algo)
+    assert plan.fill("@lr:then-dapo", cfg) == "0.0001"  # a peak before a fall does not count
+    assert plan.fill("@algo:then", cfg) == "upt" and plan.fill("@lr:then-mixed", cfg) == "0.0003"
+    assert plan.fill("--seed", cfg) == "--seed"
+
+
+def test_a_start_beyond_its_compute_keeps_a_quarter_of_rl(tmp_path):
+    cfg = config("--out", str(tmp_path), "--rl-flops", "4e9")
+    losses = [2.0, 0.8, 1.0, 1.2, 1.5, 1.6, 1.7, 1.8, 1.9]
+    points = [(i * 10, i * 1e9, loss) for i, loss in enumerate(losses)]
+    write_run(tmp_path / "sft-fixed-0", "val", points)
+    assert float(plan.fill("@rest:sft-fixed-0:late", cfg)) == 1e9
+    assert float(plan.fill("@rest:sft-fixed-0:stable", cfg)) == 8e9  # the same in total
+    free = config("--out", str(tmp_path), "--rl-flops", "0")
+    assert plan.rl_flops(free, tmp_path / "sft-fixed-0") == 1e9
 
 
 JOBS = """
@@ -229,7 +273,7 @@ from pathlib import Path
 
 sys.path.insert(0, {root!r})
 from core import cli
-from paper import study
+from paper import plan, study
 
 out = Path({out!r})
 (out / "done").mkdir(parents=True, exist_ok=True)
@@ -238,10 +282,10 @@ out = Path({out!r})
 def make(name, rows, *needs):
     sizes = ["--base", str(rows), "--trajectories", "20"]
     sizes += ["--val", "20", "--rl", "20", "--test", "20"]
-    return study.Job(name, ["-m", "tasks.countdown", "--out", str(out / name), *sizes], needs, 0.05)
+    return plan.Job(name, ["-m", "tasks.countdown", "--out", str(out / name), *sizes], needs, 0.05)
 
 
-jobs = [make("a", 20), make("b", 20000, "a"), make("c", 20, "b"), make("bad", "{bad}", "c")]
+jobs = [make("a", 20), make("b", 20000, "a"), make("c", 21, "b"), make("bad", "{bad}", "c")]
 done = study.finished(out, jobs)
 print("done before:", sorted(done), flush=True)
 lock = study.claim(out)
@@ -268,7 +312,7 @@ def test_a_study_killed_outright_goes_on_where_it_was_and_never_beside_its_own_r
     first.send_signal(signal.SIGKILL)
     first.wait()
     second = drive(tmp_path)
-    said = second.communicate(timeout=60)[0]
+    said = second.communicate(timeout=300)[0]
     assert second.returncode == 0 and "done before: ['a']" in said and "all done" in said
     assert said.count("] a ") == 0 and said.count("] b ") == said.count("] c ") == 1
     assert all((tmp_path / name / "countdown.json").exists() for name in "abc")
@@ -278,11 +322,11 @@ def test_a_study_killed_outright_goes_on_where_it_was_and_never_beside_its_own_r
 def test_jobs_that_end_together_are_all_noticed(tmp_path):
     code = JOBS.format(root=str(ROOT), out=str(tmp_path), bad="20")
     code = code.replace(
-        'make("b", 20000, "a"), make("c", 20, "b"), make("bad", "20", "c")',
-        '*(make(f"n{i}", 20) for i in range(6))',
+        'make("b", 20000, "a"), make("c", 21, "b"), make("bad", "20", "c")',
+        '*(make(f"n{i}", 20 + i) for i in range(6))',
     )
     code = code.replace('["--out", str(out)]', '["--out", str(out), "--workers", "4"]')
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert "all done" in done.stdout and len(list((tmp_path / "done").glob("*.json"))) == 7, (
         done.stdout + done.stderr
     )
@@ -290,7 +334,7 @@ def test_jobs_that_end_together_are_all_noticed(tmp_path):
 
 def test_a_job_that_fails_stops_the_study_and_names_its_log(tmp_path):
     child = drive(tmp_path, bad="-1")
-    said = child.communicate(timeout=60)[0]
+    said = child.communicate(timeout=300)[0]
     assert (
         child.returncode != 0
         and "bad did not finish" in said
@@ -300,183 +344,308 @@ def test_a_job_that_fails_stops_the_study_and_names_its_log(tmp_path):
     assert not (tmp_path / "done" / "bad.json").exists() and (tmp_path / "done" / "c.json").exists()
 
 
+def test_a_job_whose_filled_in_command_was_run_before_is_a_link(tmp_path):
+    cfg = config("--out", str(tmp_path))
+    (tmp_path / "done").mkdir()
+    (tmp_path / "a").mkdir()
+    words = ["rl.py", "--lr", "1", "--out", str(tmp_path / "a"), "--resume"]
+    done = {}
+    study.mark_done(cfg, plan.Job("a", []), {"cpu_s": 9.0, "wall_s": 9.0}, words, done)
+    other = [*words[:4], str(tmp_path / "b"), "--resume"]
+    assert study.link_to_same(cfg, plan.Job("b", []), other, done)
+    assert (tmp_path / "b").resolve() == tmp_path / "a" and done["b"]["same_as"] == "a"
+    assert json.loads((tmp_path / "done" / "b.json").read_text())["cpu_s"] == 0
+    different = ["rl.py", "--lr", "2", "--out", str(tmp_path / "c"), "--resume"]
+    assert not study.link_to_same(cfg, plan.Job("c", []), different, done)
+
+
 # ------------------------------------------------------------------------------------------- report
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A finished study with planted results: RL's gain grows and losses fall with scale."""
-    out = tmp_path_factory.mktemp("study")
+LEVEL = {"tiny": 4, "small": 8, "middle": 18, "wide": 22, "large": 28, "fixed": 20, "dft": 18}
+LEVEL |= {"chain": 70, "sort": 70, "own": 18}
+
+
+def end_of(name: str) -> float:
+    """pass@1 that is planted for a run's final evaluation."""
+    kind, *rest = name.split("-")
+    level = LEVEL.get(rest[0] if rest else "", 18)
+    if kind in ("sft", "late"):
+        late = {"sort": -10, "chain": 8}.get(rest[0], 0)
+        return level + (late if kind == "late" else 0)
+    if kind == "rl":
+        shift = {"adaptive": -6, "late": 6, "signal": 6}.get(rest[1], 0)
+        return level * 1.4 + (shift if rest[0] not in results.EXACT else 0)
+    return {"base": 2, "half": 24, "pure": 20, "then": 24}[kind] + (rest[:1] == ["dapo"]) * 6
+
+
+def plant_run(out, job, rng) -> None:
+    kind, *rest = job.name.split("-")
+    x = np.arange(10) / 9
+    if kind == "screen":
+        points = [(i, i * 1e11, 1.0 + int(rest[2]) + i / 10) for i in range(5)]
+        algo = rest[1] if rest[0] != "sft" else "sft"
+        write_run(out / job.name, "eval", points, algo=algo, lr=10.0 ** -int(rest[2]))
+    elif kind == "sft":
+        level = LEVEL[rest[0]]
+        loss = 2.0 - level / 50 + 0.5 * (x - 0.5) ** 2
+        where = "f" if rest[0] == "fixed" else "v"
+        points = [(i * 100, i * 1e12, v) for i, v in enumerate(loss)]
+        write_run(out / job.name, "val", points, val_set=where)
+        rates = [(i * 100, i * 1e12, level * min(1, 0.2 + i / 5)) for i in range(10)]
+        write_run(out / job.name, "eval", rates, samples=True, val_set=where)
+    elif rest and kind in ("rl", "base", "then"):
+        top = end_of(job.name)
+        start = 2 if kind == "base" else 0.6 * top
+        points = []
+        for i, v in enumerate(x):
+            value = start + (top - start) * v / (v + 0.1) + rng.normal(0, 0.3)
+            points.append((i, i * 4e11, value))
+        write_run(out / job.name, "eval", points)
+
+
+def plant_study(out, cfg):
+    """A finished study with planted results: gains grow and losses fall with scale; RL from the end
+    beats RL from Stable; overfitting costs accuracy on sort and not on chain."""
     rng = np.random.default_rng(0)
-    cfg = config()
-    files.write_json(out / "study.json", vars(cfg))
+    files.write_json(out / "study.json", {**vars(cfg), "design": results.DESIGN})
     (out / "command.txt").write_text("python -m paper.study\n")
     for folder in ("sets", "exams", "done"):
         (out / folder).mkdir()
+    for n, name in enumerate(results.SCALES):
+        (out / "sets" / f"{name}.jsonl").write_text("{}\n" * 2**n)
     counted = {"rows": 10, "duplicate": 1, "overlap": 0, "near": 0, "kept": 9}
-    files.write_json(
-        out / "sets" / "counts.json",
-        {
-            "curated": {"data": counted, "problems": counted},
-            "sizes": [1, 2, 3],
-            "test": 500,
-            "ood": 100,
-        },
-    )
-    level = {"small": 8, "easy": 14, "middle": 18, "hard": 18, "large": 26}
-    ends = {"base": 2}
-    ease = rng.normal(size=600)
-    for job in study.plan(cfg):
-        kind, *rest = job.name.split("-")
-        x = np.arange(10) / 9
-        if kind == "sft":
-            loss = 0.9 - level[rest[0]] / 50 + 0.5 * (x - 0.5) ** 2
-            write_run(out / job.name, "val", [(i * 100, i * 1e12, v) for i, v in enumerate(loss)])
-            write_run(
-                out / job.name,
-                "eval",
-                [(i * 100, i * 1e12, level[rest[0]] * min(1, 0.2 + i / 5)) for i in range(10)],
-            )
-            ends[job.name], ends[f"pure-{job.name[4:]}"] = level[rest[0]], level[rest[0]] + 2
-        elif rest and kind in ("rl", "base", "then"):
-            start = {"rl": level.get(rest[0]), "base": 2, "then": 18}[kind]
-            top = start * 1.6 if kind == "rl" else start + 3
-            shift = rng.normal(0, 0.5)
-            write_run(
-                out / job.name,
-                "eval",
-                [
-                    (
-                        i,
-                        i * 4e11,
-                        start + (top + shift - start) * v / (v + 0.15) + rng.normal(0, 0.3),
-                    )
-                    for i, v in enumerate(x)
-                ],
-            )
-            ends[job.name] = top + shift
-    for job in study.plan(cfg):
+    parts = {"test": 400, "ood": 100} if cfg.init else {"test": 400, "pair": 50, "band": 50}
+    counts = {"curated": {"data": counted}, "exam": parts}
+    counts |= {name: {"test": 500} for name in results.EXACT}
+    files.write_json(out / "sets" / "counts.json", counts)
+    ease = rng.normal(size=500)
+    for job in jobs_of(cfg):
         files.write_json(out / "done" / f"{job.name}.json", {"cpu_s": 60.0, "wall_s": 60.0})
+        plant_run(out, job, rng)
         if job.name.startswith("exam-"):
-            p = np.clip(ends[job.name[5:]] / 100 + 0.1 * ease, 0, 1)
+            name = job.name[5:]
+            p = end_of(name) / 100 + rng.normal(0, 0.005) + 0.1 * ease
+            if not cfg.init or name != "base":
+                p[400:] /= 2
             rows = [json.dumps({"correct": bool(c)}) for q in p for c in rng.random(4) < q]
-            (out / "exams" / f"{job.name[5:]}.jsonl").write_text("\n".join(rows))
+            (out / "exams" / f"{name}.jsonl").write_text("\n".join(rows))
+    for start in ("accuracy",):  # the same checkpoint as late
+        path = out / "exams" / f"rl-fixed-{start}-0.jsonl"
+        if path.exists():
+            path.unlink()
+            path.symlink_to(out / "exams" / "rl-fixed-late-0.jsonl")
     return out
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return plant_study(tmp_path_factory.mktemp("study"), config())
+
+
+FITS = {}  # of the planted study: its ceilings are fitted once
+
+
+def study_of(out) -> results.Study:
+    found = results.Study(out)
+    if out not in FITS:
+        FITS[out] = found.fits
+    found.fits = dict(FITS[out])
+    return found
+
+
+def verdicts_of(study_):
+    return {f.claim: f for f in findings.all_of(study_)}
+
+
 def test_planted_effects_get_the_verdicts_they_deserve(made):
-    found = {f.claim: f for f in findings.all_of(findings.Study(made))}
-    assert all(
-        found[f"SFT-then-RL ends above {rival}"].verdict == "holds"
-        for rival in ("SFT alone", "RL alone")
-    )
+    found = verdicts_of(study_of(made))
+    assert found["SFT-then-RL ends above SFT alone"].verdict == "holds"
+    assert found["SFT-then-RL ends above RL alone"].verdict == "holds"
+    assert found["RL from Stable ends higher than from Adaptive"].verdict == "holds"
+    assert found["RL from Stable ends higher than from the end of SFT"].verdict == "opposite"
+    assert found["RL started by signal ends higher than by loss"].verdict == "holds"
     assert found["More data raise the ceiling: large over middle"].verdict == "holds"
-    assert found["Harder data raise the end: hard over middle"].verdict != "holds", (
-        "hard and middle were planted alike"
-    )
-    assert found["RL from Stable ends higher than from Adaptive"].verdict != "holds", (
-        "starts were planted alike"
-    )
+    assert found["RL's gain carries over to unseen kinds"].verdict == "holds"
+    accuracy = "SFT's accuracy is higher at the minimum of the loss than at the end"
+    assert found[f"{accuracy}: sort"].verdict == "holds"
+    assert found[f"{accuracy}: chain"].verdict == "opposite"
     best = found["The lower the minimum validation loss, the higher the ceiling"]
     assert best.verdict == "holds" and 0.9 < best.effect <= 1
-    assert sum("out of distribution" in claim for claim in found) == 5
-
-
-def test_intervals_of_no_effect_cover_zero_and_narrow_with_seeds(made):
-    found = findings.Study(made)
-    three = [f"rl-middle-stable-{seed}" for seed in range(3)]
-    one = findings.by_exam(found, "", "", [(three[:1], three[1:2])])
-    all_ = findings.by_exam(found, "", "", [(three, three)])
-    assert (
-        all_.effect == 0 and all_.low < 0 < all_.high and all_.high - all_.low < one.high - one.low
-    )
-
-
-def test_seed_noise_is_pooled_and_assumed_where_no_arm_has_seeds(made):
-    found = findings.Study(made)
-    sd, df = found.seed_noise
-    assert 0.2 < sd < 3 and df == 2 * 4
-    found.exams = {name: rates for name, rates in found.exams.items() if name.endswith("-0")}
-    del found.__dict__["seed_noise"]
-    assert found.seed_noise == (findings.SEED_SD, 0)
-
-
-def test_arms_that_solve_nothing_cannot_be_told_apart(made):
-    found = findings.Study(made)
-    for exam in found.exams.values():
-        exam["ood"][:] = 0
-    verdicts = {f.claim: f for f in findings.all_of(found)}
-    floor = [f for claim, f in verdicts.items() if "out of distribution" in claim]
-    assert len(floor) == 5 and all(
-        f.verdict == "cannot tell" and "below 1 point" in f.test for f in floor
-    )
-
-
-def test_a_run_without_a_ceiling_is_left_out_and_counted(made):
-    found, claim = findings.Study(made), "More data raise the ceiling: large over middle"
-    found.fits["rl-large-stable-1"] = dataclasses.replace(
-        found.fits["rl-large-stable-1"], posterior=None
-    )
-    assert (
-        "(1 runs without a fit left out)"
-        in {f.claim: f.test for f in findings.all_of(found)}[claim]
-    )
-    for seed in (0, 2):
-        found.fits[f"rl-large-stable-{seed}"] = found.fits["rl-large-stable-1"]
-    for name in [name for name in found.fits if name.startswith(("rl-small", "rl-easy"))]:
-        found.fits[name] = found.fits["rl-large-stable-1"]
-    verdicts = {f.claim: f for f in findings.all_of(found)}
-    assert (
-        verdicts["The lower the minimum validation loss, the higher the ceiling"].verdict
-        == "cannot tell"
-    )
-    nothing = verdicts[claim]
-    assert nothing.verdict == "cannot tell" and "| - | **cannot tell** |" in report.findings_table(
-        [nothing]
-    )
+    assert 20 <= len(found) <= 24
+    assert sum("unseen kinds" in claim for claim in found) == 4
 
 
 @pytest.mark.parametrize(
-    "low, high, says", [(0.1, 5, "holds"), (-3, 0.9, "does not hold"), (-1, 2, "cannot tell")]
+    "low, high, says",
+    [
+        (0.1, 5, "holds"),
+        (-5, -0.1, "opposite"),
+        (-3, 0.9, "no effect of 1 shown"),
+        (0, 0, "no effect of 1 shown"),
+        (-1, 2, "cannot tell"),
+    ],
 )
 def test_verdicts_follow_the_rules_written_beforehand(low, high, says):
     assert findings.Finding("", "", 0, low, high).verdict == says
+    assert findings.Finding("", "", 0, low, high, known=False).verdict == "cannot tell"
 
 
-def test_report_has_every_table_with_the_papers_numbers_beside(made, capsys, monkeypatch):
+def test_holm_multiplies_the_smallest_p_by_the_number_of_claims_and_never_falls():
+    claims = [findings.Finding("", "", 1, 0, 1, p) for p in (0.01, 0.04, 0.03, 1.0)]
+    assert findings.holm(claims) == pytest.approx([0.04, 0.09, 0.09, 1.0])
+
+
+def test_a_correlation_over_five_scales_is_as_uncertain_as_five_points_are(made):
+    best = findings.loss_and_ceiling(study_of(made))[1]
+    z = np.arctanh(min(best.effect, 0.999))
+    assert best.low == pytest.approx(np.tanh(z - 1.645 / np.sqrt(2)), abs=0.15)
+
+
+def test_intervals_of_no_effect_cover_zero_and_narrow_with_seeds(made):
+    found = study_of(made)
+    three = [f"half-middle-{seed}" for seed in range(3)]
+    one = findings.by_exam(found, "", "", [(three[:1], three[1:2])])
+    several = findings.by_exam(found, "", "", [(three, ["base-dapo-0", "base-dapo-1"])])
+    assert one.low < 0 < one.high
+    assert several.high - several.low < one.high - one.low
+
+
+def test_two_starting_points_that_are_one_run_differ_by_nothing(made):
+    found = study_of(made)
+    pair = (["rl-fixed-accuracy-0"], ["rl-fixed-late-0"])
+    same = findings.by_exam(found, "", "", [pair])
+    assert same.effect == same.low == same.high == 0
+    assert same.verdict == "no effect of 1 shown"
+
+
+def test_seed_noise_is_pooled_and_assumed_where_no_arm_has_seeds(made):
+    found = study_of(made)
+    sd, df = found.seed_noise
+    assert 0.1 < sd < 3 and df > 8
+    found.exams = {name: rates for name, rates in found.exams.items() if name.endswith("-0")}
+    del found.__dict__["seed_noise"]
+    assert found.seed_noise == (results.SEED_SD, 0)
+
+
+def test_arms_that_solve_nothing_cannot_be_told_apart(made):
+    found = study_of(made)
+    for exam in found.exams.values():
+        exam["ood"] = 0 * exam["ood"]
+    floor = [f for claim, f in verdicts_of(found).items() if "unseen kinds" in claim]
+    assert len(floor) == 4
+    assert all(f.verdict == "cannot tell" and "below 1 point" in f.test for f in floor)
+
+
+def test_a_run_without_a_ceiling_is_left_out_and_counted(made):
+    found = study_of(made)
+    lost = dataclasses.replace(found.fits["rl-middle-stable-1"], posterior=None)
+    found.fits["rl-middle-stable-1"] = lost
+    claim = "More data raise the ceiling: large over middle"
+    assert "(1 runs without a fit left out)" in verdicts_of(found)[claim].test
+    for name in [name for name in found.fits if name.split("-")[1] in ("tiny", "wide", "large")]:
+        found.fits[name] = lost
+    nothing = verdicts_of(found)[claim]
+    assert nothing.verdict == "cannot tell"
+    assert "| **cannot tell** | - |" in report.findings_table([nothing])
+    few = verdicts_of(found)["The lower the minimum validation loss, the higher the ceiling"]
+    assert few.verdict == "cannot tell" and "too few" in few.test
+
+
+def test_the_share_of_rls_gain_that_carries_over_is_the_planted_half(made):
+    share, low, high = findings.transfer(study_of(made))
+    assert low < 0.5 < high and high - low < 0.6 and low < share < high
+
+
+def test_readiness_finds_the_planted_predictor_and_keeps_other_losses_apart(made):
+    rows = findings.readiness(study_of(made))
+    assert len({(row.sft, row.start) for row in rows}) == len(rows) > 15
+    assert not any(row.comparable for row in rows if row.set == "fixed")
+    planted = []
+    for i, row in enumerate(rows):
+        noise = {"signal": float(i), "entropy": float(i % 3)}
+        planted.append(row._replace(ended=2 * row.accuracy, **noise))
+    found = {p.name: p for p in findings.predictors(planted, "ended", findings.PREDICTORS)}
+    assert found["accuracy"].r == pytest.approx(1) and found["accuracy"].best > 0.9
+    assert found["signal"].low < found["signal"].r < found["signal"].high
+
+
+def test_report_has_each_claim_on_a_line_with_its_verdict_and_the_papers_number(
+    made, capsys, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert report.main([str(made)]) == 0
-    said, text = capsys.readouterr().out, (made / "report.md").read_text()
-    assert "need matplotlib" in said and "![]" not in text
+    assert "need matplotlib" in capsys.readouterr().out
+    text = (made / "report.md").read_text()
+    assert "![]" not in text and "nan" not in text
+    for finding in findings.all_of(study_of(made)):
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {finding.claim} |")]
+        assert f"**{finding.verdict}**" in line and finding.paper in line
     for piece in (
-        "**holds**",
-        "not reproduced",
-        "68.6 + 8.7 = 77.3",
-        "24.2 -> 25.0",
-        "74.5, 78.8, 79.8",
-        "SFT-then-RL",
-        "pooled, 8 degrees of freedom",
+        "78.1 over 76.9",
+        "74.1 + 2.5 = 76.6",
+        "| fixed | late | 1 |",
+        "ceilings after SFT are identified",
+        "the best predictor of",
+        "arrives on the unseen kinds",
+        "Overfitting costs accuracy on sort: there RL has less",
+        "RL after SFT | upt | ",
         "10 rows, 1 duplicate",
-        "500 test and 100 out-of-distribution",
+        "not made twice: rl-fixed-accuracy-0",
     ):
         assert piece in text, piece
-    assert text.count("| large | late |") == 1 and "nan" not in text
-    assert (
-        "74.2 + 4.6 = 78.8*" in text
-        and "-0.92 over S1K" in text
-        and "| none | base model | 2 |" in text
-    )
-    row = next(line for line in text.splitlines() if line.startswith("| SFT-then-RL | "))
-    assert row.split(" | ")[1] == f"{4e12 + 9 * 4e11:.2e}"
 
 
-def test_figures_are_drawn(made):
+@pytest.mark.parametrize(
+    "verdict, says",
+    [
+        ("holds", "as the paper advises"),
+        ("opposite", "against the paper's advice"),
+        ("cannot tell", "cannot be told from these tasks"),
+        ("no effect of 1 shown", "gains no point"),
+    ],
+)
+def test_what_follows_from_the_exact_tasks_is_said_for_every_verdict(
+    made, monkeypatch, verdict, says
+):
+    ends = {"holds": (1, 2), "opposite": (-2, -1), "cannot tell": (-2, 2)}
+    low, high = ends.get(verdict, (-1, 0.5))
+    planted = [findings.Finding("a: chain", "", -2, -3, -1), findings.Finding("", "", 0, low, high)]
+    monkeypatch.setattr(findings, "exact_tasks", lambda study: planted)
+    text = report.what_follows(study_of(made))
+    assert says in text and "goes on rising" in text
+
+
+def test_every_figure_is_drawn(made):
     pytest.importorskip("matplotlib")
-    assert report.draw(findings.Study(made)) == ["figure2.png", "figure3.png", "losses.png"]
-    assert all(
-        (made / name).stat().st_size > 15_000
-        for name in ("figure2.png", "figure3.png", "losses.png")
-    )
+    found = study_of(made)
+    drawn = report.panels.draw(found, findings.all_of(found))
+    assert drawn == list(report.panels.FIGURES)
+    assert all((made / f"{name}.png").stat().st_size > 15_000 for name in drawn)
 
 
-def test_an_unfinished_study_is_one_line(tmp_path, capsys):
+def test_a_study_of_ones_own_task_reports_the_handoff_and_nothing_else(tmp_path):
+    cfg = own_config(tmp_path, "--seeds", "2", "--out", str(tmp_path / "own"))
+    (tmp_path / "own").mkdir()
+    out = plant_study(tmp_path / "own", cfg)
+    said = report.write(out)
+    text = (out / "report.md").read_text()
+    assert "holds" in said and "your own task: the handoff's claims only" in text
+    claims = list(verdicts_of(results.Study(out)))
+    assert "SFT-then-RL ends above RL alone" in claims
+    assert "RL from Stable ends higher than from Adaptive" in claims
+    assert not any("data raise" in claim or "mixed" in claim for claim in claims)
+    assert "Where an answer must be exact" not in text and "nan" not in text
+
+
+def test_an_unfinished_study_and_one_of_the_earlier_design_are_one_line(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 2
     assert "no study.json" in capsys.readouterr().err
+    write_run(tmp_path / "rl-small-stable-0", "eval", [(0, 0, 1.0), (1, 1e9, 2.0)])
+    (tmp_path / "sets").mkdir()
+    files.write_json(tmp_path / "sets" / "counts.json", {})
+    files.write_json(tmp_path / "study.json", {"init": "", "design": results.DESIGN})
+    assert report.main([str(tmp_path)]) == 2
+    assert "no final evaluation of rl-small-stable-0" in capsys.readouterr().err
+    files.write_json(tmp_path / "study.json", {"seeds": 3})
+    assert report.main([str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "earlier design" in said and "report.md stands" in said and said.count("\n") == 1
