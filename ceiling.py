@@ -13,8 +13,8 @@ performance[, p_sft, n, fit].
 The default estimator is a posterior on a grid of (B, C_mid), summarised by 1,500 draws. Its choices
 against the paper's least squares:
  1) P_sft is one noisy evaluation like the others, so its noise is in every interval.
- 2) Evaluations repeat the same problems, so the noise of a change, learned from the points, is
-    smaller than that of a level, which is given apart (level_se) and is in no interval.
+ 2) Evaluations repeat the same problems, so a change is less noisy than a level. The noise of a
+    change is learned from the points; that of a level is level_se, and is in no interval.
  3) Runs always drift slowly around any sigmoid; size and length of that drift are learned. The
     interval of the ceiling allows for a drift there, too.
  4) The ceiling is "not identified" where its 90% interval is wider than the gain, or where less
@@ -57,7 +57,7 @@ LEAST_SHARE = 0.55  # of the gain, surely reached, for a ceiling to be identifie
 
 @dataclass
 class CeilingFit:
-    """What ceiling.py says of one run, under the documented JSON names, in points and FLOPs.
+    """The result for one run, in points and FLOPs; the names are those of --json.
 
     None: not identified (the ends of its interval stay), unknown without P_sft, not asked for."""
 
@@ -172,7 +172,7 @@ def _points(flops, performance, p_sft, n, held_back: bool):
 def falls(y) -> tuple[str, int]:
     """("ok" | "collapse" | "oscillation", index of the last fall or N) of performances y (N,).
 
-    A point is down when it lies below the best so far by 7 sigma, by half of the gain and by 2
+    A point is down when it lies below the best so far by all of 7 sigma, half of the gain and 2
     points. Three points down at the end are a collapse, two falls or more an oscillation; one bad
     point is neither."""
     if len(y) < UNKNOWNS:
@@ -243,7 +243,7 @@ def _summarize_paper(result: CeilingFit, x, y, at, settings: dict) -> list:
     return value[len(x) :].tolist()
 
 
-# ------------------------------------------------------------------------- files, command line
+# ---- files, command line -------------------------------------------------------------------------
 class Points(NamedTuple):
     """One run as read: arrays of one length, None where the file has no such column."""
 
@@ -351,16 +351,16 @@ def line(result: CeilingFit) -> str:
     if result.status != "ok":
         return f"{result.status}; the best before it is {result.a_post:.1f}"
     return (
-        f"reached {result.reached:.1f} / at 2x the compute {_ahead(result, -2)}"
+        f"reached {result.reached:.1f} / at 2x the compute {_forecast(result, -2)}"
         f" / ceiling {result.text('a_post', '.1f')}"
     )
 
 
-def _ahead(result: CeilingFit, which: int) -> str:
-    """A forecast as text, with its interval."""
-    far = result.forecast[which]
-    band = "" if far["low"] is None else f" [{far['low']:.1f}, {far['high']:.1f}]"
-    return f"{far['mean']:.1f}{band}"
+def _forecast(result: CeilingFit, which: int) -> str:
+    """A forecast as text, with its interval. which: -2 at twice the compute, -1 at ten times."""
+    at = result.forecast[which]
+    band = "" if at["low"] is None else f" [{at['low']:.1f}, {at['high']:.1f}]"
+    return f"{at['mean']:.1f}{band}"
 
 
 def report(result: CeilingFit) -> str:
@@ -374,7 +374,7 @@ def report(result: CeilingFit) -> str:
         f"   C_mid {result.text('c_mid', '.3g')} FLOPs   share {result.text('share', '.0%')}"
     )
     lines.append(
-        f"    at 10x the compute {_ahead(result, -1)}"
+        f"    at 10x the compute {_forecast(result, -1)}"
         f"   ({result.n_fit} points, rmse {result.rmse:.2f})"
     )
     if result.level_se is not None:

@@ -8,9 +8,9 @@
 Choices: 1) pass@1 = the mean over problems of the share of right answers among n samples; its
 standard error is over problems. 2) pass@k is the unbiased estimate 1 - C(n-c, k) / C(n, k) for c
 right of n (Chen et al. 2021). 3) The strict verdict counts; the lenient one is printed beside it.
-4) An answer that ran into --max-new without EOS counts as verified, as a user would read it;
-`truncated` says how many there were. Training asks for EOS too. 5) Ctrl-C: the responses that have
-ended are judged and written to --out. They are no fair sample: short ones end first.
+4) A response that --max-new cut is judged like any other, as a user would read it; `truncated` says
+how many there were. In training it earns nothing. 5) Ctrl-C: the responses that have ended are
+judged and written to --out. They are no fair sample: short ones end first.
 """
 
 import itertools
@@ -69,7 +69,7 @@ class Config:
 
 
 def preset(given: dict) -> dict:
-    """The built-in test set's own limits, if it suits every --init."""
+    """Settings of the built-in test set; UserError where an --init has another tokenizer."""
     for init in given.get("init", ("",)):
         settings = tasks.preset("evaluate", {**given, "init": init})
     if settings:
@@ -246,7 +246,7 @@ def evaluate(policy, problems: list, n: int, sampling, progress=None) -> tuple[d
 
 
 def during_rl(cfg, run: Run, step: int, policy: Policy, problems: list) -> None:
-    """pass@1 on the validation problems of rl.py, and the ceiling as it looks now."""
+    """Evaluate on the validation problems of rl.py: log, print pass@1 and the ceiling, prune."""
     sampling = policy.sampling(cfg.eval_temperature, ranks.seed_of(cfg.seed, "eval"))
     summary, records = evaluate(policy, problems, cfg.eval_n, sampling)
     run.log(step, eval=summary)
@@ -277,7 +277,7 @@ def write_samples(path: str, records: list[dict]) -> None:
     """One JSON line per response, where a path was given; on rank 0 only."""
     if path and ranks.rank() == 0:
         text = "".join(json.dumps(record) + "\n" for record in records)
-        if os.path.samestat(os.stat(path), os.fstat(1)):  # /dev/stdout: behind what is printed
+        if os.path.samestat(os.stat(path), os.fstat(1)):  # /dev/stdout: after what was printed
             print(text, end="", flush=True)
         else:
             Path(path).write_text(text)
@@ -308,8 +308,8 @@ def main(cfg: Config) -> None:
 
 
 def measure(cfg: Config, init: str, device, policy, before: list) -> tuple[dict, list[dict]]:
-    """(numbers, one record per response) of a model, which the policy gets. before: the records of
-    the models before it, which a Ctrl-C keeps too."""
+    """Load a model into the policy and evaluate it: (numbers, one record per response). before: the
+    records of the models before it, which are written too after Ctrl-C."""
     folder = find(init)
     tokenizer = policy.tokenizer = open_tokenizer(folder)
     dtype = torch.bfloat16 if cfg.bf16 else torch.float32

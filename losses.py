@@ -1,4 +1,4 @@
-"""The objective: advantages, a loss per token, one aggregator. GRPO here; other methods differ.
+"""The objective: advantages, a loss per token, one aggregator. Other methods are in methods/.
 
     loss = sum over rows b, tokens t of  w[b] (ell[b,t] + kl_coef kl[b,t]) - entropy_coef H[b,t] / N
 
@@ -16,8 +16,8 @@ overrides the answers that differ. Its dataclass fields are flags of rl.py, thei
 Choices where papers and official code differ; [n] is equation n of arXiv 2512.11470:
 1) w = 1/N, N = trained tokens of the step (token-mean). Official code: 1/8192, or per micro-batch.
 2) Groups whose rewards agree, and groups of one, have an advantage of exactly 0.
-3) old_logp is the trainer's forward at the start of the round. In the round's first update it is
-   the forward itself: the ratio is 1 and no clip acts.
+3) old_logp is computed by the trainer at the start of the round. The first update of a round uses
+   its own log-probs as old_logp: the ratio is 1 and no clip acts.
 
 Shapes: B rows, R response tokens. Log-probs in nats, of logits over the temperature. Where a mask
 is False a value may be NaN: it reaches neither loss nor gradient.
@@ -41,8 +41,8 @@ class Row(NamedTuple):
     prompt: list[int]
     response: list[int]
     logp: list[float]  # the sampler's; 0 on tokens of a demonstration
-    correct: float  # the reward of the response itself: signal, gates and logs look at it
-    reward: float  # with penalties: advantages are made of it
+    correct: float  # the reward before penalties, for signal, gates and logs
+    reward: float  # the reward with penalties, for advantages
     group: int  # number of the prompt in the endless stream of prompts
     is_expert: bool = False
     n_prefix: int = 0  # leading response tokens copied from the demonstration
@@ -193,7 +193,7 @@ LOG_RATIO_BOUND = 20.0  # exp of the log-ratio cannot overflow; outside there is
 
 def kl_penalty(logp: Tensor, ref_logp: Tensor, mask: Tensor, kind: str = "k3") -> Tensor:
     """(B, R) estimate of KL(policy | reference) per token, d = logp - ref_logp (Schulman 2020):
-    k1 = d, k2 = d^2 / 2, k3 = exp(-d) + d - 1. In expectation only k2's gradient is that KL's."""
+    k1 = d, k2 = d^2 / 2, k3 = exp(-d) + d - 1. Only k2 has, in expectation, that KL's gradient."""
     d = torch.where(mask, logp - ref_logp, 0.0)
     if kind == "k1":
         return d
@@ -247,9 +247,9 @@ class GRPO:
         "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "group-token-mean", "const"
     ] = "token-mean"  # how tokens are averaged, see losses.row_weights
     norm_const: float = 8192.0  # const: the number to divide by (Dr. GRPO: --max-new)
-    tis: Literal["none", "token", "sequence", "icepop"] = "none"  # trainer / sampler weights
-    tis_low: float | None = None  # such a weight is at least this (icepop: 0 below it)
-    tis_high: float | None = 2.0  # such a weight is at most this (icepop: 0 above it)
+    tis: Literal["none", "token", "sequence", "icepop"] = "none"  # truncated importance sampling
+    tis_low: float | None = None  # weight p_trainer / p_sampler: at least this (icepop: 0 below it)
+    tis_high: float | None = 2.0  # that weight: at most this (icepop: 0 above it)
     kl_coef: float = 0.0  # penalty against the frozen --init
     kl_type: Literal["k1", "k2", "k3"] = "k3"  # estimator of that KL, see losses.kl_penalty
     entropy_coef: float = 0.0  # entropy bonus, a token mean whatever --agg is; the paper's: 0.001
@@ -258,7 +258,7 @@ class GRPO:
     settings: ClassVar[dict] = dict(prompts=128, update_prompts=64, lr=1e-6, temperature=1.0)
     demonstrations: ClassVar[str] = ""  # what it needs of them: "", "rows" or "prefixes"
     needs_entropy: ClassVar[bool] = False  # entropies before the update: one more forward
-    expert_forward: ClassVar[bool] = False  # the paper's FLOPs count one per expert row [26]
+    expert_forward: ClassVar[bool] = False  # the paper's FLOPs count a forward per expert row [26]
 
     def __post_init__(self):
         for name, kind in get_type_hints(type(self)).items():
@@ -375,8 +375,8 @@ SUMS = ("loss", "tokens", "entropy", "clipped", "kl", "gap")  # of a step, see t
 
 @torch.no_grad()
 def token_sums(method: GRPO, logp: Tensor, entropy: Tensor, batch: Batch) -> list[Tensor]:
-    """Sums over the tokens that the policy sampled: their number, entropy, clipped ratios, KL to
-    the old policy (k3), distance of the trainer's log-prob from the sampler's."""
+    """SUMS but the loss, in that order, over the tokens that the policy sampled: number, entropy,
+    clipped ratios, KL to the old policy (k3), |trainer's log-prob - sampler's|."""
     own = batch.is_sampled
     d = log_ratio(logp, batch.old_logp, own, method.surrogate == "sequence")
     ratio = d.exp()
@@ -386,23 +386,23 @@ def token_sums(method: GRPO, logp: Tensor, entropy: Tensor, batch: Batch) -> lis
     return [wide((x * own).sum()) for x in (own, entropy, clipped, ratio - 1 - d, gap)]
 
 
-def describe_updates(done: list[dict], norms: list[float]) -> dict:
+def describe_updates(updates: list[dict], norms: list[float]) -> dict:
     """Numbers of a round's optimizer steps, from their SUMS and gradient norms. None = not
     measured, as where every trained row is a demonstration."""
-    if not done:
+    if not updates:
         return {"updates": 0}
-    n_tokens = sum(sums["tokens"] for sums in done)
+    n_tokens = sum(sums["tokens"] for sums in updates)
     means = {}
     for name in ("entropy", "clipped", "kl"):
-        total = sum(sums[name] for sums in done)
+        total = sum(sums[name] for sums in updates)
         means[name] = total / n_tokens if n_tokens else None
     if n_tokens:
         means["clipped"] *= 100
-    first = done[0]  # later the weights have moved away from the sampler's
+    first = updates[0]  # later the weights have moved away from the sampler's
     return {
-        "loss": sum(sums["loss"] for sums in done) / len(done),
+        "loss": sum(sums["loss"] for sums in updates) / len(updates),
         "grad_norm": sum(norms) / len(norms),
-        "updates": len(done),
+        "updates": len(updates),
         **means,
         "gap": first["gap"] / first["tokens"] if first["tokens"] else None,
     }
@@ -419,7 +419,7 @@ def describe_groups(groups: list[list[Row]]) -> dict:
         rows += plain
         hybrids += [row for row in group if row.n_prefix]
         agree += len({row.correct for row in plain}) == 1
-    n = len(rows) / 100
+    n = len(rows) / 100  # sums over n are percentages
     extra = {}
     if hybrids:
         extra["hybrid_reward"] = 100 * sum(row.correct for row in hybrids) / len(hybrids)

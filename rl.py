@@ -8,14 +8,14 @@ One step, as main() below reads:
                   sampling (DAPO) until enough prompts got both right and wrong answers
     make_batches  advantage = reward - mean of its group; the weight of each token in the mean
     update        one optimizer step per --update-prompts groups: ratio, clip, loss, backward
-The equations are losses.py's. --algo NAME is methods/NAME.py, --algo my/idea.py anybody's file.
+The equations are in losses.py. --algo NAME is methods/NAME.py, --algo my/idea.py your own file.
 
-Choices: 1) No critic, no KL and no reward model unless asked for. 2) old_logp is the trainer's
-forward at the start of the round, never the sampler's number; in the round's first update it is the
-forward itself, so the ratio is 1 and no clip acts. 3) Surplus and uninformative groups are
-discarded: every trained row is from the current policy. 4) After each evaluation ceiling.py fits
-the curve so far. Why is the loss near 0, or negative? It is a surrogate: with advantages of mean 0
-its value says nothing. Watch reward, signal, entropy and length instead.
+Such a step is also called a round. Choices: 1) No critic, no reward model, and no KL unless asked
+for. 2) old_logp is computed by the trainer at the start of the round, never taken from the sampler.
+The first update of a round uses its own log-probs as old_logp: the ratio is 1 and no clip acts.
+3) Surplus and uninformative groups are discarded: every trained row is from the current policy.
+4) After each evaluation ceiling.py fits the curve so far. Why is the loss near 0, or negative? It
+is a surrogate: its value says nothing. Watch reward, signal, entropy and length instead.
 
 Shapes: B rows, T tokens, R response tokens, G responses per prompt. Log-probs in nats.
 """
@@ -48,7 +48,7 @@ from tasks import scoring
 @dataclass
 class Config:
     init: str = "runs/sft"  # model folder, checkpoint, run directory or hub name
-    data: str = ""  # problems: prompt, answer, for some methods response; empty = built-in
+    data: str = ""  # problems: columns prompt, answer (some methods: response); empty = built-in
     val: str = ""  # problems for evaluation; empty = 200 (at most 10%) held out of --data
     reward: str = "math"  # math, text, a task, or FILE.py:FUNCTION with reward(response, row)
     reward_workers: int = 0  # processes that call the reward while sampling goes on; 0 = none
@@ -58,12 +58,12 @@ class Config:
     resume: bool = False  # go on from the newest checkpoint in --out
     dry_run: bool = False  # show model, data and plan, then stop
     algo: str = "dapo"  # a file of methods/, or FILE.py
-    steps: int = 500  # rounds of collecting and updating
+    steps: int = 500  # rounds: collect, then update
     prompts: int | None = None  # prompts trained on per round
     update_prompts: int | None = None  # prompts per optimizer step
     group: int = 8  # responses per prompt; some methods put a demonstration in place of one
     gen_prompts: int | None = None  # prompts per draw of dynamic sampling; none = 2 x prompts
-    max_rounds: int = 10  # dynamic sampling: after so many draws train on the groups found
+    max_rounds: int = 10  # draws of dynamic sampling, at most; then train on the groups found
     temperature: float | None = None  # of sampling and of the trained log-probs
     max_new: int = 8192  # tokens per response, at most
     max_prompt: int = 1024  # tokens per prompt; longer ones are dropped and counted
@@ -73,14 +73,14 @@ class Config:
     warmup: float = 0.0  # share of the steps with a rising learning rate
     weight_decay: float = 0.01  # decoupled, as AdamW
     clip: float = 1.0  # largest gradient norm
-    overlong: int = 0  # penalty over the last so many tokens before --max-new (DAPO); 0 = none
+    overlong: int = 0  # DAPO's penalty begins this many tokens before --max-new; 0 = none
     seed: int = 0  # order of the prompts and every sampled token
-    save_every: int = 0  # steps between checkpoints besides the evaluated ones; 0 = none
+    save_every: int = 0  # steps between extra checkpoints (evaluated steps are saved too); 0 = none
     eval_every: int = 20  # steps between evaluations; each is saved
     eval_n: int = 4  # samples per problem at an evaluation
     eval_temperature: float = 0.7  # of evaluation
     max_flops: float = 0.0  # stop after so much compute (the paper's count); 0 = never
-    until_share: float = 0.0  # stop when 90% sure that this share of the gain is reached; 0 = never
+    until_share: float = 0.0  # stop when 95% sure that this share of the gain is reached; 0 = never
     log_to: Literal["", "tensorboard", "wandb"] = ""  # send metrics there too
     keep: int = 0  # checkpoints to keep; 0 = all; the newest and the best always stay
     bf16: bool = False  # sample and compute in bfloat16; weights and optimizer stay fp32
@@ -108,8 +108,8 @@ class Config:
         cli.require_positive(self, "temperature", "max_new", "max_prompt", "rows", "micro_tokens")
         cli.require_positive(self, "clip", "eval_every", "eval_n", "reward_timeout")
         cli.require_not_negative(self, "steps", "overlong", "save_every", "keep", "gpus")
-        cli.require_not_negative(self, "weight_decay", "max_flops", "eval_temperature")
-        cli.require_not_negative(self, "reward_workers")
+        cli.require_not_negative(self, "weight_decay", "max_flops", "reward_workers")
+        cli.require_not_negative(self, "eval_temperature")
         cli.require_share(self, "warmup", "until_share")
         if self.prompts % self.update_prompts:
             fits = [d for d in range(1, self.prompts + 1) if self.prompts % d == 0]
@@ -130,7 +130,7 @@ class Config:
 def preset(given: dict) -> dict:
     """What the built-in task uses instead of the defaults for real models."""
     settings = tasks.preset("rl", given)
-    demonstrations = settings.pop("demonstrations", "")
+    demonstrations = settings.pop("demonstrations", "")  # problems with a column response
     if demonstrations and methods.load(given.get("algo", Config.algo)).demonstrations:
         settings["data"] = demonstrations
     return settings
@@ -138,7 +138,7 @@ def preset(given: dict) -> dict:
 
 # ---- sample and score ----------------------------------------------------------------------------
 class Round(NamedTuple):
-    """What one step trains on, and the numbers of all that it sampled."""
+    """What one step trains on, what it sampled, and numbers of all that it sampled."""
 
     groups: list[list[Row]]
     sampled: list[list[Row]]
@@ -151,12 +151,12 @@ def collect(cfg: Config, method, policy, pool: list, run: Run) -> Round:
     dynamic = method.dynamic_sampling
     n_prompts = cfg.gen_prompts if dynamic else cfg.prompts
     began = time.monotonic()
-    scored = policy.score_s
+    score_s_before = policy.score_s
     sampled = []
     records = []
     chosen = []
-    n_rounds = 0
-    while len(chosen) < cfg.prompts and n_rounds < cfg.max_rounds:  # one pass unless dynamic
+    n_draws = 0
+    while len(chosen) < cfg.prompts and n_draws < cfg.max_rounds:  # one pass unless dynamic
         problems = [pool[i] for i in data.plan(len(pool), cfg.seed, run.position, n_prompts)]
         groups = {}  # rows by number of the prompt, in the order of the problems
         for request, response, record in sample(cfg, method, policy, problems, run):
@@ -170,18 +170,18 @@ def collect(cfg: Config, method, policy, pool: list, run: Run) -> Round:
             if not dynamic or method.carries_signal(rewards, problem.expert):
                 chosen.append((problem, rows))
         run.position += n_prompts
-        n_rounds += 1
+        n_draws += 1
     chosen = chosen[: cfg.prompts]
     experts = {}
     if method.demonstrations == "rows":
         experts = expert_rows(cfg, policy, {rows[0].group: problem for problem, rows in chosen})
     complete = [method.complete(rows, experts.get(rows[0].group)) for _, rows in chosen]
-    stats = losses.describe_groups(sampled) | {"rounds": n_rounds}
+    stats = losses.describe_groups(sampled) | {"rounds": n_draws}
     stats["discarded"] = len(sampled) - len(chosen)
     unparsed = sum(record["answer"] is None for record in records)
     stats["unparsed"] = unparsed / (len(records) / 100)
     stats["unscored"] = scoring.unscored(records)
-    stats["score_s"] = round(policy.score_s - scored, 4)
+    stats["score_s"] = round(policy.score_s - score_s_before, 4)
     stats["sample_s"] = round(time.monotonic() - began - stats["score_s"], 4)
     return Round(complete, sampled, records, stats)
 
@@ -199,7 +199,7 @@ def sample(cfg: Config, method, policy, problems: list, run: Run) -> list:
 
 
 def score(cfg: Config, request: scoring.Request, response, record: dict) -> Row:
-    """A row from a response and its judged record. A cut response earns nothing."""
+    """A row from a response and its judged record. A cut response earns at most 0."""
     correct = record["reward"] if response.finished else min(record["reward"], 0.0)
     reward = correct
     if cfg.overlong:
@@ -217,8 +217,8 @@ def score(cfg: Config, request: scoring.Request, response, record: dict) -> Row:
 
 
 def expert_rows(cfg: Config, policy, problems: dict) -> dict[int, Row]:
-    """The demonstrations as rows of the groups with these numbers, where a problem has one; the
-    same reward judges them, and may give 0."""
+    """{number of the group: its demonstration as a row}, for the problems that have one. The same
+    reward judges it, and may give 0; there is no penalty for its length."""
     numbers = [number for number, problem in problems.items() if problem.expert]
     shown = [(problems[n], scoring.demonstration(problems[n])) for n in numbers]
     rows = {}
@@ -244,7 +244,7 @@ def make_batches(cfg: Config, method, net, reference, groups: list) -> list[Upda
         batch = losses.make_batch(rows, net.head.device, method.mask_truncated)
         R = batch.mask.shape[1]
         if method.needs_entropy:
-            old_logp, entropy = logp_now(cfg, net, rows, R, entropy=True)
+            old_logp, entropy = logp_now(cfg, net, rows, R, with_entropy=True)
             batch = batch._replace(old_logp=old_logp, entropy=entropy)
         batch = losses.weigh(method, batch)
 
@@ -257,7 +257,7 @@ def make_batches(cfg: Config, method, net, reference, groups: list) -> list[Upda
             rows = [rows[i] for i in index.tolist()]
 
         if not updates:
-            batch = batch._replace(old_logp=None)  # the first update uses its own forward: r = 1
+            batch = batch._replace(old_logp=None)  # first update: its own log-probs, r = 1
         elif batch.old_logp is None:
             batch = batch._replace(old_logp=logp_now(cfg, net, rows, R)[0])
         if reference is not None:
@@ -267,36 +267,34 @@ def make_batches(cfg: Config, method, net, reference, groups: list) -> list[Upda
 
 
 def micro_batches(cfg: Config, rows: list[Row]) -> Iterator:
-    """(indices of rows, their line of tokens) of each micro-batch of this rank."""
+    """(indices of rows, these rows as a shared.Line) of each micro-batch of this rank."""
     return shared.micro_batches(rows, cfg.micro_tokens, ranks.rank(), ranks.world())
 
 
-def forward(cfg: Config, net, line: shared.Line, width: int, entropy: bool = True) -> tuple:
-    """Log-probs and entropies of the responses at the sampling temperature, both (b, width)."""
-    logp, spread = model_file.grouped_logp(net, line, cfg.temperature, entropy)
-    spread = torch.zeros_like(logp) if spread is None else spread
-    missing = width - logp.shape[1]
-    return F.pad(logp, (0, missing)), F.pad(spread, (0, missing))
+def forward(cfg: Config, net, line: shared.Line, R: int, with_entropy: bool = True) -> tuple:
+    """Log-probs and entropies (zeros if not wanted) at the sampling temperature, both (b, R)."""
+    logp, entropy = model_file.grouped_logp(net, line, cfg.temperature, with_entropy)
+    entropy = torch.zeros_like(logp) if entropy is None else entropy
+    missing = R - logp.shape[1]
+    return F.pad(logp, (0, missing)), F.pad(entropy, (0, missing))
 
 
 @torch.no_grad()
-def logp_now(cfg: Config, net, rows: list[Row], R: int, entropy: bool = False) -> tuple:
+def logp_now(cfg: Config, net, rows: list[Row], R: int, with_entropy: bool = False) -> tuple:
     """Log-probs and entropies (B, R) of all rows under the weights as they are."""
     logp = torch.zeros(len(rows), R, device=net.head.device)
-    spread = torch.zeros_like(logp)
+    entropy = torch.zeros_like(logp)
     for part, line in micro_batches(cfg, rows):
-        values = forward(cfg, net, line, R, entropy)
-        logp[part] = values[0][: len(part)]
-        spread[part] = values[1][: len(part)]
-    return ranks.add_up(logp), ranks.add_up(spread)
+        part_logp, part_entropy = forward(cfg, net, line, R, with_entropy)
+        logp[part] = part_logp[: len(part)]  # without a row the line holds a stand-in
+        entropy[part] = part_entropy[: len(part)]
+    return ranks.add_up(logp), ranks.add_up(entropy)
 
 
 # ---- update --------------------------------------------------------------------------------------
 def train_on(cfg: Config, method, net, update: Update) -> dict:
-    """Forward and backward of one optimizer step; the gradient stays in the model.
-
-    Returns sums over its sampled tokens, named losses.SUMS.
-    """
+    """Forward and backward of one optimizer step; the gradient stays in the model. Returns
+    {name: sum over the step}, for the names in losses.SUMS."""
     rows, batch = update
     R = batch.mask.shape[1]
     sums = wide(torch.zeros(len(losses.SUMS), device=batch.mask.device))
@@ -304,7 +302,7 @@ def train_on(cfg: Config, method, net, update: Update) -> dict:
     for n, (part, line) in enumerate(parts, 1):
         ranks.reduce_now(net, n == len(parts))
         logp, entropy = forward(cfg, net, line, R)  # (b, R)
-        if not part:  # only the collectives that the other ranks wait for
+        if not part:  # no rows for this rank: only the collectives that others wait for
             (logp.sum() * 0).backward()
             continue
         mine = losses.take(batch, part)
@@ -345,9 +343,7 @@ def show_plan(cfg: Config, method, pool: list, policy, folder: Path, device) -> 
     """The run in one line, and what it will take."""
     config = model_file.read_config(folder)
     plain = vars(losses.GRPO())
-    differs = [
-        f"{name}={value}" for name, value in vars(method).items() if plain.get(name) != value
-    ]
+    differs = [f"{name}={own}" for name, own in vars(method).items() if plain.get(name) != own]
     print(
         f"{cfg.algo} on {ranks.world()} x {device}: {cfg.steps} steps x {cfg.prompts} prompts x "
         f"{cfg.group} responses, {cfg.prompts // cfg.update_prompts} updates per step, temperature "
@@ -363,9 +359,8 @@ def show_plan(cfg: Config, method, pool: list, policy, folder: Path, device) -> 
     launch.show_memory(cfg, config, device, slots=longest, reference=bool(method.kl_coef))
     launch.show_disk(cfg, config, cfg.steps, "adamw")
     if cfg.dry_run:
-        print(
-            f"first prompt: {policy.tokenizer.decode(pool[0].prompt)}\nits answer: {pool[0].gold}"
-        )
+        prompt = policy.tokenizer.decode(pool[0].prompt)
+        print(f"first prompt: {prompt}\nits answer: {pool[0].gold}")
     if cfg.dry_run or any(problem.expert for problem in pool):
         limit = 1000 if cfg.dry_run else 32
         print(scoring.check_demonstrations(pool, policy, limit), flush=True)
@@ -385,7 +380,7 @@ def main(cfg: Config) -> None:
     model, net, optimizers = evaluate.open_training(cfg, folder, tokenizer, device, run)
     reference = evaluate.open_frozen(cfg, folder, device) if method.kl_coef else None
     policy.net = net
-    # --resume with less --keep than before: room for the next save
+    # --resume with a smaller --keep frees disk space before the next save
     run.prune({evaluate.best_step(run.of_kind("eval"), run.saved())[0]})
 
     for step in run.steps():
@@ -394,7 +389,7 @@ def main(cfg: Config) -> None:
         run.checkpoint(step)
         if run.due(step, "eval"):
             evaluate.during_rl(cfg, run, step, policy, val)
-        if step % cfg.eval_every == 0:
+        if step % cfg.eval_every == 0:  # also where a resumed run has its evaluation already
             evaluate.end_if_reached(cfg, run)
         if run.over(step):
             break
@@ -404,20 +399,20 @@ def main(cfg: Config) -> None:
             console.show_rollout(collected.groups[0][0], tokenizer)
         began = time.monotonic()
         updates = make_batches(cfg, method, net, reference, collected.groups)
-        planned = time.monotonic()
-        done = []
+        batches_ready = time.monotonic()
+        sums = []
         norms = []
         lr = optim.lr_at(step, cfg.steps, cfg.lr, "constant", cfg.warmup)
         for update in updates:
-            done.append(train_on(cfg, method, net, update))
+            sums.append(train_on(cfg, method, net, update))
             norms.append(optim.update(model, optimizers, lr, cfg.clip))
             if net is not model:
                 ranks.refresh(net, model)
             run.watch(norms[-1], step + 1)
 
-        numbers = {**collected.stats, **losses.describe_updates(done, norms), "lr": lr}
-        numbers["logp_s"] = round(planned - began, 4)
-        numbers["update_s"] = round(time.monotonic() - planned, 4)
+        numbers = {**collected.stats, **losses.describe_updates(sums, norms), "lr": lr}
+        numbers["logp_s"] = round(batches_ready - began, 4)
+        numbers["update_s"] = round(time.monotonic() - batches_ready, 4)
         log_step(cfg, method, run, collected, updates, numbers)
     policy.close()
     finish(cfg, run)

@@ -6,8 +6,8 @@
 Continuous batching. The cache has a fixed number of rows; a row holds one response at its own
 position:
 
-    step    1  2  3  4  5  6  7  8  9 ...        waiting: request 4, request 5, ...
-    row 0   a  a  a  a  EOS|4  4  4  4           ended at step 5: request 4 decodes in it at step 6
+    step    1  2  3  4  5  6  7  8  9 ...        waiting: requests 3, 4, 5, ...
+    row 0   a  a  a  a  EOS|4  4  4  4           a ended at step 5: request 4 begins at step 6
     row 1   b  b  EOS|3  3  3  3  3  EOS|5       a static batch would idle here until row 2 ends
     row 2   c  c  c  c  c  c  c  c  c
 
@@ -25,11 +25,10 @@ to choose it. 2) A response depends on (weights, prompt, seed, request number) a
 has its own stream of uniform numbers. Neighbours, order and rows change nothing but rounding.
 3) So a request that returned to the queue reads its own tokens like a prompt and continues, as in
 vLLM. 4) Log-probs are those of softmax(logits / temperature). top_p and top_k draw from another
-distribution, which the trainer does not have: they are for evaluation. 5) # differs from vLLM:
-no paged cache. The slots of a row are contiguous, so attention is one PyTorch kernel.
-The network's step, its cache and CUDA graphs are in core/decode.py.
-Shapes: n running rows, V vocabulary, P prompts read at once, T tokens. Log-probs and entropies in
-nats.
+distribution, which the trainer does not have: they are for evaluation. 5) Unlike vLLM's the cache
+is not paged: the slots of a row are contiguous, so attention is one PyTorch kernel.
+The network's step, its cache and CUDA graphs are in core/decode.py. Log-probs and entropies are in
+nats. Shapes: n running rows, V vocabulary, P prompts read at once, T tokens.
 """
 
 import importlib
@@ -68,8 +67,7 @@ class Sampling:
     rows: int = 512  # responses that run at once, at most
     top_p: float = 1.0  # draw among the fewest tokens that reach this probability
     top_k: int = 0  # draw among the likeliest top_k tokens; 0 = all
-    cache_bytes: int | None = None  # for keys and values; None: of the free memory 90% on CUDA, or
-    # half on the CPU, shared by all processes
+    cache_bytes: int | None = None  # of keys and values; None: 90% of what is free (CPU: half)
     bucketed: bool | None = None  # round sizes up, as CUDA graphs need it; None: on CUDA only
 
 
@@ -101,8 +99,8 @@ class Request:
     tokens: list[int]  # the prompt, and what was drawn before the request returned to the queue
     n_prompt: int
     drawn: tuple = ((), (), ())  # ids, logp, entropy of those
-    source: tuple = ()  # equal where the tokens are: a group's requests, until they have drawn
-    began: int = 0  # steps before its first token, as if all were drawn in its present row
+    source: tuple = ()  # key of its prefill: a group shares one until a request is returned
+    began: int = 0  # while it runs: steps - began = tokens drawn, see ContinuousBatch
 
 
 def requests_of(
@@ -204,8 +202,8 @@ def _unpack(packed: bytes) -> Iterator[tuple[int, Response]]:
 class ContinuousBatch:
     """The requests that wait and the ones that run, with the state of the running ones.
 
-    Row r of the cache and of each tensor below serves running[r]. At each step a request feeds the
-    token at position n_prompt - 1 + steps - began.
+    Row r of the cache and of each tensor below serves running[r]. A request has drawn steps - began
+    tokens, so the coming step feeds its token at position n_prompt - 1 + steps - began.
     """
 
     def __init__(self, decoder: Decoder, requests: list[Request], sampling: Sampling, on_forward):
@@ -260,8 +258,8 @@ class ContinuousBatch:
     def fit(self) -> None:
         """Give the cache the slots of the coming step, and the rows that the memory then holds.
 
-        Rows without memory return to the queue. The cache shrinks when waiting requests could use
-        the memory of slots that no row fills any more.
+        Rows without memory return to the queue. The cache shrinks when half of its slots or more
+        are beyond every row, and requests wait that could use the memory.
         """
         longest = self.top()
         if self.waiting and len(self.running) < self.rows:
@@ -306,9 +304,9 @@ class ContinuousBatch:
             prompt_rows = [self.prompt_row[r.source] for r in begun]
             index = torch.tensor(prompt_rows, device=self.device)
             self.cache.put(rows, self.prompt_cache, index, max(len(r.tokens) for r in begun) - 1)
+            state = (self.token, self.position, self.drawn, self.limit, self.alive)
             values = [(r.tokens[-1], len(r.tokens) - 1, len(r.drawn[0]), r.limit, 1) for r in begun]
             columns = torch.tensor(values, device=self.device).T
-            state = (self.token, self.position, self.drawn, self.limit, self.alive)
             for tensor, column in zip(state, columns):
                 tensor[first : len(self.running)] = column
             for row, r in enumerate(begun, first):
@@ -350,6 +348,7 @@ class ContinuousBatch:
         rows = n
         top = self.top()
         if self.bucketed:  # few sizes, so that few graphs serve; free rows decode at position 0
+            # The next power of 2 up to 64, above it the next multiple of 32
             rows = 1 << (n - 1).bit_length() if n <= 64 else -(-n // 32) * 32
             rows = min(rows, self.cache.rows)
             top = min(-(-top // BLOCK) * BLOCK, self.cache.slots)
@@ -369,7 +368,7 @@ class ContinuousBatch:
         return finished
 
     def _advance(self, n: int, top: int) -> None:
-        """The first n rows draw a token each. A CUDA graph may hold this: all tensors stay."""
+        """Draw a token in each of the first n rows. CUDA graphs record it, so it works in place."""
         token = self.token[:n]  # a view, like the next two
         position = self.position[:n]
         drawn = self.drawn[:n]
@@ -438,5 +437,5 @@ def cache_budget(decoder: Decoder, rows: int, sampling: Sampling) -> int:
     return free // (2 * ranks.world())
 
 
-if __name__ == "__main__":  # the command is a script above this file, which stays a component
+if __name__ == "__main__":  # by name, so that this file imports nothing of paper/
     importlib.import_module("paper.talk").start()

@@ -12,17 +12,17 @@ r"""The reward: is the answer in a response equal to the gold answer? Exact and 
    the right side needs to be read.
 3) Trees are compared by core/equality.py: fractions exactly, other values to 60 digits or more,
    expressions at points.
-4) Letters: an item that is nothing but letters (three or more, or a short English word) is a word
-   and equals only the same letters in the same order (core/mathtext.py, item_words): dog is not
-   god. But a word made of the variables of the other side is their product (core/reading.py,
-   spread): abcd is a * b * c * d.
+4) Letters: three letters or more, or a short English word, and nothing else, are a word. It equals
+   only the same letters in the same order: dog is not god (core/mathtext.py, item_words). Where the
+   other side has these letters as variables, it is their product: abcd is a * b * c * d
+   (core/reading.py, spread).
 5) An answer is an answer: not a formula of the prompt where the gold answer is another text
    ("restates the question"), and a short closed form where it is a number ("not evaluated").
 6) strict (`correct`), the training reward, has no tolerance and no string similarity. lenient, for
-   evaluation only, adds 1e-4 relative error where a side is no integer, any capitals, and an
+   evaluation only, allows 1e-4 relative error where a side is no integer, any capitals, and an
    answer anywhere (the last number, inside <think>).
 No eval, signal, thread or sympy; safe in threads and forked workers. See docs/verifier.md.
-# differs: the paper's released reward accepts any answer whose text is 60% similar to the gold one.
+Unlike this, the paper's released reward accepts any answer whose text is 60% similar to the gold.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Verdict(NamedTuple):
     reason: str
 
 
-# ------------------------------------------------------------------------------ extraction
+# ---- extraction ----------------------------------------------------------------------------------
 PHRASE = re.compile(
     r"(?:answer\W{0,6}?(?:is|:|=)|answer\*\*|####(?=\s*[-$\\\d])|<answer>)[\s:*_`]*", re.IGNORECASE
 )
@@ -116,7 +116,7 @@ def extract_anywhere(response: str) -> str | None:
     return boxed(response) or phrased(response) or (last[-1] if last else None)
 
 
-# ------------------------------------------------------------------------------- judgement
+# ---- judgement -----------------------------------------------------------------------------------
 CHOICE_LETTER = re.compile(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])")
 ONE_CHOICE = re.compile(r"\(?([A-J])\)?\.?")
 # A) 5   (A) 5   C: a longer option   Option B
@@ -141,15 +141,15 @@ def chosen(text: str) -> tuple[str | None, bool]:
 
 
 def same_choice(gold: str, answer: str) -> bool:
-    """A and "A) 5" """
+    """Whether both name one choice and at least one of them is its letter alone: A and "A) 5"."""
     letter, alone = chosen(gold)
     other, other_alone = chosen(answer)
     return letter is not None and letter == other and (alone or other_alone)
 
 
 def judge(gold: str, answer: str, parts: int = 0) -> tuple[bool, bool]:
-    """(are two answers equal to one part in `parts`, or exactly if that is 0?; and did they not
-    need the tolerance?)"""
+    """(equal, exactly equal): the first to one part in `parts` (0: exactly), the second without
+    that tolerance."""
     if gold == answer:
         return True, True
     comparison = Comparison(parts)
@@ -187,7 +187,7 @@ def is_number(reading: Reading) -> bool:
 
 
 def same_as_text(gold: str, answer: str, a: Reading, b: Reading) -> tuple[bool, bool]:
-    """What may be the same in answers whose trees are not: text, the letter of a choice, a date."""
+    """judge() where trees are missing or differ: by tokens, the letter of a choice, a date."""
     if is_number(a) and is_number(b):
         return False, False
     readable = bool(a.tokens and b.tokens)  # else only the same text is the same
@@ -204,7 +204,7 @@ def is_equivalent(gold: str, answer: str) -> bool:
     return judge(gold, answer)[0]
 
 
-# ----------------------------------------------------------------- is it an answer at all?
+# ---- is it an answer at all? ---------------------------------------------------------------------
 FORMULA = re.compile(r"(?<!\\)\$\$?((?:\\.|[^$\\])+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 SIDES = re.compile(r"=|<|>|\\[lg]eq?\b|[,;]|\\text\s*\{[^{}]*\}")
 DECORATION = re.compile(
@@ -216,7 +216,7 @@ TRIVIAL = re.compile(r"-?\d*|-?[A-Za-z]|-?\\[a-z]+")
 
 
 def compact(text: str) -> str:
-    """A formula without what does not change it, to find it again in the prompt."""
+    """A formula without spaces, brackets and units, to find it in the prompt."""
     text = DECORATION.sub("", text)
     return text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
 
@@ -272,7 +272,7 @@ def evaluated(answer: str, gold: str) -> bool:
     return n_numbers <= CLOSED_FORM + 2 * (numbers_in(a) - 1)
 
 
-# -------------------------------------------------------------------------------- verdicts
+# ---- verdicts ------------------------------------------------------------------------------------
 def verify(response: str, gold: str, prompt: str | None = None) -> Verdict:
     """Score one response against its gold answer. prompt: the question; to repeat it earns nothing.
 
@@ -307,7 +307,7 @@ def verify_row(row: dict) -> dict:
     return {**row, **verdict._asdict()}
 
 
-# ---------------------------------------------------------------------------- command line
+# ---- command line --------------------------------------------------------------------------------
 def read_rows(path: str) -> list[dict]:
     rows = []
     for n, row in enumerate(read_jsonl(Path(path)), 1):

@@ -7,7 +7,7 @@
 
 It is written as step_000400.tmp, flushed to disk and renamed: a folder without .tmp is whole.
 The trainer state is one safetensors file per rank whose header says which rows it holds, so any
-number of ranks can load it. # differs: the metadata of torch.distributed.checkpoint is a pickle
+number of ranks can load it. (The metadata of torch.distributed.checkpoint would be a pickle.)
 """
 
 import json

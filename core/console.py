@@ -1,4 +1,4 @@
-"""What is printed: a line per step, once per run what is odd, a table of models, progress."""
+"""Printed output: the line per step, hints (each once per run), a table of models, progress."""
 
 import math
 import sys
@@ -50,7 +50,7 @@ def show_rollout(row, tokenizer) -> None:
 
 
 def nearly_all_wrong(cfg, records: list[dict]) -> str:
-    """The reasons, the first answer beside its gold, and what each of the causes asks for."""
+    """A hint: the most frequent reasons, one wrong answer with its gold, what to do by cause."""
     reasons = Counter(record["reason"] for record in records).most_common(2)
     told = ", ".join(f"{n} {reason}" for reason, n in reasons)
     told = told.replace("scored", "scored one half or less")  # by a function that gives numbers
@@ -66,7 +66,7 @@ def nearly_all_wrong(cfg, records: list[dict]) -> str:
 
 
 def is_stuck(run, steps: int = 10) -> bool:
-    """Did updates, on demonstrations or on a few lucky answers, not help for so many steps?"""
+    """Whether less than 3% of the responses were right in each of the last `steps` steps."""
     last = run.of_kind("train")[-steps:]
     return len(last) == steps and all(step["right"] < 3 for step in last)
 
@@ -147,7 +147,7 @@ def print_comparison(names: list[str], summaries: list[dict], differences: list[
 
 
 def show_rows(rows: Iterator, total: int, what: str) -> Iterator:
-    """Hand the rows on; a bar with their rate on a terminal, a line per half minute in a log."""
+    """Yield the rows and show their rate: a bar on a terminal, a line per half minute in a log."""
     if sys.stderr.isatty():
         from tqdm import tqdm
 

@@ -197,8 +197,8 @@ class Decoder:
     def read(self, ids: Tensor, cache: Cache) -> Tensor:
         """Prompts ids (B, T) into slots 0..T-1 of the cache's first B rows -> hidden (B, T, D).
 
-        Attention is causal along the row: what stands behind a prompt's last token is invisible to
-        it, so prompts of unequal length are padded on the right.
+        Attention is causal along the row: no token of a prompt sees what follows the prompt, so
+        prompts of unequal length are padded on the right.
         """
         B, T = ids.shape
         position = torch.arange(T, device=ids.device).expand(B, T)

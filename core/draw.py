@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from core.wide import NARROW
 
-PIECE = 128  # tokens of the vocabulary whose probabilities are summed first, see draw()
+PIECE = 128  # tokens per piece of the vocabulary: a draw finds the piece, then the token in it
 DRAW_LOGITS = 2**18  # logits that draw() takes at once on the CPU: 1 MB, to stay in a core's cache
 
 
@@ -21,7 +21,7 @@ def draw(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One token per row: logits (n, V), uniform (n,) float64 in [0, 1) -> token, logp, entropy.
 
-    All three are (n,). The token is the first whose cumulated probability exceeds uniform; see
+    All three are (n,). The token is the first whose cumulative probability exceeds uniform; see
     _find(). Temperature 0 is greedy and reports log-probs at temperature 1.
     """
     n, V = logits.shape
@@ -57,7 +57,7 @@ def draw(
 
 
 def _find(pieces: torch.Tensor, mass: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The token (n,) at which the cumulated probability exceeds uniform (n,).
+    """The token (n,) at which the cumulative probability exceeds uniform (n,).
 
     pieces (n, V / 128, 128) are probabilities times any factor, mass (n, V / 128) their sums. The
     piece is sought first and then the token inside it, so no running sum over V is made. A piece
@@ -69,7 +69,7 @@ def _find(pieces: torch.Tensor, mass: torch.Tensor, uniform: torch.Tensor) -> to
     inside = pieces.gather(1, piece[:, :, None].expand(-1, 1, PIECE))[:, 0]  # (n, 128)
     inside = inside.double().cumsum(-1)
     rest = aim - F.pad(mass, (1, 0)).gather(1, piece)
-    rest = rest.minimum(inside[:, -1:] * (1 - 1e-12))  # rounding must not pass the last possible
+    rest = rest.minimum(inside[:, -1:] * (1 - 1e-12))  # so that rounding never leaves the piece
     return (piece * PIECE + torch.searchsorted(inside, rest, right=True))[:, 0]
 
 

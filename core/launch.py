@@ -41,12 +41,11 @@ def capacity(device) -> float:
     return machine / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def show_memory(cfg, config: ModelConfig, device, **plan) -> None:
-    """What a process will need: one line at the start of a run, a table under --dry-run, there for
-    --gpus devices of 80 GB if given. plan: more fields of memory.Plan; for RL with `slots`."""
-    there = 80e9 if cfg.gpus else capacity(device)
-    slots = plan.pop("slots", 0)
-    table = memory.Plan(
+def show_memory(cfg, config: ModelConfig, device, slots: int = 0, reference: bool = False) -> None:
+    """What a process will need: one line at the start of a run, a table under --dry-run. With
+    --gpus devices have 80 GB. RL: slots (longest prompt and response), reference (a KL term)."""
+    n_bytes = 80e9 if cfg.gpus else capacity(device)
+    plan = memory.Plan(
         config=config,
         world=cfg.gpus or ranks.world(),
         micro_tokens=cfg.micro_tokens,
@@ -54,21 +53,21 @@ def show_memory(cfg, config: ModelConfig, device, **plan) -> None:
         recompute=cfg.recompute,
         optimizer=cfg.optimizer,
         offload=cfg.offload,
-        summed=memory.sums_first(config, there),
+        summed=memory.sums_first(config, n_bytes),
+        reference=reference,
         cuda=bool(cfg.gpus) or device.type == "cuda",
-        **plan,
     )
     if slots:  # the sampler takes fewer rows at once where memory is short
-        rows = min(cfg.rows, -(-cfg.gen_prompts // table.world) * cfg.group)
-        table = table.with_rollout(rows, slots, there)
+        rows = min(cfg.rows, -(-cfg.gen_prompts // plan.world) * cfg.group)
+        plan = plan.with_rollout(rows, slots, n_bytes)
     if cfg.dry_run:
-        print(f"memory of each of {table.world} processes:\n{table.report(there)}")
+        print(f"memory of each of {plan.world} processes:\n{plan.report(n_bytes)}")
         return
-    largest = sorted(table.table(), key=lambda part: -part.bytes)[:3]
+    largest = sorted(plan.table(), key=lambda part: -part.bytes)[:3]
     named = ", ".join(f"{part.name} {memory.text(part.bytes)}" for part in largest)
     print(
-        f"memory of a process, estimated: at most {memory.text(table.peak())} of "
-        f"{memory.text(there)}; {named} ...",
+        f"memory of a process, estimated: at most {memory.text(plan.peak())} of "
+        f"{memory.text(n_bytes)}; {named} ...",
         flush=True,
     )
 
@@ -81,8 +80,8 @@ def show_disk(cfg, config: ModelConfig, steps: int, optimizer: str) -> None:
         count = min(count, cfg.keep + 2)  # the newest and the best one stay in any case
     size = memory.checkpoint_bytes(config, cfg.bf16, optimizer)
     out = Path(cfg.out)
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     hint = "; --keep N keeps fewer" if count * size > free else ""
     print(
         f"checkpoints: at most {count} x {memory.text(size)} = {memory.text(count * size)} on "

@@ -111,8 +111,8 @@ class Plan:
         cast = self.size if self.bf16 else 0  # gradients of the logits for the matrix products
         logits = n_logits * (4 + cast)
         if self.cuda:
-            # The whole chunk is worked on at once: in the forward log_softmax beside the logits,
-            # for the entropy p and p log p; in the backward p, and what is added to the head's.
+            # The whole chunk is worked on at once. Forward: log_softmax beside the logits, for the
+            # entropy p and p log p. Backward: p, and the chunk's part of the head's gradient.
             forward = n_logits * (12 if self.rows else 8)
             backward = n_logits * ((8 if self.rows else 4) + cast) + (head if self.bf16 else 0)
             logits = max(forward, backward)

@@ -42,7 +42,7 @@ class Failed(Exception):
 
 
 class Pool:
-    """Workers that call load(argument), a function that each of them makes once."""
+    """Workers that call one function. Each makes it once, at its start, by load(argument)."""
 
     def __init__(self, load: Callable, argument: str, workers: int, limit: float):
         self._calls = queue.SimpleQueue()  # (future, arguments); None ends a thread

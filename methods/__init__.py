@@ -1,4 +1,4 @@
-"""Methods by name: `load("luffy")` is methods/luffy.py, `load("my/idea.py")` is anybody's file.
+"""Methods by name: `load("luffy")` is methods/luffy.py, `load("my/idea.py")` is your own file.
 
 A method's file defines one class named `Method`, derived from losses.GRPO or from another method.
 """

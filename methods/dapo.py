@@ -1,6 +1,6 @@
 """DAPO (arXiv 2503.14476) as the paper runs it after SFT (DAPO_dc, section C.2.2).
 
-GRPO with dynamic sampling, clip-higher, and advantages over the group's standard deviation.
+GRPO with dynamic sampling, clip-higher, and advantages divided by the group's standard deviation.
 With one update per round (the paper's setting) the ratio is 1 and clip-higher never acts.
 """
 

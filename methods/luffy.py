@@ -1,7 +1,7 @@
 """LUFFY (arXiv 2504.14945): the demonstration is one more row of its group.
 
 A group has G - 1 rollouts and the expert's row; the baseline is the mean reward over all of them.
-    rollout token   -r A               no clip at all                                    [13]
+    rollout token   -r A               r the ratio; no clip                              [13]
     expert token    -A p / (p + 0.1)   p the policy's probability; slope A 0.1 p / (p + 0.1)^2
 The shaping weighs an expert token most where p = 0.1; near 0 and 1 it has almost no gradient.
 

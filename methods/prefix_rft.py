@@ -23,7 +23,7 @@ from losses import GRPO
 
 
 def prefix_window(done: float, low_init=0.95, low_target=0.05, high=0.95) -> tuple[float, float]:
-    """(low, high) share of a demonstration given as prefix, when the share `done` of the run is."""
+    """(low, high) share of the demonstration to copy, at the share `done` of the run."""
     fall = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
     return low_target + fall * (low_init - low_target), high
 
@@ -37,9 +37,9 @@ def prefix_length(u: float, window: tuple[float, float], demo_len: int) -> int:
 
 
 def most_uncertain(entropy: Tensor, among: Tensor, drop_ratio: float) -> Tensor:
-    """Bool like `among`: its tokens without the int(drop_ratio * n) of lowest entropy.
+    """Bool like `among`: its n tokens but for the int(drop_ratio * n) with the lowest entropy.
 
-    Of equal entropies the earlier ones go. Call it once on all rows of the step.
+    Of equal entropies the earlier one is dropped. Call it once, on all rows of the step.
     """
     rank = entropy.detach()[among].argsort(stable=True).argsort()  # (n,) 0 = surest
     return torch.zeros_like(among).masked_scatter(among, rank >= int(drop_ratio * len(rank)))

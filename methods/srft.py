@@ -5,8 +5,8 @@ Rows and advantages as LUFFY's. With H the mean token entropy of the row, held c
     token of a right row    -0.1 exp(+H) logp
     token of a wrong row    +logp               weight 1, unbounded below: watch the entropy
 
-Choices: 1) H is each row's own; equation 16 prints one H for all. 2) The advantage of expert tokens
-is raised; added as printed, its sign would lower it. 3) No ratio and no clip act.
+Choices: 1) H is each row's own; equation 16 prints one H for all. 2) Expert tokens with A > 0
+become more likely; the sign as printed would make them less likely. 3) No ratio and no clip act.
 """
 
 import math

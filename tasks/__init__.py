@@ -2,8 +2,8 @@
 
 A task is one file here: its problems, its expert, its reward, and the settings that suit it. A
 reward is one function, `reward(response: str, row: dict) -> float | Verdict`, where `row` is the
-data row as read, with all of its columns. `--reward math` is tasks/math.py's, `--reward
-my/file.py:name` is anybody's.
+data row as read, with all of its columns. `--reward math` is the one of tasks/math.py, `--reward
+my/file.py:name` a function of your own.
 """
 
 import importlib
@@ -36,24 +36,24 @@ FILES = ("data", "val", "problems", "demonstrations")  # settings that name a fi
 
 
 def preset(script: str, given: dict) -> dict:
-    """The settings of a task for a script ("sft", "rl", "evaluate"), if the command line asks for
-    one: without --data, or with --data FOLDER where the task wrote its files. Else {}.
+    """The settings of a task for a script ("sft", "rl", "evaluate"): of the built-in task without
+    --data, of the task that wrote --data FOLDER, or {} where --data is anything else.
 
     --data FOLDER is taken out of `given`, as the settings name the files in it.
     """
     task = load(BUILT_IN)
     folder = Path(given.get("data", task.FOLDER))
-    if "data" not in given and not has_tokenizer_of(given.get("init", ""), task):
-        raise UserError(
-            f"--init {given['init']} is a model of your own: give --data too (and --val). The "
-            "built-in problems and their settings are for runs/base and what is trained from it"
-        )
     if "data" in given:
         written = [name for name in names() if (folder / f"{name}.json").exists()]
         if not written:
             return {}
         task = load(written[0])
         del given["data"]
+    elif not has_tokenizer_of(given.get("init", ""), task):
+        raise UserError(
+            f"--init {given['init']} is a model of your own: give --data too (and --val). The "
+            "built-in problems and their settings are for runs/base and what is trained from it"
+        )
     settings = dict(task.SETTINGS[script])
     if script == "rl":
         settings["demonstrations"] = task.DEMONSTRATIONS
@@ -80,8 +80,8 @@ def has_tokenizer_of(init: str, task) -> bool:
 
 
 def flags_for(cfg, **flags: str) -> str:
-    """Flags for the next command after a run on data of one's own; "" for the built-in task, whose
-    settings are the defaults. flags: {field of cfg: flag of the next command}."""
+    """The data and reward flags of the next command that a run suggests; "" after the built-in
+    task, whose settings are the defaults. flags: {field of cfg: flag of the next command}."""
     if Path(cfg.data).parent == load(BUILT_IN).FOLDER:
         return ""
     words = []
@@ -126,10 +126,10 @@ def score(reward: Callable, response: str, row: dict) -> tuple[float, Verdict]:
 
 
 def columns(name: str) -> dict:
-    """What data.problems() has to know of a reward: the columns that it reads besides the gold
-    answer (COLUMNS of its module), whether each row needs a gold answer that is text (NEEDS_GOLD,
-    true unless said otherwise; a reward of one's own needs none), and a check of a row that
-    raises UserError, for a task's reward that reads columns of its own."""
+    """What data.problems() has to know of a reward, as its keyword arguments. reads: its columns
+    besides the gold answer (COLUMNS of its module). needs_gold: each row needs a gold answer that
+    is text (NEEDS_GOLD, by default true; a FILE.py's reward needs none). check: raises UserError
+    for a bad row, where a task's reward reads other columns than the gold answer."""
     reward = load_reward(name)
     module = sys.modules[reward.__module__]
     ours = name.partition(":")[0] in names()

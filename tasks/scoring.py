@@ -1,4 +1,4 @@
-"""From prompts to scored responses: the sampler and the reward, in step or side by side.
+"""From prompts to scored responses: the sampler and the reward, in turn or at the same time.
 
     policy = Policy(net, tokenizer, tasks.load_reward("math"), max_new=512)
     policy.respond([Request(problem, [], 8)], policy.sampling(1.0, seed=0))
@@ -6,8 +6,8 @@
 Without a pool the reward is called here when all responses are sampled. With one (--reward-workers)
 its processes score a response when it ends, while others are still sampled, and each call has
 --reward-timeout seconds. Scores are sorted by the number of the response, so neither the workers
-nor their pace change them. Of several training processes each asks for the score of the responses
-that it has sampled, and all get all scores.
+nor their pace change them. Each training process scores the responses that it has sampled, then all
+processes get all scores.
 """
 
 import itertools
@@ -62,7 +62,7 @@ class Asked(NamedTuple):
 
 @dataclass
 class Policy:
-    """A model that answers prompts, and the reward that scores what it says."""
+    """A model that responds to prompts, and the reward that scores its responses."""
 
     net: torch.nn.Module
     tokenizer: data.Tokenizer
@@ -126,17 +126,17 @@ class Policy:
             score = partial(tasks.score, self.reward, *call)
         self.asked[number] = Asked(problem, response, text, score)
 
-    def close(self) -> None:
-        if self.pool:
-            self.pool.close()
-
-    def wait(self) -> dict[int, list]:
-        """{number: score()} of all that was asked; each process has asked for its share."""
+    def wait(self) -> dict[int, tuple]:
+        """{number: Asked.wait()} of all that was asked for, by this process and the others."""
         began = time.monotonic()
         own = [(number, asked.wait()) for number, asked in sorted(self.asked.items())]
         scores = dict(itertools.chain(*ranks.gather(own)))
         self.score_s += time.monotonic() - began
         return scores
+
+    def close(self) -> None:
+        if self.pool:
+            self.pool.close()
 
 
 def whole(request: Request, response: rollout.Response) -> rollout.Response:
@@ -146,7 +146,7 @@ def whole(request: Request, response: rollout.Response) -> rollout.Response:
 
 
 def open_policy(cfg, tokenizer) -> Policy:
-    """The policy of a script, for now without a model: --reward, --reward-workers, --max-new ..."""
+    """The policy of a script by its flags (--reward, --max-new ...). Its net is set later."""
     pool = None
     if cfg.reward_workers:
         pool = Pool(tasks.scorer, cfg.reward, cfg.reward_workers, cfg.reward_timeout)
@@ -160,10 +160,10 @@ def demonstration(problem: data.Problem) -> rollout.Response:
 
 
 def record_of(problem: data.Problem, response: rollout.Response, score: tuple) -> dict:
-    """One response as samples.jsonl keeps it. score: of Asked.wait().
+    """One response as samples.jsonl keeps it. score: what Asked.wait() returned.
 
     reward: the number that the function returned; a Verdict counts 1 or 0. correct: the Verdict's
-    word, or a number above one half.
+    own, or whether the number is above one half.
     """
     text, reward, verdict = score
     correct, lenient, answer, reason = verdict
@@ -188,8 +188,8 @@ def unscored(records: list[dict]) -> float:
 
 
 def check_demonstrations(problems: list, policy: Policy, limit: int = 1000) -> str:
-    """How many of the first demonstrations the reward calls right, in words: a wrong gold column
-    shows here before a night is lost."""
+    """A sentence: how many of the first `limit` demonstrations the reward calls right. A wrong gold
+    column shows here, before training."""
     policy.asked = {}
     shown = [problem for problem in problems if problem.expert][:limit]
     for number, problem in enumerate(shown):
