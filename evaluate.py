@@ -245,6 +245,21 @@ def evaluate(policy, problems: list, n: int, sampling, progress=None) -> tuple[d
     return summarise(records, n), records
 
 
+def readiness(policy, problems: list, n: int, sampling) -> dict:
+    """What RL in groups of n would find at this checkpoint, as keys of an eval line.
+
+    sampling: at RL's temperature. As in RL's reward, a cut answer is not right.
+    """
+    requests = [Request(problem, [], n) for problem in problems]
+    answers = policy.respond(requests, sampling)
+    right = [record["correct"] and record["finished"] for _, _, record in answers]
+    nats = [sum(response.entropy) for _, response, _ in answers]
+    tokens = [len(response.ids) for _, response, _ in answers]
+    shape = (len(problems), n)
+    sums = [np.reshape(values, shape).sum(1) for values in (right, nats, tokens)]  # (P,) each
+    return estimates.group_line(*sums, n)
+
+
 def during_rl(cfg, run: Run, step: int, policy: Policy, problems: list) -> None:
     """Evaluate on the validation problems of rl.py: log, print pass@1 and the ceiling, prune."""
     sampling = policy.sampling(cfg.eval_temperature, ranks.seed_of(cfg.seed, "eval"))

@@ -26,7 +26,6 @@ from typing import Literal, NamedTuple
 
 import core.start  # must run before torch is imported
 
-import numpy as np
 import torch
 
 import data
@@ -300,29 +299,15 @@ def validate(cfg: Config, run: Run, step: int, policy, val: list, problems: list
         shown = f"  pass@1 {lines['eval']['pass1']:.1f} (se {lines['eval']['pass1_se']:.1f})"
         run.log_samples(step, records[:20])
         if cfg.samples:
-            lines["eval"] |= readiness(cfg, policy, problems[: cfg.sample_problems])
+            sampling = policy.sampling(cfg.temperature, ranks.seed_of(cfg.seed, "readiness"))
+            few = problems[: cfg.sample_problems]
+            lines["eval"] |= evaluate.readiness(policy, few, cfg.samples, sampling)
             found = estimates.readiness_of(lines["eval"], cfg.samples)
             shown += f"  {found.line(cfg.samples)}"
     run.log(step, **lines)
     found = diagnose(run)
     print(f"step {step:5d}  val loss {loss:.4f}  {regime_now(found)}{shown}", flush=True)
     run.prune({found.recommended_step})
-
-
-def readiness(cfg: Config, policy, problems: list) -> dict:
-    """Readiness for RL: --samples answers per problem at RL's temperature, as keys of an eval line.
-
-    As in RL's reward, a cut answer is not right.
-    """
-    requests = [scoring.Request(problem, [], cfg.samples) for problem in problems]
-    sampling = policy.sampling(cfg.temperature, ranks.seed_of(cfg.seed, "readiness"))
-    answers = policy.respond(requests, sampling)
-    right = [record["correct"] and record["finished"] for _, _, record in answers]
-    nats = [sum(response.entropy) for _, response, _ in answers]
-    tokens = [len(response.ids) for _, response, _ in answers]
-    shape = (len(problems), cfg.samples)
-    sums = [np.reshape(values, shape).sum(1) for values in (right, nats, tokens)]  # (P,) each
-    return estimates.group_line(*sums, cfg.samples)
 
 
 def regime_now(found: phases.Diagnosis) -> str:
