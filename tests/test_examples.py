@@ -1,13 +1,18 @@
 """examples/: a task of one's own from its rows to RL, and a reward with partial credit."""
 
+import sys
+
 import pytest
-from small_runs import ROOT, lines_of, rl_config, sft_config
+from small_runs import ROOT, lines_of, rl_config, sft_config, write_jsonl
 
 import data
 import rl
 import sft
 import tasks
+import verify
+from core.files import read_jsonl
 from examples import reverse
+from examples.gsm8k import prepare
 
 
 def test_the_page_names_every_example():
@@ -73,3 +78,35 @@ def test_rl_runs_on_partial_credit(small_task, tmp_path):
     assert 0 <= numbers["reward"] <= 100
     records = data.read_rows(out / "samples.jsonl")
     assert records and all(record["reason"] == "scored" for record in records)
+
+
+# ---- gsm8k/prepare.py ----------------------------------------------------------------------------
+def gsm8k_row(n: int, steps: int) -> dict:
+    """A row as GSM8K has it, whose `steps` calculations end in n + steps."""
+    lines = [
+        f"Then there are {n + i}+1=<<{n + i}+1={n + i + 1}>>{n + i + 1}." for i in range(steps)
+    ]
+    return {"question": f"{n} and {steps}?", "answer": "\n".join(lines) + f"\n#### {n + steps:,}"}
+
+
+def test_gsm8k_becomes_files_whose_every_trajectory_is_right(tmp_path, monkeypatch):
+    rows = [gsm8k_row(990 + n, 1 + n % 3) for n in range(1600)]
+    wrong = gsm8k_row(5, 1) | {"answer": "It is <<2+3=5>>5, so 6 left.\n#### 6"}
+    write_jsonl(tmp_path / "train.jsonl", rows + [wrong] * 30)
+    write_jsonl(tmp_path / "test.jsonl", rows[:30])
+    out = tmp_path / "out"
+    flags = f"--train {tmp_path}/train.jsonl --test {tmp_path}/test.jsonl --out {out}"
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *flags.split()])
+    prepare.main()
+    found = {path.stem: list(read_jsonl(path)) for path in out.glob("*.jsonl")}
+    assert {name: len(rows) for name, rows in found.items()} == {
+        "sft": 800,
+        "problems": 1067 + 30 - 200,
+        "dev": 200,
+        "test": 20,
+    }
+    for row in found["sft"]:
+        assert verify.verify(row["response"], row["answer"]).correct
+        assert row["response"].count("\n") in (1, 2)
+    assert "," not in "".join(row["answer"] for row in found["sft"])
+    assert not {row["prompt"] for row in found["dev"]} & {row["prompt"] for row in found["sft"]}
