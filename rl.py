@@ -406,8 +406,7 @@ def main(cfg: Config) -> None:
         for update in updates:
             sums.append(train_on(cfg, method, net, update))
             norms.append(optim.update(model, optimizers, lr, cfg.clip))
-            if net is not model:
-                ranks.refresh(net, model)
+            ranks.refresh(net, model)  # net may be a bfloat16 copy of model
             run.watch(norms[-1], step + 1)
 
         numbers = {**collected.stats, **losses.describe_updates(sums, norms), "lr": lr}

@@ -82,6 +82,9 @@ class Config:
     keep: int = 0  # checkpoints to keep; 0 = all; the newest and the best always stay
     until: Literal["", "stable", "mild", "severe"] = ""  # stop once this regime is reached
     max_new: int = 1024  # tokens per response when sampling --problems
+    rows: int = 512  # of those responses in flight at once
+    reward_workers: int = 0  # processes that call the reward while sampling goes on; 0 = none
+    reward_timeout: float = 30.0  # seconds per call in such a process; over it the reward is 0
     samples: int = 8  # per problem, besides: what RL in groups of so many would find; 0 = none
     sample_problems: int = 64  # the first so many of --problems, for those samples
     temperature: float = 1.0  # of those samples: RL's
@@ -90,8 +93,9 @@ class Config:
     def __post_init__(self):
         cli.require_positive(self, "batch", "micro_tokens", "max_len", "log_every", "max_new")
         cli.require_positive(self, "epochs", "lr", "clip", "sample_problems", "temperature")
+        cli.require_positive(self, "rows", "reward_timeout")
         cli.require_not_negative(self, "steps", "eval_every", "save_every", "keep", "gpus")
-        cli.require_not_negative(self, "weight_decay", "samples")
+        cli.require_not_negative(self, "weight_decay", "samples", "reward_workers")
         cli.require_share(self, "warmup", "trust_alpha")
         if self.samples == 1:
             raise UserError("--samples 1: a group of one has no signal; 0 = none, or 2 and more")
@@ -344,8 +348,8 @@ def main(cfg: Config) -> bool:
         return False
     run = Run(cfg, steps, folder, val_set=data.digest(val))
     model, net, optimizers = evaluate.open_training(cfg, folder, tokenizer, device, run)
-    reward = tasks.load_reward(cfg.reward)
-    policy = evaluate.Policy(net, tokenizer, reward, cfg.max_new)
+    policy = scoring.open_policy(cfg, tokenizer)
+    policy.net = net
     prepare_resume(cfg, run)
 
     def prepare(position: int) -> Step:
@@ -385,6 +389,7 @@ def main(cfg: Config) -> bool:
         run.position += cfg.batch
         numbers = {"loss": loss, "grad_norm": norm, "lr": lr, "epoch": run.position / len(train)}
         log_step(cfg, run, step + 1, numbers, batch, clock)
+    policy.close()
     finish(cfg, run)
     return not run.interrupted
 

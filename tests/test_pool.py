@@ -8,11 +8,12 @@ import time
 
 import pytest
 from processes import run_in
-from small_runs import ROOT, lines_of, policy_of, rl_config, weights_of
+from small_runs import ROOT, lines_of, policy_of, rl_config, sft_config, weights_of
 
 import data
 import evaluate
 import rl
+import sft
 import tasks
 from core.errors import UserError
 from core.pool import DIED, TIMED_OUT, Failed, Lost, Pool
@@ -194,6 +195,16 @@ def test_a_run_with_workers_stopped_and_resumed_is_the_run_without(small_task, o
     assert lines_of(tmp_path / "r") == alone
     for name, weight in weights_of(tmp_path / "alone", 2).items():
         assert (weights_of(tmp_path / "r", 2)[name] == weight).all()
+
+
+def test_sft_samples_its_problems_with_workers_as_without(small_task, own, tmp_path):
+    settings = {"reward": f"{own}:length", "steps": 1, "max_new": 16}
+    settings["problems"] = f"{small_task}/eval.jsonl"
+    sft.main(sft_config(small_task, tmp_path / "alone", **settings))
+    sft.main(sft_config(small_task, tmp_path / "pooled", **settings, reward_workers=2))
+    alone = lines_of(tmp_path / "alone", "eval")
+    assert lines_of(tmp_path / "pooled", "eval") == alone
+    assert len(alone) == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
