@@ -12,7 +12,7 @@ import tasks
 import verify
 from core.files import read_jsonl
 from examples import reverse
-from examples.gsm8k import prepare
+from examples.gsm8k import prepare, rollouts
 
 
 def test_the_page_names_every_example():
@@ -99,8 +99,10 @@ def test_gsm8k_becomes_files_whose_every_trajectory_is_right(tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", ["prepare.py", *flags.split()])
     prepare.main()
     found = {path.stem: list(read_jsonl(path)) for path in out.glob("*.jsonl")}
+    n_wrong = sum(row["prompt"] == wrong["question"] for row in found["problems"])
+    assert n_wrong > 15
     assert {name: len(rows) for name, rows in found.items()} == {
-        "sft": 800,
+        "sft": 1067 + 30 - 200 - n_wrong,
         "problems": 1067 + 30 - 200,
         "dev": 200,
         "test": 20,
@@ -110,3 +112,32 @@ def test_gsm8k_becomes_files_whose_every_trajectory_is_right(tmp_path, monkeypat
         assert row["response"].count("\n") in (1, 2)
     assert "," not in "".join(row["answer"] for row in found["sft"])
     assert not {row["prompt"] for row in found["dev"]} & {row["prompt"] for row in found["sft"]}
+    write_jsonl(tmp_path / "train.jsonl", [rows[0], {"question": "1?", "answer": "60"}])
+    with pytest.raises(SystemExit, match="row 2: `answer` has no"):
+        prepare.main()
+
+
+# ---- gsm8k/rollouts.py ---------------------------------------------------------------------------
+def test_problems_won_and_lost_are_shown_with_a_response_of_each(tmp_path, monkeypatch, capsys):
+    def record(init: str, problem: str, response: str, correct: bool) -> dict:
+        reason = "" if correct else "wrong answer"
+        return dict(
+            init=init, problem=problem, response=response, gold="7", correct=correct, reason=reason
+        )
+
+    rows = []
+    for init in ("old", "between", "new"):
+        for sample in range(2):
+            rows.append(record(init, "won?", f"{init} {sample}", init == "new" and sample == 1))
+            rows.append(record(init, "lost?", f"{init} {sample}", init == "old"))
+            rows.append(record(init, "same?", f"{init} {sample}", sample == 0))
+    path = write_jsonl(tmp_path / "both.jsonl", rows)
+    monkeypatch.setattr(sys, "argv", ["rollouts.py", path])
+    rollouts.main()
+    said = capsys.readouterr().out
+    assert said.startswith("1 problems with more right responses after, 1 with fewer.")
+    won, lost = said.split("## Won")[1].split("## Lost")
+    assert "0 of 2 right:\n\n    old 0\n    -- wrong answer" in won
+    assert "1 of 2 right:\n\n    new 1\n    -- right" in won
+    assert "lost?" in lost and "2 of 2 right:\n\n    old 0\n    -- right" in lost
+    assert "between" not in said and "same?" not in said

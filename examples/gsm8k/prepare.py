@@ -7,8 +7,8 @@ GSM8K writes each calculation of a solution as <<3*20=60>> and ends with "#### 6
 here is those calculations and the answer in a box, which is what the verifier reads. That is a
 third of the solution's tokens, so a laptop samples three times as many rollouts per hour.
 
-    sft.jsonl        800 trajectories for SFT, of those whose last result is the answer (90%)
-    problems.jsonl   all 2,379 training problems, of which RL reads only question and answer
+    problems.jsonl   2,379 training problems, of which RL reads only question and answer
+    sft.jsonl        those of them whose last result is the answer (90%), as trajectories for SFT
     dev.jsonl        200 other problems of the training split, for every choice made on the way
     test.jsonl       422 problems of the test split, for the last table only
 """
@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's ro
 from core.files import write_aside
 from core.rows import read_rows
 
-TRAJECTORIES = 800
 DEV = 200
 
 
@@ -34,8 +33,12 @@ def problems(source: str) -> list[dict]:
     """Rows {"prompt", "answer", "response"} of a file, or of a split named OWNER/NAME:CONFIG/SPLIT;
     shuffled."""
     found = []
-    for row in read_rows(source):
-        working, _, answer = row["answer"].rpartition("####")
+    for number, row in enumerate(read_rows(source), 1):
+        working, mark, answer = row["answer"].rpartition("####")
+        if not mark:
+            sys.exit(
+                f"{source}, row {number}: `answer` has no '#### 60' at its end, as GSM8K's has"
+            )
         steps = re.findall(r"<<(.*?)>>", working)
         if len(steps) not in (1, 2):
             continue
@@ -63,7 +66,7 @@ def main() -> None:
     args = parser.parse_args()
     train = problems(args.train)
     files = {
-        "sft": list(filter(ends_in_answer, train[DEV:]))[:TRAJECTORIES],
+        "sft": list(filter(ends_in_answer, train[DEV:])),
         "problems": train[DEV:],
         "dev": train[:DEV],
         "test": problems(args.test),
