@@ -156,8 +156,8 @@ def diagnose(steps, losses, flops=None, saved=None, delta=DELTA, delta2=DELTA2) 
 def reached(diagnosis: Diagnosis, regime: str) -> bool:
     """Whether a run in training has reached `regime` for good: sft.py --until stable|mild|severe.
 
-    One bad validation may be a spike. Several in a row are asked for and, for mild and severe, a
-    mean excess over the Stable band of twice its standard error. A diverged run has reached all."""
+    One bad validation may be a spike, so several in a row are asked for; of mild and severe their
+    mean has to lie above Stable by twice its standard error. A diverged run has reached all."""
     if regime not in REGIMES[1:]:
         raise UserError(f"until = {regime!r}: use one of {', '.join(REGIMES[1:])}")
     loss = _infinite_if_bad(diagnosis.losses)
@@ -176,11 +176,11 @@ def reached(diagnosis: Diagnosis, regime: str) -> bool:
 
 
 def noise_of(x, loss) -> float:
-    """Standard deviation of one validation, nats: how far points lie off their neighbours' line.
+    """Standard deviation of one validation, nats; 0 where the curve shows no noise.
 
-    x, loss (N,) finite, sorted by x; only from 1.5 L_min on, where the bands are. 0 unless the
-    curve turns 3 times or more and these distances change sign 4 times and at every other point: a
-    valley turns once, a spike or a second minimum bends few points; of noise three in four do."""
+    x, loss (N,) finite, sorted by x; used from 1.5 L_min on. A gap is a point's distance from the
+    line between its neighbours, in units of the noise. The curve has to turn 3 times (a valley:
+    once) and gaps to change sign 4 times and at half of the points (noise: at 3 in 4)."""
     start = int(np.argmax(loss <= 1.5 * loss.min(initial=np.inf))) if len(loss) else 0
     x = x[start:]
     loss = loss[start:]
@@ -194,7 +194,7 @@ def noise_of(x, loss) -> float:
 
 
 def _running_mean(loss) -> np.ndarray:
-    """(N,) means of each loss and its two neighbours (one at the ends, where it counts double)."""
+    """(N,) means of each loss and its two neighbours; an end stands in for the one it lacks."""
     padded = np.concatenate([loss[:1], loss, loss[-1:]])
     return (padded[:-2] + padded[1:-1] + padded[2:]) / 3
 
