@@ -79,7 +79,7 @@ def apart(values, least: float) -> list[float]:
 def claims_figure(study: Study, found, pyplot):
     """Every claim in points: its effect and interval, coloured by its verdict."""
     shown = [f for f in found if f.margin == findings.MARGIN]
-    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.35 * len(shown)))
+    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.4 * len(shown)))
     for i, f in enumerate(shown):
         colour = VERDICTS.get(f.verdict, NO_EFFECT)
         if not np.isnan(f.effect):
@@ -101,7 +101,7 @@ def claims_figure(study: Study, found, pyplot):
     return figure
 
 
-def wrapped(text: str, width: int = 36) -> str:
+def wrapped(text: str, width: int = 40) -> str:
     """A text in lines of at most so many characters."""
     lines = [""]
     for word in text.split():
@@ -215,10 +215,12 @@ def starts_figure(study: Study, found, pyplot):
             dot(below, s.step, mean, low, high, s.start)
             tops.append(high)
         least = 0.09 * (max(tops) - min(float(study.points[s.name].performance[0]) for s in runs))
-        for (text, s), y in zip(distinct, apart(tops, least)):
+        heights = apart(tops, least)
+        for (text, s), y in zip(distinct, heights):
             style = dict(color=COLOURS[s.start], fontsize=SMALL, ha="center", va="bottom")
             below.text(s.step, y, text.replace(" = ", "\n= "), **style)
         below.margins(x=0.15, y=0.18)
+        below.set_ylim(top=max(heights) + 2 * least)
         below.set_xlabel("SFT step at which RL starts", fontsize=SMALL)
         below.set_ylabel("pass@1 (points)", fontsize=SMALL)
         below.set_title("square: dev at the start; dot: test after RL", fontsize=SMALL)
@@ -271,12 +273,13 @@ def scale_figure(study: Study, found, pyplot):
         left.plot(x, [p[1] - least for p in points.values()], color=COLOURS[name], lw=0.8)
         for i, (label, (n, mean, low, high)) in enumerate(points.items()):
             dot(left, n, mean - least, low - least, high - least, name)
-            above = name != "paper" or i % 2 == 0
-            where = dict(xytext=(0, 6 if above else -13), textcoords="offset points", ha="center")
-            at = (n, (high if above else low) - least)
-            left.annotate(label, at, fontsize=7, color=COLOURS[name], **where)
+            where = dict(xytext=(-5, 3), ha="right")  # ours: to the left of the interval
+            if name == "paper":
+                where = dict(xytext=(0, 6 if i % 2 else -13), ha="center")
+            style = dict(textcoords="offset points", fontsize=7, color=COLOURS[name])
+            left.annotate(label, (n, mean - least), **where, **style)
     left.set(xscale="log")
-    left.margins(x=0.12, y=0.12)
+    left.margins(x=0.2, y=0.12)
     left.set_xlabel("SFT trajectories", fontsize=SMALL)
     left.set_ylabel("A_post above the smallest set's (points)", fontsize=SMALL)
     left.set_title("blue: here; black: the paper", fontsize=SMALL)
@@ -307,7 +310,8 @@ def losses_figure(study: Study, found, pyplot):
         least = next(iter(points.values()))[1]
         for i, (label, (loss, mean, low, high)) in enumerate(points.items()):
             dot(axes, loss, mean - least, low - least, high - least, name)
-            where = dict(xytext=(6, 6 if i % 2 else -9), textcoords="offset points")
+            above = (i % 2 == 1) == (name != "paper")  # so that neighbours stay apart
+            where = dict(xytext=(6, 6 if above else -13), textcoords="offset points")
             style = dict(fontsize=SMALL, color=COLOURS[name])
             axes.annotate(label, (loss, mean - least), **where, **style)
     r = f"r = {-finding.effect:+.2f}" if finding.known else "r not known"
