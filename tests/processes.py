@@ -46,15 +46,21 @@ def _wait(group: list, end: float) -> str:
     # Asked, not waited for: a sentinel stays silent while a process of the child's holds it open
     while True:
         codes = [process.exitcode for process in group]
-        for rank, code in enumerate(codes):
-            if code:
-                return f"process {rank} ended with code {code}"
+        if any(codes):
+            # One that dies makes the others fail, and may be seen after them
+            time.sleep(0.5)
+            return _failed(group)
         if None not in codes:
             return ""
         if time.monotonic() > end:
             waiting = [rank for rank, code in enumerate(codes) if code is None]
             return f"processes {waiting} did not end in time"
         time.sleep(0.02)
+
+
+def _failed(group: list) -> str:
+    codes = [process.exitcode for process in group]
+    return ", ".join(f"process {rank} ended with code {code}" for rank, code in enumerate(codes) if code)
 
 
 def _read(report: Path) -> str:
