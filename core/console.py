@@ -40,7 +40,7 @@ def print_rl_step(cfg, run, step: int, row: dict) -> None:
 
 def show_rollout(row, tokenizer) -> None:
     """The first rollout as text, the trained part between >> and <<."""
-    end = "<eos>" if row.finished else " [cut]"
+    end = tokenizer.backend.id_to_token(row.response[-1]) if row.finished else " [cut]"
     print(
         "first rollout, the trained part between >> and <<:\n"
         f"  {tokenizer.decode(row.prompt)}>>{tokenizer.decode(row.response)}{end}<<  "

@@ -59,8 +59,8 @@ def _wait(group: list, end: float) -> str:
 
 
 def _failed(group: list) -> str:
-    codes = [process.exitcode for process in group]
-    return ", ".join(f"process {rank} ended with code {code}" for rank, code in enumerate(codes) if code)
+    failed = [(rank, process.exitcode) for rank, process in enumerate(group) if process.exitcode]
+    return ", ".join(f"process {rank} ended with code {code}" for rank, code in failed)
 
 
 def _read(report: Path) -> str:

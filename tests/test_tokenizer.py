@@ -9,7 +9,8 @@ import tokenizers
 from chat_folders import FAMILIES, SPECIAL, byte_level, write_family, write_folder
 
 import data
-from core import chat, rows
+import losses
+from core import chat, console, rows
 from core.errors import UserError
 
 
@@ -157,6 +158,17 @@ def test_a_text_that_holds_bos_or_eos_gets_no_second_one(tmp_path, text):
 def test_a_response_ends_with_one_eos_whatever_it_says(families, tmp_path, response):
     _, found = trained({"prompt": "1", "response": response}, families["chatml"], tmp_path)
     assert found == "3<|im_end|>"
+
+
+def test_the_first_rollout_that_is_printed_ends_with_the_token_that_ended_it(families, capsys):
+    tokenizer = families["chatml"]
+    prompt = prompt_ids("1 + 2", tokenizer)
+    response = [*tokenizer.backend.encode("3").ids, tokenizer.eos]
+    row = losses.Row(prompt, response, [0.0] * len(response), 1.0, 1.0, 0)
+    console.show_rollout(row, tokenizer)
+    assert "3<|im_end|><<  reward 1\n" in capsys.readouterr().out
+    console.show_rollout(row._replace(response=response[:-1], finished=False), tokenizer)
+    assert "3 [cut]<<  reward 1\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("family", [name for name, (_, bos, _) in FAMILIES.items() if bos])
