@@ -135,9 +135,28 @@ def test_problems_won_and_lost_are_shown_with_a_response_of_each(tmp_path, monke
     monkeypatch.setattr(sys, "argv", ["rollouts.py", path])
     rollouts.main()
     said = capsys.readouterr().out
+    told, said = said.split("\n\n", 1)
+    assert told.split("\n") == [
+        f"- {init}: of 3 problems {always} right in all samples, {ever} in at least one; "
+        "calculations true in 0% of the responses"
+        for init, always, ever in (("old", 1, 2), ("between", 0, 1), ("new", 0, 2))
+    ]
     assert said.startswith("1 problems with more right responses after, 1 with fewer.")
     won, lost = said.split("## Won")[1].split("## Lost")
     assert "0 of 2 right:\n\n    old 0\n    -- wrong answer" in won
     assert "1 of 2 right:\n\n    new 1\n    -- right" in won
     assert "lost?" in lost and "2 of 2 right:\n\n    old 0\n    -- right" in lost
     assert "between" not in said and "same?" not in said
+
+
+@pytest.mark.parametrize(
+    "response, true",
+    [
+        ("20/2=10\n10+5=15\n\\boxed{15}", True),
+        ("20/2=10\n10+5=16\n\\boxed{16}", False),
+        ("20 halves\n\\boxed{10}", False),
+        ("\\boxed{10}", False),
+    ],
+)
+def test_a_response_calculates_where_both_sides_of_every_line_are_equal(response, true):
+    assert rollouts.calculates(response) == true

@@ -3,8 +3,9 @@
     python evaluate.py --init runs/gsm8k runs/gsm8k-rl --data test.jsonl --out both.jsonl
     python examples/gsm8k/rollouts.py both.jsonl --count 5
 
-Of the first and the last model in the file: the problems where the number of right responses rose
-the most, then those where it fell the most.
+For each model: how many problems are right in all samples and in at least one, and how many of its
+responses hold true calculations only. Then, of the first and the last model in the file, the
+problems where the number of right responses rose the most, and those where it fell the most.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the project's root
 
 from core.files import read_jsonl
+from verify import is_equivalent
 
 
 def by_problem(records: list[dict], init: str) -> dict[str, list[dict]]:
@@ -27,6 +29,27 @@ def by_problem(records: list[dict], init: str) -> dict[str, list[dict]]:
 
 def n_right(responses: list[dict]) -> int:
     return sum(response["correct"] for response in responses)
+
+
+def calculates(response: str) -> bool:
+    """Whether each line before the answer is a calculation whose two sides are equal."""
+    *lines, _ = response.strip().split("\n")
+    for line in lines:
+        formula, _, result = line.rpartition("=")
+        if not is_equivalent(result, formula):
+            return False
+    return bool(lines)
+
+
+def summary(init: str, problems: dict[str, list[dict]]) -> str:
+    counts = [n_right(responses) / len(responses) for responses in problems.values()]
+    records = [record for responses in problems.values() for record in responses]
+    n_true = sum(calculates(record["response"]) for record in records)
+    return (
+        f"{init}: of {len(problems)} problems {counts.count(1)} right in all samples, "
+        f"{len(problems) - counts.count(0)} in at least one; calculations true in "
+        f"{100 * n_true / len(records):.0f}% of the responses"
+    )
 
 
 def one_response(responses: list[dict], correct: bool) -> str:
@@ -55,6 +78,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=5, help="problems of each kind, at most")
     args = parser.parse_args()
     records = list(read_jsonl(args.samples))
+    for init in dict.fromkeys(record["init"] for record in records):
+        print(f"- {summary(init, by_problem(records, init))}")
     before = by_problem(records, records[0]["init"])
     after = by_problem(records, records[-1]["init"])
 
@@ -63,7 +88,7 @@ def main() -> None:
 
     won = sorted((p for p in before if gain(p) > 0), key=gain, reverse=True)
     lost = sorted((p for p in before if gain(p) < 0), key=gain)
-    print(f"{len(won)} problems with more right responses after, {len(lost)} with fewer.\n")
+    print(f"\n{len(won)} problems with more right responses after, {len(lost)} with fewer.\n")
     show("Won", won[: args.count], before, after, rose=True)
     show("Lost", lost[: args.count], before, after, rose=False)
 
