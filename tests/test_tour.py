@@ -23,8 +23,8 @@ def test_the_tour_shows_what_its_script_makes(tmp_path):
     assert NUMBER.sub("#", made) == NUMBER.sub("#", shown), "run python docs/tour.py"
     expected = [float(number) for number in NUMBER.findall(shown)]
     found = [float(number) for number in NUMBER.findall(made)]
-    # After 60 steps of training a processor with AVX-512 differs by 1.7% from one without
-    assert found == pytest.approx(expected, abs=5e-3, rel=3e-2), "run python docs/tour.py"
+    # Processors differ by 1e-4: after the 60 steps, which are in float64, RL is in float32
+    assert found == pytest.approx(expected, abs=1e-3), "run python docs/tour.py"
 
 
 def test_the_tour_names_functions_that_exist():
