@@ -177,14 +177,13 @@ def margins_panel(axes, study: Study, found) -> None:
 
 
 def transfer_figure(study: Study, found, pyplot):
-    """Test and the unseen kinds: every paradigm with its interval."""
+    """Test and the unseen kinds: every paradigm at equal compute, with its interval."""
     parts = [part for part in study.counts["exam"] if study.counts["exam"][part]]
     if len(parts) < 2:
         return None
     words = {"test": "test", "pair": "unseen pairs", "band": "unseen targets"}
     figure, panels = pyplot.subplots(1, len(parts), figsize=(8, 3.4), sharey=True)
     arms = {"base": ["base"], "SFT": study.seeds(f"sft-{study.main}"), **study.arms}
-    arms["SFT-then-RL"] = study.seeds(f"rl-{study.main}-stable")
     for axes, part in zip(panels, parts):
         for i, (name, names) in enumerate(arms.items()):
             dot(axes, i, *findings.level(study, names, part), name)

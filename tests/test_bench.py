@@ -128,13 +128,12 @@ def test_the_flops_of_mfu_are_those_of_the_log_without_what_was_recomputed(tmp_p
 
 def test_a_step_of_rl_is_split_into_its_parts(capsys):
     cfg = rl.Config(
-        model="tiny", prompts=2, group=2, steps=1, repeats=1, prompt_tokens=8, max_new=6
-    )
+        model="tiny", prompts=2, group=64, steps=1, repeats=1, prompt_tokens=8, max_new=6
+    )  # scoring a few responses takes less than seconds are rounded to
     rl.main(cfg)
     found = last_json(capsys)
-    assert found["tokens"] <= 24
-    assert min(found["sample_s"], found["update_s"]) > 0
-    assert found["score_s"] >= 0  # eight short answers may take less than it is rounded to
+    assert found["tokens"] <= 2 * 64 * 6
+    assert min(found["sample_s"], found["score_s"], found["update_s"]) > 0
     assert found["seconds"] >= sum(found[part] for part in rl.PARTS)
 
 

@@ -6,6 +6,7 @@ import re
 import runpy
 import shlex
 import sys
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -142,9 +143,11 @@ def test_every_flag_that_is_named_exists(page):
     known = OTHERS | {flag for program in PROGRAMS for flag in flags_of(program)}
     for algo in ("luffy", "srft", "upt", "prefix_rft"):
         known |= {f"--{name.replace('_', '-')}" for name in vars(methods.load(algo)())}
+    for config in (sft.Config, rl.Config, evaluate.Config):
+        switches = [field.name for field in fields(config) if field.type is bool]
+        known |= {f"--no-{name.replace('_', '-')}" for name in switches}
     for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", in_backticks_or_blocks(page.read_text())):
-        switches = {flag, f"--no-{flag[2:]}", flag.replace("--no-", "--")}
-        assert switches & known, flag
+        assert flag in known or f"--no-{flag[2:]}" in known, flag
 
 
 @pytest.mark.parametrize("command", COMMANDS)

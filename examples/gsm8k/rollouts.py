@@ -78,10 +78,12 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=5, help="problems of each kind, at most")
     args = parser.parse_args()
     records = list(read_jsonl(args.samples))
-    for init in dict.fromkeys(record["init"] for record in records):
-        print(f"- {summary(init, by_problem(records, init))}")
-    before = by_problem(records, records[0]["init"])
-    after = by_problem(records, records[-1]["init"])
+    inits = dict.fromkeys(record["init"] for record in records)
+    models = {init: by_problem(records, init) for init in inits}
+    for init, problems in models.items():
+        print(f"- {summary(init, problems)}")
+    before = models[records[0]["init"]]
+    after = models[records[-1]["init"]]
 
     def gain(problem: str) -> int:
         return n_right(after[problem]) - n_right(before[problem])
