@@ -622,6 +622,22 @@ def test_every_figure_is_drawn(made):
     assert all((made / f"{name}.png").stat().st_size > 15_000 for name in drawn)
 
 
+def test_the_picture_of_unseen_kinds_compares_at_equal_compute(made):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    found = study_of(made)
+    figure = report.panels.transfer_figure(found, None, pyplot)
+    axes = figure.axes[0]
+    names = [label.get_text() for label in axes.get_xticklabels()]
+    at = names.index("SFT-then-RL")
+    drawn = {y for line in axes.lines for x, y in zip(*line.get_data()) if x == at}
+    assert any(
+        y == pytest.approx(findings.level(found, found.arms[names[at]], "test")[0]) for y in drawn
+    )
+    whole = findings.level(found, found.seeds(f"rl-{found.main}-stable"), "test")[0]
+    assert not any(y == pytest.approx(whole) for y in drawn)
+    pyplot.close(figure)
+
+
 def test_a_study_of_ones_own_task_reports_the_handoff_and_nothing_else(tmp_path):
     cfg = own_config(tmp_path, "--seeds", "2", "--out", str(tmp_path / "own"))
     (tmp_path / "own").mkdir()
