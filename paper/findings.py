@@ -1,13 +1,13 @@
 """What a finished study says of the paper's claims: effects with intervals, and verdicts by rule.
 
-The rules, fixed on 2026-11-26 before any result of this design was seen:
+The rules, fixed on 2026-11-26 (the exact tasks' seeds on 2026-11-27) before a result was seen:
  1) The 90% interval of an effect lies above 0: the claim holds. All of it below 0: opposite. All
     of it below 1 point (0.5 for a correlation), but on both sides of 0: no effect of 1 point shown.
     Else it cannot be told. The smallest advantage that the paper builds on is 1.2 (78.1 - 76.9).
  2) An effect is a difference of two arms, paired over problems; its interval comes from bootstrap
     draws of the problems.
  3) Few seeds bootstrap badly: their standard deviation is pooled over all arms with several, and
-    added to every arm as Student's t. Without seeds: 2.0 points.
+    added to every arm as Student's t; the exact tasks pool their own. Without seeds: 2.0 points.
  4) Every arm counts with its checkpoint that is best on dev, and is measured on other problems.
     Learning rates and "the best mixed method" are chosen on dev as well.
  5) A ceiling is a posterior (ceiling.py), whose draws enter the effect; one that is not identified
@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from core.estimates import correlation
-from paper.results import DRAWS, EXACT, SCALES, START_RULES, Study
+from paper.results import DRAWS, EXACT, SCALES, START_RULES, Study, is_exact
 
 MARGIN = 1.0  # rule 1, points
 MARGIN_R = 0.5  # rule 1, of a correlation
@@ -86,7 +86,7 @@ def is_same(study: Study, pair) -> bool:
 
 def seed_draws(study: Study, pairs, rng) -> np.ndarray:
     """(DRAWS,) draws of what other seeds would change in the mean over pairs of (arm, arm)."""
-    sd, df = study.seed_noise
+    sd, df = study.seed_noise[is_exact(pairs[0][0][0])]
     unit = rng.standard_t(df, DRAWS) if df else rng.normal(size=DRAWS)
     arms = []
     for pair in pairs:

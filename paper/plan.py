@@ -78,8 +78,8 @@ FULL = Size(
         "large": 1,
         "fixed": 2,
         "dft": 1,
-        "chain": 1,
-        "sort": 1,
+        "chain": 2,
+        "sort": 2,
         "base-dapo": 2,
         "base-mixed": 1,
         "then-mixed": 3,
@@ -286,12 +286,12 @@ class Plan:
             reward="text" if exact else cfg.reward,
             max_flops=compute.limit or f"{compute.flops:g}",
         )
+        every = 6 if from_base else 1 if exact else 2  # exact tasks have few rounds
         if not self.own:
-            every = 6 if from_base else 2
             words += flags(lr=method.rate, eval_every=every, prompts=self.size.prompts)
             words += flags(gen_prompts=self.size.prompts, update_prompts=self.size.prompts // 2)
         a_round = (BASE_ROUND if from_base else RL_ROUND) * self.size.prompts / 64
-        n_evaluations = compute.flops / a_round / (6 if from_base else 2) + 2
+        n_evaluations = compute.flops / a_round / every + 2
         seconds = START + compute.flops / RL_SPEED + n_evaluations * 2 * SAMPLE * self.size.dev
         command = ["rl.py", *shlex.split(cfg.rl), *words, *self.resumed(name)]
         self.add(name, command, needs, seconds, compute.flops)
@@ -393,7 +393,9 @@ def jobs_of(cfg, size: Size) -> list[Job]:
                     p.rl_from_sft(set_name, start, seed)
     p.paradigms(size.seeds.get)
     for name in EXACT:
-        p.exam(f"late-{name}-0", f"@sft-{name}-0:late", [f"sft-{name}-0"], name)
+        for seed in range(size.seeds[name]):
+            sft = f"sft-{name}-{seed}"
+            p.exam(f"late-{name}-{seed}", f"@{sft}:late", [sft], name)
     if cfg.difficulty:
         p.difficulty()
     return p.jobs

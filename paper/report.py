@@ -245,8 +245,6 @@ def write(out) -> str:
     drawn = panels.draw(study, found)
     counts = Counter(finding.verdict for finding in found)
     verdicts = ", ".join(f"{n} {word}" for word, n in counts.most_common())
-    sd, df = study.seed_noise
-    known = f"pooled, {df} degrees of freedom" if df else "assumed"
     scope = "Here all of it is asked of a model of 0.6 million weights on Countdown."
     if study.own:
         scope = "Asked here of your own task: the handoff's claims only."
@@ -256,7 +254,7 @@ def write(out) -> str:
         verdicts=verdicts,
         rules=RULES,
         findings=findings_table(found),
-        seeds=f"Between seeds: standard deviation {sd:.1f} points ({known}).",
+        seeds=seeds_line(study),
         claims_figure="![](claims.png)" if "claims" in drawn else "",
     )
     own = ("paradigms", "transfer", "starts", "readiness")
@@ -269,6 +267,17 @@ def write(out) -> str:
     path = study.out / "report.md"
     path.write_text(text)
     return f"{path}: {verdicts}"
+
+
+def seeds_line(study: Study) -> str:
+    texts = []
+    for exact, where in ((False, ""), (True, " of the exact tasks")):
+        if exact and study.own:
+            continue
+        sd, df = study.seed_noise[exact]
+        known = f"pooled, {df} degrees of freedom" if df else "assumed"
+        texts.append(f"{sd:.1f} points{where} ({known})")
+    return f"Standard deviation between seeds: {', '.join(texts)}."
 
 
 def made_by(study: Study) -> str:

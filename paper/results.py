@@ -18,7 +18,7 @@ from core import files
 from core.errors import UserError
 from core.tables import read_metrics
 
-DESIGN = "2026-11-26"
+DESIGN = "2026-11-27"
 SCALES = ("tiny", "small", "middle", "wide", "large")
 EXACT = ("chain", "sort")
 STARTS = ("adaptive", "stable", "late", "signal", "accuracy")
@@ -48,6 +48,11 @@ def start_step(run_dir, which: str, most_flops: float = math.inf) -> int:
     first = found.steps[found.regimes.index("stable")]
     saved = [step for step in found.steps if step and (curve.saved is None or step in curve.saved)]
     return min(saved, key=lambda step: abs(step - first / 2))
+
+
+def is_exact(name: str) -> bool:
+    """Whether a run, an arm or a final evaluation is of a task whose answer must be exact."""
+    return bool(set(EXACT) & set(name.split("-")))
 
 
 class Screen(NamedTuple):
@@ -216,17 +221,21 @@ class Study:
         return found
 
     @cached_property
-    def seed_noise(self) -> tuple[float, int]:
-        """Standard deviation between seeds in points, degrees of freedom or 0 (assumed): rule 3."""
-        squares = 0.0
-        df = 0
+    def seed_noise(self) -> dict[bool, tuple[float, int]]:
+        """{of the exact tasks: (standard deviation between seeds in points, degrees of freedom or
+        0 where it is assumed)}: rule 3."""
+        squares = {True: 0.0, False: 0.0}
+        df = {True: 0, False: 0}
         for arm in sorted({name.rpartition("-")[0] for name in self.exams}):
             names = {self.real(name) for name in self.seeds(arm)}
             means = [self.exams[name]["test"].mean() for name in names if name in self.exams]
-            if len(means) > 1 and not set(EXACT) & set(arm.split("-")):
-                squares += np.var(means) * len(means)
-                df += len(means) - 1
-        return (math.sqrt(squares / df), df) if df else (SEED_SD, 0)
+            if len(means) > 1:
+                squares[is_exact(arm)] += np.var(means) * len(means)
+                df[is_exact(arm)] += len(means) - 1
+        return {
+            key: (math.sqrt(squares[key] / df[key]), df[key]) if df[key] else (SEED_SD, 0)
+            for key in df
+        }
 
     def rates(self, names, part: str = "test") -> np.ndarray:
         """(P,) share of right samples per problem in points, mean over the seeds of an arm."""

@@ -88,8 +88,8 @@ def chain(rng: random.Random) -> dict:
 
 
 def sort(rng: random.Random) -> dict:
-    """Eight numbers in order."""
-    numbers = [rng.randint(0, 99) for _ in range(8)]
+    """Three numbers in order."""
+    numbers = [rng.randint(0, 30) for _ in range(3)]
     answer = " ".join(map(str, sorted(numbers)))
     prompt = f"Make from {' '.join(map(str, numbers))} ->"
     return {"prompt": prompt, "response": answer, "answer": answer}

@@ -519,11 +519,28 @@ def test_two_starting_points_that_are_one_run_differ_by_nothing(made):
 
 def test_seed_noise_is_pooled_and_assumed_where_no_arm_has_seeds(made):
     found = study_of(made)
-    sd, df = found.seed_noise
+    sd, df = found.seed_noise[False]
     assert 0.1 < sd < 3 and df > 8
     found.exams = {name: rates for name, rates in found.exams.items() if name.endswith("-0")}
     del found.__dict__["seed_noise"]
-    assert found.seed_noise == (results.SEED_SD, 0)
+    assert found.seed_noise[False] == (results.SEED_SD, 0)
+
+
+def test_exact_tasks_have_the_seed_noise_of_their_own_arms(made):
+    found = study_of(made)
+    found.exams = dict(found.exams)
+    for name in list(found.exams):
+        if results.is_exact(name) and name.endswith("-1"):
+            found.exams[name] = {"test": found.exams[name]["test"] + 10}
+    del found.__dict__["seed_noise"]
+    (usual, _), (exact, _) = found.seed_noise[False], found.seed_noise[True]
+    assert usual < 3 < exact < 10
+    rng = np.random.default_rng(0)
+    widths = []
+    for arm in ("rl-chain-stable", "rl-middle-stable"):
+        draws = findings.seed_draws(found, [([f"{arm}-0"], [])], rng)
+        widths.append(np.std(draws))
+    assert widths[0] > 2 * widths[1]
 
 
 def test_arms_that_solve_nothing_cannot_be_told_apart(made):
