@@ -532,7 +532,6 @@ def test_exact_tasks_have_the_seed_noise_of_their_own_arms(made):
     for name in list(found.exams):
         if results.is_exact(name) and name.endswith("-1"):
             found.exams[name] = {"test": found.exams[name]["test"] + 10}
-    del found.__dict__["seed_noise"]
     (usual, _), (exact, _) = found.seed_noise[False], found.seed_noise[True]
     assert usual < 3 < exact < 10
     rng = np.random.default_rng(0)
