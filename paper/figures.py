@@ -22,6 +22,7 @@ COLOURS = {"adaptive": "#9ecae1", "stable": "#a1d99b", "mild": "#fee391", "sever
 OURS = "#08519c"
 CEILING = "#238b45"
 PER_ROW = 3
+RISE = 1.6
 
 
 def load_pyplot():
@@ -76,15 +77,16 @@ def unit_of(flops: float) -> tuple[float, str]:
     return 10.0**exponent, f"1e{exponent} FLOPs"
 
 
-def regimes_panel(axes, name: str, found: phases.Diagnosis) -> None:
-    """The validation loss over its regimes; a regime ends half way to the next validation."""
+def regimes_panel(axes, name: str, found: phases.Diagnosis, rise: float = RISE) -> None:
+    """The validation loss over its regimes, up to `rise` times the lowest; a regime ends half way
+    to the next validation."""
     steps = np.array(found.steps, float)
     edges = np.concatenate([steps[:1], (steps[1:] + steps[:-1]) / 2, steps[-1:]])
-    for regime in phases.REGIMES:
-        at = [i for i, r in enumerate(found.regimes) if r == regime]
-        if at:
-            style = dict(color=COLOURS[regime], alpha=0.6, lw=0, label=regime)
-            axes.axvspan(edges[at[0]], edges[at[-1] + 1], **style)
+    named = set()
+    for i, regime in enumerate(found.regimes):
+        style = dict(color=COLOURS[regime], alpha=0.6, lw=0)
+        axes.axvspan(edges[i], edges[i + 1], label=None if regime in named else regime, **style)
+        named.add(regime)
     axes.plot(steps, found.losses, "o-", color="#333333", ms=4, lw=1)
     if found.recommended_step is not None:
         best = found.steps.index(found.recommended_step)
@@ -92,16 +94,18 @@ def regimes_panel(axes, name: str, found: phases.Diagnosis) -> None:
         axes.plot(steps[best], found.losses[best], "*", **style)
     low = np.nanmin(found.losses)
     high = np.nanmax(found.losses)
-    cut = high > 1.6 * low  # the first losses would press the regimes, 2% and 10% wide, into a line
+    cut = (
+        high > rise * low
+    )  # the first losses would press the regimes, 2% and 10% wide, into a line
     label = "validation loss (nats per token, cut)" if cut else "validation loss (nats per token)"
     axes.set(xlabel="SFT step", ylabel=label)
     if cut:
-        axes.set_ylim(0.93 * low, 1.6 * low)
+        axes.set_ylim((1 - 0.1 * (rise - 1)) * low, rise * low)
     axes.set_title(f"{name}: {'saturated' if found.saturated else 'still improving'}", fontsize=9)
     axes.legend(fontsize=8, framealpha=0.7)
 
 
-def curve_panel(axes, name: str, points: ceiling.Points, result: ceiling.CeilingFit) -> None:
+def curve_panel(axes, name, points: ceiling.Points, result: ceiling.CeilingFit, colour=CEILING):
     """Evaluations, eq. (2), the band of an evaluation, and the ceiling with its interval."""
     x = points.flops
     y = points.performance
@@ -119,10 +123,10 @@ def curve_panel(axes, name: str, points: ceiling.Points, result: ceiling.Ceiling
         trend = np.median(ceiling.curve(result.posterior, at), 0)
         axes.plot(at / unit, trend, color=OURS, lw=1.5, label="eq. (2)")
     if result.a_post is not None:
-        axes.axhline(result.a_post, color=CEILING, ls="--", lw=1, label="A_post")
+        axes.axhline(result.a_post, color=colour, ls="--", lw=1, label="A_post")
     if result.a_post_low is not None:  # a bar at the right edge
         edge = [x.max() * 1.03 / unit] * 2
-        style = dict(color=CEILING, lw=5, alpha=0.6, solid_capstyle="butt")
+        style = dict(color=colour, lw=5, alpha=0.6, solid_capstyle="butt")
         ends = [result.a_post_low, result.a_post_high]
         axes.plot(edge, ends, label="its 90% interval", **style)
     state = result.status if result.status != "ok" else f"A_post {result.text('a_post', '.1f')}"

@@ -339,6 +339,7 @@ def exact_tasks(study: Study) -> list[Finding | None]:
 class Ready(NamedTuple):
     """A starting point of RL: what was known there, and what RL made of it."""
 
+    run: str  # of RL
     sft: str
     set: str
     start: str
@@ -368,6 +369,7 @@ def readiness(study: Study) -> list[Ready]:
         points = study.points[s.name]
         at = float(np.interp(common, points.flops, points.performance))
         row = Ready(
+            run=s.name,
             sft=sft,
             set=s.set,
             start=s.start,

@@ -30,6 +30,8 @@ learning (SFT-then-RL), or mixed into it. Its answer: SFT until its validation l
 then RL; how far RL gets is A_post, the ceiling; P_sft is where it starts, PL_rl = A_post - P_sft
 its plasticity. {scope}
 
+{words}
+
 ## The claims
 
 {verdicts}. {rules}
@@ -41,12 +43,35 @@ its plasticity. {scope}
 """
 RULES = (
     "Rules fixed before the results (paper/findings.py): a claim holds if its whole 90% interval "
-    "lies above 0, is opposite if it lies below 0, shows no effect if it lies below 1 point (0.5 "
-    "for a correlation), else it cannot be told. p is one-sided and Holm's over all claims: where "
-    "it is above 0.05, the verdict may be chance among so many. Intervals cover problems "
-    "(bootstrap, paired) and seeds (pooled). Numbers are pass@1 in points on test unless they say "
-    "dev."
+    "lies above 0, is opposite if it lies below 0; if it has both sides of 0 but stays below 1 "
+    "point (0.5 for a correlation), no gain of that size is there, though a loss may be; else it "
+    "cannot be told. p is one-sided and Holm's over all claims: where it is above 0.05, the "
+    "verdict may be chance among so many. Intervals cover problems (bootstrap, paired) and seeds "
+    "(pooled). Numbers are pass@1 in points on test unless they say dev: runs are followed on dev, "
+    "and their ends are measured on test."
 )
+WORDS = (
+    "Words: Adaptive, Stable, Mild and Severe are the regimes of SFT by its validation loss: "
+    "falling, within 2% of its minimum, within 10%, beyond. The minimum is the lowest mean of "
+    "three validations where the loss is noisy. A start is the checkpoint of SFT where RL begins: "
+    "`adaptive` half way to Stable, `stable` the minimum, `late` the end of SFT, `signal` and "
+    "`accuracy` the highest of each on dev. Signal is the share of groups of 8 answers with right "
+    "and wrong ones among them, the only ones RL learns from."
+)
+SETS_OF_STUDY = (
+    " Sets: tiny, small, middle, wide, large are 500 to 9,000 trajectories of an expert who gives "
+    "up at random; fixed 1,000 of a patient one whose order is fixed; dft is middle trained with "
+    "DFT's loss, where the usual one is NLL; chain and sort need an exact answer. Unseen kinds: "
+    "pairs of numbers (pair) and targets (band) that no training file has. Mixed methods (LUFFY, "
+    "UPT, Prefix-RFT) train on trajectories and rewards at once."
+)
+NAMES = {  # of what is known at a start
+    "signal": "signal",
+    "pass_at": "pass@8",
+    "accuracy": "accuracy (pass@1)",
+    "entropy": "entropy",
+    "val_loss": "validation loss",
+}
 TITLES = {
     "paradigms": "Paradigms at equal compute (the paper's Figure 2)",
     "transfer": "Problems of unseen kinds",
@@ -131,7 +156,8 @@ def starts_section(study: Study) -> str:
     own = {study.real(s.name): s.fit for s in study.starts}
     n_known = sum(fit.identified for fit in own.values())
     return (
-        f"{n_known} of {len(own)} ceilings after SFT are identified. All starts of one seed have "
+        f"{n_known} of {len(own)} different runs have an identified ceiling; of the others the "
+        "interval is given where there is one. All starts of one seed have "
         "the same compute in total. P_sft is dev as measured; the fit smooths it, so columns need "
         "not add up. * the paper's fit ended at its own bound.\n\n" + table(head, rows)
     )
@@ -171,12 +197,12 @@ def readiness_section(study: Study) -> str:
                 r = "-" if each.r is None else f"{each.r:+.2f}"
                 if not math.isnan(each.low):
                     r += f" [{each.low:+.2f}, {each.high:+.2f}]"
-                where = [f"{block} ({len(members)})", words[outcome], each.name]
+                where = [f"{block} ({len(members)})", words[outcome], NAMES[each.name]]
                 lines.append([*where, r, f"{100 * each.best:.0f}%"])
             best = max(found, key=lambda each: each.best)
             said.append(
-                f"Of {block}, the best predictor of {words[outcome]} is {best.name} (largest |r| "
-                f"in {100 * best.best:.0f}% of draws of SFT runs)."
+                f"Of {block}, the best predictor of {words[outcome]} is {NAMES[best.name]} "
+                f"(largest |r| in {100 * best.best:.0f}% of draws of SFT runs)."
             )
     head = ["starting points", "outcome", "predictor", "Pearson's r [90%]", "the best in"]
     return " ".join(said) + "\n\n" + table(head, lines)
@@ -251,6 +277,7 @@ def write(out) -> str:
     text = REPORT.format(
         made_by=made_by(study),
         scope=scope,
+        words=WORDS + ("" if study.own else SETS_OF_STUDY),
         verdicts=verdicts,
         rules=RULES,
         findings=findings_table(found),
@@ -301,17 +328,27 @@ def about(study: Study) -> str:
             sizes.append(f"{path.stem} {panels.len_of(path)}")
     lines = [f"Rows: {', '.join(sizes)}."]
     parts = ", ".join(f"{n} {part}" for part, n in study.counts["exam"].items())
-    lines.append(f"Final evaluation: {parts} problems x {study.about['exam_n']} samples.")
+    lines.append(
+        f"Final evaluation (set exam): {parts} problems x {study.about['exam_n']} samples."
+    )
     for name, counts in study.counts["curated"].items():
         counted = ", ".join(f"{n} {key}" for key, n in counts.items())
         lines.append(f"Curation of {name}: {counted}.")
-    lines.append(f"RL from Stable: {study.about['rl_flops']:.2g} FLOPs (0 = as much as SFT).")
+    lines.append(rl_compute(study))
     for kind, algo in study.mixed.items():
-        lines.append(f"Best mixed method on dev, {kind}: {algo}.")
+        where = {"base": "from the base", "then": "after SFT"}[kind]
+        lines.append(f"Best mixed method on dev, {where}: {algo}.")
     links = [name for name in study.points if study.real(name) != name]
     if links:
         lines.append(f"The same run as another, so not made twice: {', '.join(links)}.")
     return "\n".join(f"- {line}" for line in lines)
+
+
+def rl_compute(study: Study) -> str:
+    flops = study.about["rl_flops"]
+    return (
+        f"RL from Stable: {f'{flops:.2g} FLOPs' if flops else 'as much compute as SFT to there'}."
+    )
 
 
 def main(argv=None) -> int:

@@ -599,7 +599,7 @@ def test_report_has_each_claim_on_a_line_with_its_verdict_and_the_papers_number(
         "78.1 over 76.9",
         "74.1 + 2.5 = 76.6",
         "| fixed | late | 1 |",
-        "ceilings after SFT are identified",
+        "different runs have an identified ceiling",
         "the best predictor of",
         "arrives on the unseen kinds",
         "Overfitting costs accuracy on sort: there RL has less",
