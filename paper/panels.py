@@ -160,8 +160,9 @@ def paradigms_figure(study: Study, found, pyplot):
         left.text(x + 0.02 * last / unit, y, label, **style)
     common = min(max(x.max() for x, _ in runs) for runs in curves.values()) / unit
     left.axvline(common, color=GREY, lw=0.8, ls=":", zorder=0)
-    style = dict(fontsize=SMALL, color=GREY, rotation=90, va="top", ha="right")
+    style = dict(fontsize=SMALL, color=GREY, va="top", ha="right")
     left.text(common, 1, "compared here ", transform=left.get_xaxis_transform(), **style)
+    left.set_ylim(top=1.15 * height)
     left.set_xlim(0, last / unit * 1.45)
     left.set_xlabel(f"compute from the base model ({words})", fontsize=SMALL)
     left.set_ylabel("pass@1 on dev, a line per seed", fontsize=SMALL)
@@ -379,7 +380,9 @@ def losses_figure(study: Study, found, pyplot):
         least = next(iter(points.values()))[1]
         for i, (label, (loss, mean, low, high)) in enumerate(points.items()):
             dot(axes, loss, mean - least, low - least, high - least, name)
-            where = dict(xytext=(-7, 0), ha="right", va="center")
+            last = i == len(points) - 1  # the leftmost: to its right are the others' intervals
+            where = dict(xytext=(-7 if last else 7, 0), ha="right" if last else "left")
+            where["va"] = "center"
             if name == "paper":  # its losses lie close
                 where = dict(xytext=(0, -9 if i % 2 else 8), ha="center")
                 where["va"] = "top" if i % 2 else "bottom"
