@@ -108,8 +108,9 @@ def verdicts_panel(axes, shown) -> None:
     for i, f in enumerate(shown):
         told = f.verdict != "cannot tell"
         colour = "black" if told else GREY
-        words = f.verdict if f.known else "cannot tell: nothing was solved"
-        edge, left = 0.0, False
+        words = f.verdict if f.known else "cannot tell: nothing measured"
+        edge = 0.0
+        left = False
         if not np.isnan(f.effect):
             axes.plot([f.low, f.high], [i, i], color=colour, lw=2)
             face = colour if told else "white"
@@ -153,9 +154,10 @@ def paradigms_figure(study: Study, found, pyplot):
     height = max(y.max() for runs in curves.values() for _, y in runs)
     placed = apart([end for end, _ in ends.values()], 0.07 * height)
     for (name, (_, x)), y in zip(ends.items(), placed):
-        label = f"{name}\n({study.mixed['base']}, 1 seed)" if name == "mixed" else name
-        if name == "mixed" and len(curves[name]) > 1:
-            label = f"{name} ({study.mixed['base']})"
+        label = name
+        if name == "mixed":
+            n = len(curves[name])
+            label += f"\n({study.mixed['base']}, {n} seed{'s' * (n > 1)})"
         style = dict(color=COLOURS[name], fontsize=SMALL, va="center")
         left.text(x + 0.02 * last / unit, y, label, **style)
     common = min(max(x.max() for x, _ in runs) for runs in curves.values()) / unit
@@ -345,7 +347,8 @@ def scale_figure(study: Study, found, pyplot):
 
 def ceiling_panel(axes, name: str, study: Study) -> None:
     """An RL curve with its fit, the band of an evaluation, and the ceiling's 90% interval."""
-    points, fit = study.points[name], study.fits[name]
+    points = study.points[name]
+    fit = study.fits[name]
     figures.curve_panel(axes, name, points, fit, colour=COLOURS["stable"])
     known = "identified" if fit.identified else "not identified"
     axes.set_title(f"RL from Stable, {name.split('-')[1]}:\nceiling {known}", fontsize=SMALL)

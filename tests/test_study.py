@@ -681,3 +681,10 @@ def test_an_unfinished_study_and_one_of_the_earlier_design_are_one_line(tmp_path
     assert report.main([str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert "earlier design" in said and "report.md stands" in said and said.count("\n") == 1
+
+
+def test_a_regime_is_named_in_its_longest_stretch():
+    regimes = ["adaptive", "mild", "severe", "mild", "mild", "severe", "severe", "severe"]
+    assert report.panels.longest(regimes, "mild") == [3, 4]
+    assert report.panels.longest(regimes, "severe") == [5, 6, 7]
+    assert report.panels.longest(regimes, "stable") == []
